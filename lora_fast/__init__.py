@@ -1,0 +1,18 @@
+"""lora-fast: LoRA layers at the speed of the frozen model, the measured cost of every rank, the exact spectrum of every update."""
+
+from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+from lora_fast.injection import (
+    FusionReport,
+    apply_lora,
+    disable_adapters,
+    fusion_report,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    unmerge_lora,
+)
+from lora_fast.linear import LoraLinear
+from lora_fast.ops import lora_linear, lora_update
+
+__version__ = "0.1.0"

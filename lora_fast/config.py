@@ -1,0 +1,251 @@
+"""The frozen, validated description of one LoRA adapter, and the package's one error class.
+
+Field names and meanings are PEFT's, so that a config can go into and come out of an `adapter_config.json`."""
+
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+
+
+class LoraFastError(ValueError):
+    """Everything that lora-fast refuses: the message names the argument, its value, what was expected and the remedy."""
+
+
+class LoraFastWarning(UserWarning):
+    """Something that lora-fast does as told, but that is seldom meant."""
+
+
+INITS = (True, False, "gaussian", "pissa", "olora")
+
+# Fields that PEFT's config has and that change nothing at these values: written out for PEFT, and refused at any other value,
+# because ignoring one would silently compute something else.
+_UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "megatron_config": (None, {}),
+    "eva_config": (None, {}),
+    "corda_config": (None, {}),
+    "lora_ga_config": (None, {}),
+    "loftq_config": (None, {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None, {}),
+    "velora_config": (None, {}),
+    "kasa_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "ensure_weight_tying": (False, None),
+}
+# Fields that say where an adapter comes from, or that act only together with an unsupported one.
+_INERT_PEFT_FIELDS = frozenset(
+    {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode"}
+)
+# Values of init_lora_weights that, once an adapter is saved, no longer matter: they set A and B alone, which the file replaces.
+_INITS_OF_FACTORS_ALONE = frozenset({"gaussian", "orthogonal", "eva"})
+
+
+def _names(value: str | Collection[str] | None, name: str) -> str | tuple[str, ...] | None:
+    """A regex (str) as it is; names as a tuple (sorted where the collection has no order of its own)."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Collection) or not all(isinstance(item, str) for item in value):
+        raise LoraFastError(f"{name}={value!r}; expected a list of module names, a regex or None")
+    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """One LoRA adapter: which modules get y += scaling · drop(x) lora_Aᵀ lora_Bᵀ, with which rank, scaling and start.
+
+    r: rank R, a whole number ≥ 1. lora_alpha: scaling = lora_alpha / R, or lora_alpha / √R with use_rslora (arXiv:2312.03732).
+    lora_dropout: probability p in [0, 1) of the dropout on the input of lora_A.
+    target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted name, or
+        "all-linear" (the default): every nn.Linear and Conv1D but the output head.
+    exclude_modules: the same forms, taken away. layers_to_transform, layers_pattern: only layers of these indices (names only).
+    rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first match wins.
+    modules_to_save: names of modules trained in full and saved with the adapter.
+    bias: "none", "all" (every bias of the model is trained) or "lora_only" (those of the adapted modules).
+    init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/R, B zero), False (both as a linear layer
+        starts; the update is not zero), "pissa" (arXiv:2404.02948) or "olora" (arXiv:2406.01775); the last two also change the base weight.
+    fan_in_fan_out: weight is stored (K, N), as in GPT-2's Conv1D; corrected where it contradicts the module.
+    task_type, base_model_name_or_path, revision: carried into the saved config for PEFT; "SEQ_CLS" keeps "all-linear" off the classifier.
+
+    Raises LoraFastError for a value out of range, use_dora=True included: DoRA is not supported, and is not ignored."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Collection[str] = ALL_LINEAR
+    exclude_modules: str | Collection[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the one way into a frozen dataclass
+        _check_rank(self.r, "r")
+        _check_alpha(self.lora_alpha, "lora_alpha")
+        if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
+            raise LoraFastError(f"lora_dropout={self.lora_dropout!r}; expected a probability in [0, 1)")
+        if self.use_dora:
+            raise LoraFastError("use_dora=True; DoRA is not supported by lora-fast, use PEFT for it")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise LoraFastError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'")
+        if not any(self.init_lora_weights is i or self.init_lora_weights == i != True for i in INITS):  # noqa: E712 - 1 == True
+            raise LoraFastError(
+                f"init_lora_weights={self.init_lora_weights!r}; expected True, False, 'gaussian', 'pissa' or 'olora'"
+            )
+        if not self.target_modules:
+            raise LoraFastError(
+                f"target_modules={self.target_modules!r}; expected module names, a regex or '{ALL_LINEAR}'"
+            )
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            set_(name, _names(getattr(self, name), name))
+        if isinstance(self.modules_to_save, str):
+            raise LoraFastError(f"modules_to_save={self.modules_to_save!r}; expected a list of module names")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                _check_regex(getattr(self, name), name)
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            pattern = getattr(self, name) or {}
+            for key, value in pattern.items():
+                _check_regex(key, name)
+                check(value, f"{name}[{key!r}]")
+            set_(name, MappingProxyType(dict(pattern)))
+        indices = self.layers_to_transform
+        if indices is not None:
+            indices = (indices,) if isinstance(indices, int) else tuple(indices)
+            set_("layers_to_transform", indices)
+        if (indices is not None or self.layers_pattern) and isinstance(self.target_modules, str):
+            raise LoraFastError(
+                "layers_to_transform and layers_pattern work on module names; "
+                f"target_modules={self.target_modules!r} is one pattern: write the layers into it"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:  # MappingProxyType can't be pickled or deep-copied
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+    def rank_of(self, module_name: str) -> int:
+        """R of the module of this dotted name."""
+        return self.rank_pattern.get(_matching_key(self.rank_pattern, module_name), self.r)
+
+    def alpha_of(self, module_name: str) -> float:
+        """alpha of the module of this dotted name."""
+        return self.alpha_pattern.get(_matching_key(self.alpha_pattern, module_name), self.lora_alpha)
+
+    def scaling_of(self, module_name: str) -> float:
+        """scaling of the module of this dotted name: alpha / R, or alpha / √R with use_rslora."""
+        rank = self.rank_of(module_name)
+        return self.alpha_of(module_name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def with_exact_patterns(self, module_names: Collection[str]) -> "LoraConfig":
+        """The same ranks and alphas, in patterns whose order doesn't matter.
+
+        PEFT writes its patterns sorted by key and lets the first match win: overlapping keys change their meaning on the way through a
+        file. Where two keys match one module, both patterns become exact module names."""
+        overlap = any(
+            sum(_matches(key, name) for key in pattern) > 1
+            for pattern in (self.rank_pattern, self.alpha_pattern)
+            for name in module_names
+        )
+        if not overlap:
+            return self
+        ranks = {name: self.rank_of(name) for name in module_names if self.rank_of(name) != self.r}
+        alphas = {name: self.alpha_of(name) for name in module_names if self.alpha_of(name) != self.lora_alpha}
+        escape = {name: "^" + re.escape(name) for name in module_names}
+        return replace(
+            self,
+            rank_pattern={escape[n]: r for n, r in ranks.items()},
+            alpha_pattern={escape[n]: a for n, a in alphas.items()},
+        )
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields of PEFT's `adapter_config.json`."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        neutral = {name: values[0] for name, values in _UNSUPPORTED_PEFT_FIELDS.items()}
+        return {**neutral, "loftq_config": {}, **own, "peft_type": "LORA", "auto_mapping": None, "inference_mode": True}
+
+    @classmethod
+    def from_peft(cls, peft_config: Mapping[str, Any], *, source: str = "adapter_config.json") -> "LoraConfig":
+        """From the content of an `adapter_config.json`. Raises LoraFastError naming any field that would change the result and that
+        lora-fast doesn't know how to honour."""
+        if not isinstance(peft_config, Mapping):
+            raise LoraFastError(f"{source} holds a {type(peft_config).__name__}; expected a JSON object")
+        kind = peft_config.get("peft_type")
+        if kind != "LORA":
+            raise LoraFastError(f"{source}: peft_type={kind!r}; only 'LORA' adapters can be loaded")
+        known = {f.name for f in fields(cls)}
+        for name, value in peft_config.items():
+            neutral = _UNSUPPORTED_PEFT_FIELDS.get(name, (None, False, "", [], {}))
+            if name in known - {"use_dora"} or name in _INERT_PEFT_FIELDS or any(value is n or value == n for n in neutral):
+                continue
+            raise LoraFastError(
+                f"{source}: {name}={value!r} is not supported by lora-fast and would change the result; "
+                f"load this adapter with PEFT, or set {name} to {neutral[0]!r} if it is not meant"
+            )
+        values = {name: peft_config[name] for name in known if name in peft_config and peft_config[name] is not None}
+        if peft_config.get("target_modules") is None:
+            raise LoraFastError(f"{source}: target_modules is missing; write the names of the adapted modules into it")
+        init = values.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower() in _INITS_OF_FACTORS_ALONE:
+            values["init_lora_weights"] = True
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    """Without the immutable containers: what JSON and pickle take."""
+    if isinstance(value, MappingProxyType):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_rank(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise LoraFastError(f"{name}={value!r}; expected a whole number of at least 1")
+
+
+def _check_alpha(value: Any, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise LoraFastError(f"{name}={value!r}; expected a finite number")
+
+
+def _check_regex(value: str, name: str) -> None:
+    try:
+        re.compile(value)
+    except re.error as e:
+        raise LoraFastError(f"{name}: {value!r} is not a regular expression ({e})") from None
+
+
+def _matches(key: str, module_name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", module_name) is not None
+
+
+def _matching_key(pattern: Collection[str], module_name: str) -> str | None:
+    return next((key for key in pattern if _matches(key, module_name)), None)
+
+
+def warn(message: str) -> None:
+    """A LoraFastWarning shown at the caller's line."""
+    warnings.warn(message, LoraFastWarning, stacklevel=3)

@@ -1,0 +1,374 @@
+"""LoRA adapters put into a model, switched, merged and taken out again, in place: by predicate, with no per-model code."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.backend import check_backend, triton_unsupported
+from lora_fast.config import LoraConfig, LoraFastError, warn
+from lora_fast.linear import LoraLayer, adapter_spec, lora_class
+from lora_fast.targets import saved_module_names, target_modules
+
+_STATE = "_lora_fast_state"
+
+
+@dataclass
+class LoraState:
+    """What lora-fast remembers about a model, kept as a plain attribute of it: copied, pickled and dropped with the model.
+
+    trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter trains, as they were.
+    originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name."""
+
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+    trained_before: frozenset[str] = frozenset()
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    originals: dict[str, nn.Module] = field(default_factory=dict)
+    copies: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    hooks: list = field(default_factory=list)
+    active: str | None = None
+    disabled: bool = False
+    merged_keep: str | None = None
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One module: its dotted name, the path that its adapter takes, and why not the Triton path (None on it)."""
+
+    module: str
+    path: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Module by module, which implementation runs. `counts` is modules per path; printing it groups modules by path and reason."""
+
+    rows: tuple[FusionRow, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(row.path for row in self.rows))
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "lora-fast: no adapted module"
+        groups = Counter((row.path, row.reason) for row in self.rows)
+        lines = [f"lora-fast: {len(self.rows)} adapted modules"]
+        for (path, reason), count in groups.most_common():
+            example = next(row.module for row in self.rows if (row.path, row.reason) == (path, reason))
+            lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
+        return "\n".join(lines)
+
+
+class _CheckpointInput:
+    """Lets gradients into a checkpointed layer that starts from a frozen embedding: reentrant checkpointing needs an input that
+    requires a gradient, and without one silently returns none for the adapters. A no-op unless the model checkpoints."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return
+        if output.requires_grad or not getattr(self.model, "is_gradient_checkpointing", False):
+            return
+        output.requires_grad_(True)
+
+
+def lora_state(model: nn.Module) -> LoraState:
+    """The state of a model that carries adapters. Raises LoraFastError where it carries none."""
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        raise LoraFastError(
+            f"{type(model).__name__} carries no lora-fast adapter; call apply_lora or load_adapter on it first"
+        )
+    return state
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """{dotted name: layer} of every adapted linear layer."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Module]:
+    """The modules that apply_lora would adapt, having changed nothing. Raises LoraFastError where it could not."""
+    if not isinstance(model, nn.Module):
+        raise LoraFastError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if hasattr(model, "peft_config"):
+        raise LoraFastError(f"{type(model).__name__} already carries PEFT adapters; call accelerate_peft(model) on it")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise LoraFastError(f"adapter_name={adapter_name!r}; expected a name without dots")
+    state = model.__dict__.get(_STATE)
+    if state is not None:
+        if adapter_name in state.configs:
+            raise LoraFastError(
+                f"adapter {adapter_name!r} is there already; choose another adapter_name, or remove_lora(model) first"
+            )
+        if state.merged_keep is not None:
+            raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before adding another")
+        if config.bias != "none" and state.biases:
+            raise LoraFastError("two adapters can't both train the base's biases: there is one set of them; use bias='none'")
+    elif nested := next((name for name, m in model.named_modules() if _STATE in m.__dict__), None):
+        raise LoraFastError(f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule")
+    targets = target_modules(model, config)
+    saved_module_names(model, config)
+    for name, module in targets.items():
+        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+            raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or exclude_modules it")
+    return targets
+
+
+def _become(module: nn.Module, cls: type) -> None:
+    """Swaps the class of a live module. accelerate's hooks sit on the instance as a `forward` of the old class: taken off and put back."""
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        module.__class__ = cls
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    module.__class__ = cls
+    add_hook_to_module(module, hook)
+
+
+def apply_lora(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    adapter_name: str = "default",
+    backend: str = "auto",
+    adapter_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Puts LoRA adapters into `model` in place and freezes everything else: y += scaling · drop(x) Aᵀ Bᵀ on every target.
+
+    The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another adapter_name it
+    adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B; products run in the base's dtype.
+    backend: "auto", "torch" or "triton" (raises where Triton can't run). Returns `model`.
+    Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
+    check_backend(backend)
+    if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
+        raise LoraFastError(f"adapter_dtype={adapter_dtype!r}; expected a floating-point torch.dtype")
+    targets = check_injection(model, config, adapter_name)
+    inject(model, config, targets, adapter_name, backend=backend, adapter_dtype=adapter_dtype, trainable=True)
+    return model
+
+
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: dict[str, nn.Module],
+    adapter_name: str,
+    *,
+    backend: str,
+    adapter_dtype: torch.dtype,
+    trainable: bool,
+    init: bool | str | None = None,
+) -> None:
+    """What apply_lora and load_adapter do after their checks: adapts `targets` and makes the new adapter active."""
+    init = config.init_lora_weights if init is None else init
+    specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
+    _check_ranks(targets, specs, init)
+    state = model.__dict__.get(_STATE)
+    if state is None:
+        state = LoraState(trained_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad))
+        model.__dict__[_STATE] = state
+        model.requires_grad_(False)
+        _watch_checkpointing(model, state)
+    for name, module in targets.items():
+        if not isinstance(module, LoraLayer):
+            _become(module, lora_class(module))
+            module.start(backend)
+        module.add_adapter(adapter_name, specs[name], init, adapter_dtype)
+    for name in saved_module_names(model, config):
+        original = state.originals.setdefault(name, model.get_submodule(name))
+        state.copies.setdefault(adapter_name, {})[name] = copy.deepcopy(original)
+    _train_biases(model, state, config)
+    state.configs[adapter_name] = config
+    state.trainable[adapter_name] = trainable
+    set_adapter(model, adapter_name)
+
+
+def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -> None:
+    too_large = {n: s.r for n, s in specs.items() if s.r > min(targets[n].weight.shape)}
+    if not too_large:
+        return
+    name, rank = next(iter(too_large.items()))
+    smallest = min(targets[name].weight.shape)
+    if init in ("pissa", "olora"):
+        raise LoraFastError(f"init_lora_weights={init!r} takes at most r=min(N, K)={smallest} for {name}; r={rank}")
+    warn(
+        f"r={rank} exceeds min(N, K)={smallest} of {name} ({len(too_large)} modules so): the update is never of higher rank than that, "
+        "and a full-weight update would train fewer parameters"
+    )
+
+
+def _watch_checkpointing(model: nn.Module, state: LoraState) -> None:
+    embeddings = {}
+    for module in model.modules():
+        if hasattr(module, "get_input_embeddings"):
+            try:
+                embedding = module.get_input_embeddings()
+            except NotImplementedError:
+                continue
+            if isinstance(embedding, nn.Module):
+                embeddings[id(embedding)] = embedding
+    hook = _CheckpointInput(model)
+    state.hooks = [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
+
+
+def _train_biases(model: nn.Module, state: LoraState, config: LoraConfig) -> None:
+    if config.bias == "none":
+        return
+    adapted = {f"{name}.bias" for name in lora_layers(model)}
+    for name, parameter in model.named_parameters():
+        is_bias = name in adapted if config.bias == "lora_only" else name.rpartition(".")[2] == "bias" or "bias" in name
+        if is_bias and ".lora_" not in name:
+            state.biases[name] = parameter.detach().to("cpu", copy=True)
+            parameter.requires_grad_(True)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Makes `module` the submodule of this dotted name, on the device of the one that it replaces."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    current = getattr(parent, child)
+    if current is module:
+        return
+    tensor = next(current.parameters(), None)
+    module.train(current.training)
+    setattr(parent, child, module if tensor is None else module.to(tensor.device))
+
+
+def _arrange_saved_modules(model: nn.Module, state: LoraState) -> None:
+    """Puts the active adapter's copies of modules_to_save in place, or the originals where none is active or adapters are disabled."""
+    copies = {} if state.disabled else state.copies.get(state.active, {})
+    for name, original in state.originals.items():
+        _put(model, name, copies.get(name, original))
+        original.requires_grad_(False)
+        if name in copies:
+            copies[name].requires_grad_(state.trainable[state.active])
+
+
+def set_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Makes `adapter_name` the active adapter, without touching a file. Its factors require gradients (unless it was loaded with
+    trainable=False), the other adapters' don't. Raises LoraFastError for an unknown name, or while an adapter is merged."""
+    state = lora_state(model)
+    if adapter_name not in state.configs:
+        raise LoraFastError(f"adapter_name={adapter_name!r}; this model carries {', '.join(map(repr, state.configs))}")
+    if state.merged_keep is not None:
+        raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before switching")
+    state.active = adapter_name
+    for layer in lora_layers(model).values():
+        layer.set_adapter(adapter_name)
+    _arrange_saved_modules(model, state)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block the model computes what its base computes: no updates, the original modules_to_save; a merged adapter is
+    unmerged for the block. Trained biases (bias != "none") stay, with a warning: there is one set of them."""
+    state = lora_state(model)
+    if state.biases:
+        warn("the base's biases are trained too; with adapters disabled the model keeps the trained biases")
+    keep, was_disabled = state.merged_keep, state.disabled
+    if keep is not None:
+        unmerge_lora(model)
+    _set_disabled(model, state, True)
+    try:
+        yield
+    finally:
+        _set_disabled(model, state, was_disabled)
+        if keep is not None:
+            merge_lora(model, keep=keep)
+
+
+def _set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
+    state.disabled = disabled
+    for layer in lora_layers(model).values():
+        layer.adapters_disabled = disabled
+    _arrange_saved_modules(model, state)
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """lora_A and lora_B of the active adapter, module by module, whether or not they are being trained."""
+    active = lora_state(model).active
+    layers = [layer for layer in lora_layers(model).values() if active in layer.adapter_specs]
+    return [factor[active].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+
+
+def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
+    """weight ← weight + scaling · B A in place, added in fp32 and rounded once to the weight's dtype: no adapter work in forward any more.
+
+    The weights of before are kept for `unmerge_lora`, on the CPU, or on the weights' device with keep="device".
+    Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, or sits on a tied weight."""
+    state = lora_state(model)
+    if keep not in ("cpu", "device"):
+        raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
+    if state.merged_keep is not None:
+        raise LoraFastError(f"adapter {state.active!r} is merged already; unmerge_lora(model) first")
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.active_adapter is not None}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for name, layer in layers.items():
+        others = [n for n in names[id(layer.weight)] if n != f"{name}.weight"]
+        if others:
+            raise LoraFastError(
+                f"{name}.weight is tied to {others[0]}: merging would change both; untie them, or keep the adapter unmerged"
+            )
+        for factor in (layer.lora_A, layer.lora_B):
+            if not torch.isfinite(factor[layer.active_adapter].weight).all():
+                raise LoraFastError(f"adapter {state.active!r} holds NaN or inf in {name}; nothing was merged")
+    for layer in layers.values():
+        layer.merge(keep=keep)
+    state.merged_keep = keep
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Puts back the weights of before `merge_lora`, bit for bit in every dtype. Raises LoraFastError where nothing is merged."""
+    state = lora_state(model)
+    if state.merged_keep is None:
+        raise LoraFastError("no adapter is merged; merge_lora(model) comes first")
+    for layer in lora_layers(model).values():
+        if layer.merged_adapter is not None:
+            layer.unmerge()
+    state.merged_keep = None
+
+
+def remove_lora(model: nn.Module) -> None:
+    """Takes every adapter out: the modules are again of the class they had, and what required a gradient before does again.
+
+    The weights are the base's, bit for bit; after `merge_lora` they are the merged ones (and the trained modules_to_save and biases stay)."""
+    state = lora_state(model)
+    merged = state.merged_keep is not None
+    for layer in lora_layers(model).values():
+        if not merged:
+            layer.restore_base()
+        for name in layer.STATE_NAMES:
+            delattr(layer, name)
+        _become(layer, layer.base_class)
+    if not merged:
+        state.copies = {}
+        _arrange_saved_modules(model, state)
+        for name, bias in state.biases.items():
+            with torch.no_grad():
+                model.get_parameter(name).copy_(bias)
+    for hook in state.hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.trained_before)
+    del model.__dict__[_STATE]
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Which implementation runs each adapted module, and why not the Triton kernels where it is not they."""
+    reason = triton_unsupported("lora_linear")
+    return FusionReport(
+        tuple(FusionRow(name, "triton" if reason is None else "torch", reason) for name in lora_layers(model))
+    )

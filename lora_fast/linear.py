@@ -1,0 +1,219 @@
+"""LoRA on a linear layer, in place: the module keeps its identity, its weight and its name, and becomes a subclass of itself.
+
+Nothing is wrapped, so the base model's state-dict keys, tied weights, hooks' targets and `module.weight` stay what they were;
+what is added are `lora_A.<adapter>.weight` (R, K) and `lora_B.<adapter>.weight` (N, R).
+
+How the numbers differ from PEFT's, bit for bit: in one dtype (an fp32 base with fp32 adapters, say) only by the rounding of the last
+addition, since y is accumulated into the base product instead of being added as a tensor of its own. On a bf16 or fp16 base
+with fp32 adapters PEFT copies x to fp32 and runs the adapter there; here the fp32 master adapters are rounded to the base's dtype and
+x is never copied, as under autocast: S = x Aᵀ is rounded to that dtype once, gradients of the masters are rounded to it before they
+are stored in fp32. With the same seed, dropout keeps the same elements as PEFT's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.config import LoraConfig, LoraFastError
+from lora_fast.ops import lora_linear
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one adapter is on one module: r = R, scaling, dropout_p, and whether its factors are trained when it is active."""
+
+    r: int
+    scaling: float
+    dropout_p: float
+    trainable: bool
+
+
+class LoraLayer(nn.Module):
+    """What LoraLinear and LoraConv1D share; the class beside it in the bases supplies `weight`, `bias` and the base forward."""
+
+    fan_in_fan_out = False
+    # Everything that `start` puts on the instance; remove_lora takes it off again.
+    STATE_NAMES = (
+        "lora_A lora_B adapter_specs active_adapter adapters_disabled merged_adapter backend "
+        "_weight_before_merge _weight_before_init"
+    ).split()
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    adapter_specs: dict[str, AdapterSpec]
+    active_adapter: str | None
+    adapters_disabled: bool
+    merged_adapter: str | None
+    backend: str
+
+    def start(self, backend: str) -> None:
+        """The state of a layer without adapters, right after its class was swapped."""
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.adapter_specs = {}
+        self.active_adapter = None
+        self.adapters_disabled = False
+        self.merged_adapter = None
+        self.backend = backend
+        self._weight_before_merge: Tensor | None = None
+        self._weight_before_init: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """The base weight as (N, K), a view."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    @torch.no_grad()
+    def add_adapter(self, name: str, spec: AdapterSpec, init: bool | str, dtype: torch.dtype) -> None:
+        """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the weight's device."""
+        n, k = self.matrix().shape
+        # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
+        on_meta = self.weight.device.type == "meta"
+        make = "meta" if on_meta else "cpu"
+        a = nn.Linear(k, spec.r, bias=False, device=make, dtype=torch.float32)
+        b = nn.Linear(spec.r, n, bias=False, device=make, dtype=torch.float32)
+        if init in ("pissa", "olora"):
+            a_start, b_start = self._factors_of_weight(spec, init)
+            a.weight.copy_(a_start)
+            b.weight.copy_(b_start)
+            if self._weight_before_init is None:
+                self._weight_before_init = self.weight.detach().to("cpu", copy=True)
+            self._subtract(spec.scaling * (b_start @ a_start))
+        elif init == "gaussian":
+            nn.init.normal_(a.weight, std=1 / spec.r)
+            nn.init.zeros_(b.weight)
+        elif init is True:
+            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight)
+        if init not in ("pissa", "olora") and self.weight.is_floating_point():
+            # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16 too.
+            a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
+        self.lora_A[name] = a.to(device=self.weight.device, dtype=dtype)
+        self.lora_B[name] = b.to(device=self.weight.device, dtype=dtype)
+        self.lora_A[name].train(self.training)
+        self.lora_B[name].train(self.training)
+        self.adapter_specs[name] = spec
+
+    def _factors_of_weight(self, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
+        """A (R, K) and B (N, R) of PiSSA (the top singular triplets, split evenly) or OLoRA (the first R of a QR), fp32."""
+        weight = self.matrix().detach().float()
+        if spec.r > min(weight.shape):
+            raise LoraFastError(
+                f"init_lora_weights={init!r} takes at most r=min(N, K)={min(weight.shape)} here; r={spec.r}"
+            )
+        if init == "olora":
+            q, r = torch.linalg.qr(weight)
+            return r[: spec.r], q[:, : spec.r]
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = (s[: spec.r] / spec.scaling).sqrt()
+        return root[:, None] * vh[: spec.r], u[:, : spec.r] * root
+
+    def _subtract(self, delta: Tensor) -> None:
+        """weight −= delta (N, K), computed in fp32."""
+        self.weight.copy_(self.weight.float() - (delta.t() if self.fan_in_fan_out else delta))
+
+    def set_adapter(self, name: str | None) -> None:
+        """Makes `name` (or none) the active adapter; only its factors require a gradient, and only where it is trainable."""
+        self.active_adapter = name if name in self.adapter_specs else None
+        for other, spec in self.adapter_specs.items():
+            trained = other == self.active_adapter and spec.trainable
+            self.lora_A[other].weight.requires_grad_(trained)
+            self.lora_B[other].weight.requires_grad_(trained)
+
+    @torch.no_grad()
+    def delta_weight(self, name: str) -> Tensor:
+        """scaling · B A in the weight's layout, fp32 (float64 for a float64 weight)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = self.lora_B[name].weight.to(dtype) @ self.lora_A[name].weight.to(dtype)
+        delta *= self.adapter_specs[name].scaling
+        return delta.t() if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """weight + scaling · B A of the active adapter, added in fp32 and rounded once to the weight's dtype."""
+        delta = self.delta_weight(self.active_adapter)
+        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, *, keep: str) -> None:
+        """weight ← merged_weight(); the weight of before is kept for `unmerge` on the CPU, or on its device with keep="device"."""
+        merged = self.merged_weight()
+        device = "cpu" if keep == "cpu" else self.weight.device
+        self._weight_before_merge = self.weight.detach().to(device, copy=True)
+        self.weight.copy_(merged)
+        self.merged_adapter = self.active_adapter
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the weight of before the merge back, bit for bit."""
+        self.weight.copy_(self._weight_before_merge)
+        self._weight_before_merge = None
+        self.merged_adapter = None
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        """Undoes what init_lora_weights="pissa" or "olora" did to the base weight, bit for bit."""
+        if self._weight_before_init is not None:
+            self.weight.copy_(self._weight_before_init)
+            self._weight_before_init = None
+
+    def adapter_runs(self) -> bool:
+        """Whether forward adds an update: there is an active adapter, neither disabled nor merged."""
+        return self.active_adapter is not None and not self.adapters_disabled and self.merged_adapter is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with the active adapter; the base layer alone where none runs."""
+        if not self.adapter_runs():
+            return super().forward(x)
+        name = self.active_adapter
+        spec = self.adapter_specs[name]
+        return lora_linear(
+            x,
+            self.matrix(),
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            spec.scaling,
+            self.bias,
+            dropout_p=spec.dropout_p,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        base = super().extra_repr()
+        adapters = ", ".join(f"{name}: r={spec.r}" for name, spec in self.adapter_specs.items())
+        return f"{base}, adapters=({adapters}), active={self.active_adapter}"
+
+
+class LoraLinear(LoraLayer, nn.Linear):
+    """An nn.Linear with LoRA adapters: y = x Wᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ, base frozen.
+
+    Made by `apply_lora`, not by hand. weight (N, K), lora_A.<name>.weight (R, K), lora_B.<name>.weight (N, R). Source: arXiv:2106.09685,
+    section 4.1."""
+
+    base_class = nn.Linear
+
+
+def lora_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
+
+    Only the exact classes: a subclass (quantized, parallel, a router) has a forward of its own that would be lost."""
+    if type(module) is nn.Linear:
+        return LoraLinear
+    # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
+    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+        from lora_fast.conv1d import LoraConv1D
+
+        return LoraConv1D
+    return None
+
+
+def adapter_spec(config: LoraConfig, module_name: str, *, trainable: bool) -> AdapterSpec:
+    """What `config` says for the module of this dotted name."""
+    return AdapterSpec(
+        r=config.rank_of(module_name),
+        scaling=config.scaling_of(module_name),
+        dropout_p=float(config.lora_dropout),
+        trainable=trainable,
+    )

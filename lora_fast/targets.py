@@ -1,0 +1,117 @@
+"""Which modules of a model a config means, by PEFT's matching rules; no per-model code."""
+
+import difflib
+import re
+from collections.abc import Collection
+
+from torch import nn
+
+from lora_fast.config import ALL_LINEAR, LoraConfig, LoraFastError
+from lora_fast.linear import LoraLayer, lora_class
+
+# Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
+_CLASSIFIER_NAMES = ("score", "classifier")
+# These models hand out_proj's weight to a kernel instead of calling the module: an adapter on it would do nothing.
+_STATE_SPACE_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_STATE_SPACE_UNREACHED = ("out_proj", "conv1d")
+
+
+def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:
+    return name in suffixes or any(name.endswith(f".{suffix}") for suffix in suffixes)
+
+
+def _matches_pattern(pattern: str | Collection[str], name: str) -> bool:
+    return re.fullmatch(pattern, name) is not None if isinstance(pattern, str) else _ends_with_one_of(name, pattern)
+
+
+def saved_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The dotted names of the modules that `modules_to_save` means, outermost only: those whose name ends in one of its entries.
+
+    Raises LoraFastError for an entry that means none."""
+    names = []
+    for wanted in config.modules_to_save or ():
+        found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
+        if not found:
+            raise LoraFastError(f"modules_to_save: no module's name ends in {wanted!r}{_near(model, (wanted,))}")
+        names += found
+    return [n for n in dict.fromkeys(names) if not any(n.startswith(f"{other}.") for other in names)]
+
+
+def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int | None:
+    """The first numbered segment of a dotted name, behind one of `layers_pattern` where given."""
+    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern or (None,)
+    for pattern in patterns:
+        expression = r".*?\.[^.]*\.(\d+)\." if pattern is None else rf"(?:^|.*?\.){pattern}\.(\d+)\."
+        if match := re.match(expression, name):
+            return int(match[1])
+    return None
+
+
+def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or lora_class(module) is not None or isinstance(module, LoraLayer)
+    }
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None and config.task_type == "SEQ_CLS":
+        head = next((getattr(model, name) for name in _CLASSIFIER_NAMES if hasattr(model, name)), None)
+    within_head = set() if head is None else {id(head)}
+    return {name for name, module in linears.items() if name and id(module) not in within_head}
+
+
+def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """{dotted name: module} of every module that `config` adapts, in the model's order.
+
+    Raises LoraFastError where nothing matches (naming near names), or where something matches that is neither nn.Linear nor Conv1D."""
+    every = config.target_modules == ALL_LINEAR or (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+    )
+    wanted = _all_linear_names(model, config) if every else config.target_modules
+    inside_adapters = tuple(
+        f"{name}.lora_{factor}" for name, m in model.named_modules() if isinstance(m, LoraLayer) for factor in "AB"
+    )
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    targets = {}
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside_adapters):
+            continue
+        if config.exclude_modules and _matches_pattern(config.exclude_modules, name):
+            continue
+        if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
+            continue
+        if not _matches_pattern(wanted, name):
+            continue
+        if config.layers_to_transform and _layer_index(name, config.layers_pattern) not in config.layers_to_transform:
+            continue
+        if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_UNREACHED):
+            raise LoraFastError(
+                f"{name} can't be adapted in a {model_type} model: its weight goes to a fused kernel, never through the module; "
+                f"add exclude_modules={list(_STATE_SPACE_UNREACHED)}"
+            )
+        if not isinstance(module, LoraLayer) and lora_class(module) is None:
+            raise LoraFastError(
+                f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear and "
+                "Transformers' Conv1D. For a quantized layer make the adapter with PEFT and call accelerate_peft; otherwise exclude_modules it"
+            )
+        targets[name] = module
+    if not targets:
+        missed = config.target_modules if not isinstance(config.target_modules, str) else (config.target_modules,)
+        raise LoraFastError(
+            f"target_modules={_shown(config.target_modules)} matches no module of {type(model).__name__}{_near(model, missed)}"
+        )
+    return targets
+
+
+def _shown(value: str | Collection[str]) -> str:
+    return repr(value) if isinstance(value, str) else repr(list(value))
+
+
+def _near(model: nn.Module, wanted: Collection[str]) -> str:
+    """What to write instead: the nearest names that exist, else the names of the linear layers."""
+    last = list(dict.fromkeys(name.rpartition(".")[2] for name, m in model.named_modules() if lora_class(m) is not None))
+    every = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
+    near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], every, n=3, cutoff=0.6)]
+    if near:
+        return f"; did you mean {', '.join(dict.fromkeys(near))}? Its linear layers are {', '.join(last) or 'none'}"
+    return f"; its linear layers are {', '.join(last) or 'none'}"
