@@ -1,5 +1,6 @@
 """lora-fast: LoRA layers at the speed of the frozen model, the measured cost of every rank, the exact spectrum of every update."""
 
+from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
 from lora_fast.injection import (
     FusionReport,

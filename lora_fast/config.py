@@ -23,8 +23,8 @@ class LoraFastWarning(UserWarning):
 
 INITS = (True, False, "gaussian", "pissa", "olora")
 
-# Fields that PEFT's config has and that change nothing at these values: written out for PEFT, and refused at any other value,
-# because ignoring one would silently compute something else.
+# Fields that PEFT's config has and that change nothing at these values, and are refused at any other: ignoring one would silently
+# compute something else.
 _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -184,8 +184,7 @@ class LoraConfig:
     def to_peft(self) -> dict[str, Any]:
         """The fields of PEFT's `adapter_config.json`."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-        neutral = {name: values[0] for name, values in _UNSUPPORTED_PEFT_FIELDS.items()}
-        return {**neutral, "loftq_config": {}, **own, "peft_type": "LORA", "auto_mapping": None, "inference_mode": True}
+        return {**own, "peft_type": "LORA", "auto_mapping": None, "inference_mode": True}
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any], *, source: str = "adapter_config.json") -> "LoraConfig":
@@ -199,7 +198,11 @@ class LoraConfig:
         known = {f.name for f in fields(cls)}
         for name, value in peft_config.items():
             neutral = _UNSUPPORTED_PEFT_FIELDS.get(name, (None, False, "", [], {}))
-            if name in known - {"use_dora"} or name in _INERT_PEFT_FIELDS or any(value is n or value == n for n in neutral):
+            if (
+                name in known - {"use_dora"}
+                or name in _INERT_PEFT_FIELDS
+                or any(value is n or value == n for n in neutral)
+            ):
                 continue
             raise LoraFastError(
                 f"{source}: {name}={value!r} is not supported by lora-fast and would change the result; "

@@ -113,9 +113,13 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         if state.merged_keep is not None:
             raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before adding another")
         if config.bias != "none" and state.biases:
-            raise LoraFastError("two adapters can't both train the base's biases: there is one set of them; use bias='none'")
+            raise LoraFastError(
+                "two adapters can't both train the base's biases: there is one set of them; use bias='none'"
+            )
     elif nested := next((name for name, m in model.named_modules() if _STATE in m.__dict__), None):
-        raise LoraFastError(f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule")
+        raise LoraFastError(
+            f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule"
+        )
     targets = target_modules(model, config)
     saved_module_names(model, config)
     for name, module in targets.items():
@@ -226,9 +230,10 @@ def _train_biases(model: nn.Module, state: LoraState, config: LoraConfig) -> Non
     if config.bias == "none":
         return
     adapted = {f"{name}.bias" for name in lora_layers(model)}
+    saved = tuple(f"{name}." for name in state.originals)  # their copies are trained whole
     for name, parameter in model.named_parameters():
-        is_bias = name in adapted if config.bias == "lora_only" else name.rpartition(".")[2] == "bias" or "bias" in name
-        if is_bias and ".lora_" not in name:
+        wanted = name in adapted if config.bias == "lora_only" else name.rpartition(".")[2] == "bias"
+        if wanted and not name.startswith(saved):
             state.biases[name] = parameter.detach().to("cpu", copy=True)
             parameter.requires_grad_(True)
 

@@ -74,7 +74,7 @@ class LoraLayer(nn.Module):
         a = nn.Linear(k, spec.r, bias=False, device=make, dtype=torch.float32)
         b = nn.Linear(spec.r, n, bias=False, device=make, dtype=torch.float32)
         if init in ("pissa", "olora"):
-            a_start, b_start = self._factors_of_weight(spec, init)
+            a_start, b_start = self._factors_of(self.matrix(), spec, init)
             a.weight.copy_(a_start)
             b.weight.copy_(b_start)
             if self._weight_before_init is None:
@@ -95,9 +95,10 @@ class LoraLayer(nn.Module):
         self.lora_B[name].train(self.training)
         self.adapter_specs[name] = spec
 
-    def _factors_of_weight(self, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
-        """A (R, K) and B (N, R) of PiSSA (the top singular triplets, split evenly) or OLoRA (the first R of a QR), fp32."""
-        weight = self.matrix().detach().float()
+    @staticmethod
+    def _factors_of(weight: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
+        """A (R, K) and B (N, R) of PiSSA (the top singular triplets, split evenly) or OLoRA (the first R of a QR) of weight (N, K), fp32."""
+        weight = weight.detach().float()
         if spec.r > min(weight.shape):
             raise LoraFastError(
                 f"init_lora_weights={init!r} takes at most r=min(N, K)={min(weight.shape)} here; r={spec.r}"
@@ -112,6 +113,19 @@ class LoraLayer(nn.Module):
     def _subtract(self, delta: Tensor) -> None:
         """weight −= delta (N, K), computed in fp32."""
         self.weight.copy_(self.weight.float() - (delta.t() if self.fan_in_fan_out else delta))
+
+    @torch.no_grad()
+    def plain_factors(self, name: str, init: bool | str) -> tuple[Tensor, Tensor]:
+        """A (R', K) and B (N, R') with B A = the whole update against the base as it was before any adapter, scaling included.
+
+        R' is R, or 2 R where `init` took s · B₀ A₀ off the base weight at the start: then B A = s (B A − B₀ A₀)."""
+        spec = self.adapter_specs[name]
+        a, b = self.lora_A[name].weight.float(), spec.scaling * self.lora_B[name].weight.float()
+        if init not in ("pissa", "olora"):
+            return a, b
+        before = self._weight_before_init.to(self.weight.device)
+        a_start, b_start = self._factors_of(before.t() if self.fan_in_fan_out else before, spec, init)
+        return torch.cat([a, a_start]), torch.cat([b, -spec.scaling * b_start], dim=1)
 
     def set_adapter(self, name: str | None) -> None:
         """Makes `name` (or none) the active adapter; only its factors require a gradient, and only where it is trainable."""

@@ -109,7 +109,9 @@ def _shown(value: str | Collection[str]) -> str:
 
 def _near(model: nn.Module, wanted: Collection[str]) -> str:
     """What to write instead: the nearest names that exist, else the names of the linear layers."""
-    last = list(dict.fromkeys(name.rpartition(".")[2] for name, m in model.named_modules() if lora_class(m) is not None))
+    last = list(
+        dict.fromkeys(name.rpartition(".")[2] for name, m in model.named_modules() if lora_class(m) is not None)
+    )
     every = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], every, n=3, cutoff=0.6)]
     if near:

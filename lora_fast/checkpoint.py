@@ -1,0 +1,324 @@
+"""Adapters on disk, in PEFT's folder format, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+
+A file is read and checked whole before the model is touched, and a folder is replaced whole or not at all."""
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_fast.backend import check_backend
+from lora_fast.config import ALL_LINEAR, LoraConfig, LoraFastError
+from lora_fast.injection import LoraState, check_injection, inject, lora_layers, lora_state
+from lora_fast.linear import LoraLayer
+from lora_fast.targets import saved_module_names, target_modules
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_OURS = frozenset({CONFIG_NAME, WEIGHTS_NAME, "README.md"})
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike, *, adapter_name: str | None = None, portable: bool = False
+) -> None:
+    """Writes the active adapter (or `adapter_name`) as a PEFT folder, which PEFT loads to the same function.
+
+    portable=True writes it for servers that read only one global rank and alpha (vLLM, llama.cpp, SGLang): scaling is folded into B,
+    every factor is padded with zeros to one rank, lora_alpha = r, no patterns, no rsLoRA; an update that changed the base weight
+    at its start (PiSSA, OLoRA) becomes one of rank 2 R on the original base.
+    A folder that holds an earlier adapter is replaced whole or, in a crash, not at all. Raises LoraFastError, with nothing written, where
+    the folder holds anything else, or where portable=True can't carry the adapter."""
+    state = lora_state(model)
+    name = state.active if adapter_name is None else adapter_name
+    if name not in state.configs:
+        raise LoraFastError(f"adapter_name={name!r}; this model carries {', '.join(map(repr, state.configs))}")
+    folder = Path(folder).resolve()
+    check_output_folder(folder)
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
+    if portable:
+        config, tensors = _portable(model, state, name, layers)
+    else:
+        config, tensors = _as_trained(model, state, name, layers)
+    if config.base_model_name_or_path is None:
+        source = getattr(getattr(model, "config", None), "name_or_path", None) or None
+        config = replace(config, base_model_name_or_path=source)
+    write_adapter(folder, config, tensors)
+
+
+def _as_trained(
+    model: nn.Module, state: LoraState, name: str, layers: dict[str, LoraLayer]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config = _with_named_targets(model, state.configs[name].with_exact_patterns(list(layers)), list(layers))
+    config = replace(config, fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()))
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
+    for path, module in state.copies.get(name, {}).items():
+        tensors |= {f"{path}.{key}": value for key, value in module.state_dict().items()}
+    if config.bias != "none":
+        for path in state.biases:
+            owner = path.removesuffix(".bias")
+            tensors[f"{owner}.base_layer.bias" if owner in layers else path] = model.get_parameter(path)
+    return config, tensors
+
+
+def _portable(
+    model: nn.Module, state: LoraState, name: str, layers: dict[str, LoraLayer]
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    config = state.configs[name]
+    for field, value in (("modules_to_save", state.copies.get(name)), ("bias", config.bias != "none" and config.bias)):
+        if value:
+            raise LoraFastError(
+                f"portable=True: {field} can't be served by vLLM, llama.cpp or SGLang; save without portable"
+            )
+    changed_base = [n for n, c in state.configs.items() if c.init_lora_weights in ("pissa", "olora")]
+    if len(changed_base) > 1:
+        raise LoraFastError(
+            f"portable=True: adapters {changed_base} changed the base weight one after the other; keep one of them"
+        )
+    factors = {path: layer.plain_factors(name, config.init_lora_weights) for path, layer in layers.items()}
+    if changed_base not in ([], [name]):
+        raise LoraFastError(
+            f"portable=True: adapter {changed_base[0]!r} changed the base weight; {name!r} would not fit the original"
+        )
+    rank = max(a.shape[0] for a, _ in factors.values())
+    tensors = {}
+    for path, (a, b) in factors.items():
+        tensors[f"{path}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
+        tensors[f"{path}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1]))
+    plain = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(layers),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+    )
+    return _with_named_targets(model, plain, list(layers)), tensors
+
+
+def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> LoraConfig:
+    """target_modules as a list of names that means just `paths`: their last segments where that is exact, as servers expect."""
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
+        return config
+    short = replace(config, target_modules=sorted({path.rpartition(".")[2] for path in paths}))
+    try:
+        exact = list(target_modules(model, short)) == paths
+    except LoraFastError:  # the last segments also name modules that can't be adapted
+        exact = False
+    return short if exact else replace(config, target_modules=paths)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Raises LoraFastError unless `folder` is absent, empty, or holds an adapter and nothing else."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise LoraFastError(f"{folder} is a file; expected a folder for the adapter")
+    foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _OURS)
+    if foreign:
+        raise LoraFastError(
+            f"{folder} holds something else ({', '.join(foreign[:3])}); choose a new folder, or one with an adapter alone"
+        )
+
+
+def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Writes config and tensors (keyed by module path in the base model) into `folder`, replacing an adapter there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        on_cpu = {_PREFIX + key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        save_file(on_cpu, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
+        text = json.dumps(config.to_peft(), indent=2, sort_keys=True)
+        (fresh / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if (folder / "README.md").is_file():
+            shutil.copy2(folder / "README.md", fresh / "README.md")
+        for path in (*fresh.iterdir(), fresh):
+            _to_disk(path)
+        if folder.exists():
+            _exchange(fresh, folder)  # the old adapter is now `fresh`, and goes below
+        else:
+            fresh.rename(folder)
+        _to_disk(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps two folders: in one step where the kernel can (Linux's renameat2 with RENAME_EXCHANGE), else in three renames."""
+    at_cwd, exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return
+    aside = one.with_name(one.name + ".old")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The config and the tensors (keyed by module path in the base model, on the CPU, as stored) of a PEFT adapter folder.
+
+    Raises LoraFastError for a missing or damaged file, another PEFT method, a field that lora-fast can't honour, NaN or inf."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise LoraFastError(f"{folder} is not a folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            pickled = (folder / "adapter_model.bin").is_file()
+            advice = "; adapter_model.bin is a pickle: load it with PEFT once and save it again" if pickled else ""
+            raise LoraFastError(f"{folder} holds no {name}{advice}")
+    try:
+        peft_config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise LoraFastError(f"{folder / CONFIG_NAME} is not JSON ({e})") from None
+    config = LoraConfig.from_peft(peft_config, source=str(folder / CONFIG_NAME))
+    try:
+        stored = load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise LoraFastError(
+            f"{folder / WEIGHTS_NAME} can't be read: {e}; it is damaged or not a safetensors file"
+        ) from None
+    tensors = {}
+    for key, value in stored.items():
+        if not key.startswith(_PREFIX):
+            raise LoraFastError(f"{folder / WEIGHTS_NAME}: {key} doesn't start with {_PREFIX!r}, as PEFT's keys do")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise LoraFastError(
+                f"{folder / WEIGHTS_NAME}: {key} holds NaN or inf; the training run that wrote it diverged"
+            )
+        tensors[key.removeprefix(_PREFIX)] = value
+    return config, tensors
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    adapter_name: str = "default",
+    trainable: bool = True,
+    backend: str = "auto",
+    adapter_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Reads a PEFT adapter folder into `model`, adapting its modules where they are not yet, and makes it the active adapter.
+
+    trainable=False leaves its factors frozen (and off the optimizer). adapter_dtype: dtype of the masters. An adapter started with PiSSA or
+    OLoRA changes the base weight again as it did at its start, as in PEFT. Returns `model`.
+    Raises LoraFastError, with the model unchanged, for all that `read_adapter` and `apply_lora` refuse, and for tensors that are missing,
+    left over or of another shape than the model's."""
+    check_backend(backend)
+    config, tensors = read_adapter(folder)
+    targets = check_injection(model, config, adapter_name)
+    _check_fit(model, config, targets, tensors, source=str(Path(folder) / WEIGHTS_NAME))
+    init = config.init_lora_weights if config.init_lora_weights in ("pissa", "olora") else False
+    inject(
+        model,
+        config,
+        targets,
+        adapter_name,
+        backend=backend,
+        adapter_dtype=adapter_dtype,
+        trainable=trainable,
+        init=init,
+    )
+    _fill(model, lora_state(model), adapter_name, tensors)
+    return model
+
+
+def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> dict[str, torch.Size]:
+    """{key: shape} of every tensor that the adapter of `config` must have."""
+    shapes = {}
+    for path, module in targets.items():
+        rank = config.rank_of(path)
+        # A Linear's weight is (N, K), a Conv1D's (K, N).
+        n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        shapes[f"{path}.lora_A.weight"] = torch.Size((rank, k))
+        shapes[f"{path}.lora_B.weight"] = torch.Size((n, rank))
+    for path in saved_module_names(model, config):
+        shapes |= {f"{path}.{key}": value.shape for key, value in model.get_submodule(path).state_dict().items()}
+    return shapes
+
+
+def _optional(model: nn.Module, targets: dict[str, nn.Module], config: LoraConfig) -> dict[str, torch.Size]:
+    """{key: shape} of base tensors that PEFT may save along: trained biases, a targeted head's own weight, resized embeddings."""
+    shapes = {}
+    for path, parameter in model.named_parameters():
+        owner, _, leaf = path.rpartition(".")
+        if owner in targets:
+            shapes[f"{owner}.base_layer.{leaf}"] = parameter.shape
+        elif leaf == "bias" and config.bias == "all":
+            shapes[path] = parameter.shape
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        embedding = getattr(model, getter, lambda: None)()
+        path = next((n for n, m in model.named_modules() if m is embedding), None) if embedding is not None else None
+        if path is not None and path not in targets:
+            shapes |= {f"{path}.{key}": value.shape for key, value in embedding.state_dict().items()}
+    return shapes
+
+
+def _check_fit(
+    model: nn.Module,
+    config: LoraConfig,
+    targets: dict[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+) -> None:
+    expected = _expected(model, config, targets)
+    allowed = expected | {k: s for k, s in _optional(model, targets, config).items() if k not in expected}
+    if missing := [key for key in expected if key not in tensors]:
+        raise LoraFastError(f"{source} lacks {_few(missing)}; was it saved for another model, or other target_modules?")
+    if strange := [key for key in tensors if key not in allowed]:
+        raise LoraFastError(
+            f"{source} holds {_few(strange)}, which {type(model).__name__} with this config has no place for"
+        )
+    for key, value in tensors.items():
+        if value.shape != allowed[key]:
+            raise LoraFastError(f"{source}: {key} is {tuple(value.shape)}, the model needs {tuple(allowed[key])}")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, Tensor]) -> None:
+    layers = lora_layers(model)
+    for key, value in tensors.items():
+        owner, _, rest = key.partition(".lora_")
+        if rest and owner in layers:
+            factors = layers[owner].lora_A if rest.startswith("A") else layers[owner].lora_B
+            factors[name].weight.copy_(value)
+            continue
+        # modules_to_save stand in their original's place while their adapter is active, so their keys lead there.
+        path = key.replace(".base_layer.", ".")
+        owner, _, leaf = path.rpartition(".")
+        getattr(model.get_submodule(owner), leaf).copy_(value)
