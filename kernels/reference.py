@@ -1,6 +1,7 @@
 """What every op of lora-fast means, in plain PyTorch: the path taken on a CPU, and the oracle of every kernel test.
 
-Sizes: M rows (batch × sequence), K in_features, N out_features, R rank. Matrices are two-dimensional here; ops.py flattens.
+Sizes: M rows (batch × sequence), K in_features, N out_features, R rank. Matrices are two-dimensional here; ops.py
+flattens.
 
     y  = x Wᵀ + bias + s' · S Bᵀ,    S = (x ∘ m) Aᵀ,    s' = scaling / (1 − p)
     dS = s' · dy B,    dx = dy W + m ∘ (dS A),    dA = dSᵀ (x ∘ m),    dB = s' · dyᵀ S
@@ -8,15 +9,16 @@ Sizes: M rows (batch × sequence), K in_features, N out_features, R rank. Matric
 with m the dropout mask (all ones without dropout) and p its probability. Source: Hu et al. 2021, arXiv:2106.09685,
 section 4.1; dropout where PEFT has it, on the input of A.
 
-All products run in x's dtype (fp32 accumulation inside the matrix product); weight, bias, lora_A and lora_B are cast to it.
+All products run in x's dtype (fp32 accumulation inside the matrix product); weight, bias, lora_A and lora_B are cast to
+it.
 What backward needs of the forward pass is x, S (M, R) and the mask in bits: never a second copy of x.
 """
 
 import torch
 from torch import Tensor
 
-# Eight bytes 0/1 read as one little-endian int64, times this constant, leave byte i as bit i of the top byte. No carries:
-# the 64 partial products of eight single bits each land on distinct positions of the product or above bit 63.
+# Eight bytes 0/1 read as one little-endian int64, times this constant, leave byte i as bit i of the top byte. No
+# carries: the 64 partial products of eight single bits each land on distinct positions of the product or above bit 63.
 _GATHER_BITS = 0x0102040810204080
 
 _FACTORS: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -35,7 +37,8 @@ def _factors(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Booleans of any shape → uint8 (⌈numel / 8⌉,): element i is bit i mod 8 of byte i div 8; the last byte is padded with 0."""
+    """Booleans of any shape → uint8 (⌈numel / 8⌉,): element i is bit i mod 8 of byte i div 8; the last byte is padded
+    with 0."""
     flat = mask.reshape(-1)
     if padding := -flat.numel() % 8:
         flat = torch.cat([flat, flat.new_zeros(padding)])
@@ -52,8 +55,8 @@ def apply_mask(x: Tensor, packed: Tensor) -> Tensor:
 def dropout_mask(x: Tensor, p: float) -> Tensor:
     """Draws which elements of x are kept, each with probability 1 − p, and packs it: uint8 (⌈numel / 8⌉,).
 
-    Takes the same numbers from torch's generator as `torch.nn.functional.dropout(x, p)`, so that a run with the same seed keeps
-    the same elements as PEFT's `nn.Dropout`."""
+    Takes the same numbers from torch's generator as `torch.nn.functional.dropout(x, p)`, so that a run with the same
+    seed keeps the same elements as PEFT's `nn.Dropout`."""
     if x.is_cuda:
         return pack_mask(torch.native_dropout(x, p, True)[1])
     return pack_mask(torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p))
@@ -79,7 +82,8 @@ def lora_linear_forward(
 def lora_update_forward(
     x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
-    """The same with the base layer's output given: base (M, N) in any dtype → base + s' · S Bᵀ (M, N) in base's dtype, S (M, R)."""
+    """The same with the base layer's output given: base (M, N) in any dtype → base + s' · S Bᵀ (M, N) in base's dtype,
+    S (M, R)."""
     s = (x if mask is None else apply_mask(x, mask)) @ lora_A.to(x.dtype).t()
     factor = scaling / (1 - dropout_p)
     if base.dtype == x.dtype:
@@ -101,7 +105,8 @@ def lora_linear_backward(
     needs_dA: bool,
     needs_dB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (M, N) → dx (M, K) in x's dtype, dA (R, K) and dB (N, R) in their factor's dtype; what isn't needed comes back empty.
+    """dy (M, N) → dx (M, K) in x's dtype, dA (R, K) and dB (N, R) in their factor's dtype; what isn't needed comes back
+    empty.
 
     Without `weight`, dx is the adapter's part alone (the base layer's own backward supplies the rest)."""
     dy = dy.to(x.dtype)

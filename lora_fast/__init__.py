@@ -1,4 +1,4 @@
-"""lora-fast: LoRA layers at the speed of the frozen model, the measured cost of every rank, the exact spectrum of every update."""
+"""lora-fast: LoRA layers in place of PEFT's, and the measured cost of every rank against full fine-tuning."""
 
 from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
@@ -17,3 +17,23 @@ from lora_fast.linear import LoraLinear
 from lora_fast.ops import lora_linear, lora_update
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FusionReport",
+    "LoraConfig",
+    "LoraFastError",
+    "LoraFastWarning",
+    "LoraLinear",
+    "apply_lora",
+    "disable_adapters",
+    "fusion_report",
+    "load_adapter",
+    "lora_linear",
+    "lora_parameters",
+    "lora_update",
+    "merge_lora",
+    "remove_lora",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_lora",
+]

@@ -33,11 +33,11 @@ def save_adapter(
 ) -> None:
     """Writes the active adapter (or `adapter_name`) as a PEFT folder, which PEFT loads to the same function.
 
-    portable=True writes it for servers that read only one global rank and alpha (vLLM, llama.cpp, SGLang): scaling is folded into B,
-    every factor is padded with zeros to one rank, lora_alpha = r, no patterns, no rsLoRA; an update that changed the base weight
-    at its start (PiSSA, OLoRA) becomes one of rank 2 R on the original base.
-    A folder that holds an earlier adapter is replaced whole or, in a crash, not at all. Raises LoraFastError, with nothing written, where
-    the folder holds anything else, or where portable=True can't carry the adapter."""
+    portable=True writes it for servers that read only one global rank and alpha (vLLM, llama.cpp, SGLang): scaling is
+    folded into B, every factor is padded with zeros to one rank, lora_alpha = r, no patterns, no rsLoRA; an update that
+    changed the base weight at its start (PiSSA, OLoRA) becomes one of rank 2 R on the original base.
+    A folder that holds an earlier adapter is replaced whole or, in a crash, not at all. Raises LoraFastError, with
+    nothing written, where the folder holds anything else, or where portable=True can't carry the adapter."""
     state = lora_state(model)
     name = state.active if adapter_name is None else adapter_name
     if name not in state.configs:
@@ -111,7 +111,8 @@ def _portable(
 
 
 def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> LoraConfig:
-    """target_modules as a list of names that means just `paths`: their last segments where that is exact, as servers expect."""
+    """target_modules as a list of names that means just `paths`: their last segments where that is exact, as servers
+    expect."""
     if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
         return config
     short = replace(config, target_modules=sorted({path.rpartition(".")[2] for path in paths}))
@@ -131,12 +132,13 @@ def check_output_folder(folder: Path) -> None:
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in _OURS)
     if foreign:
         raise LoraFastError(
-            f"{folder} holds something else ({', '.join(foreign[:3])}); choose a new folder, or one with an adapter alone"
+            f"{folder} holds something else ({', '.join(foreign[:3])}); choose a new one, or one with an adapter alone"
         )
 
 
 def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Writes config and tensors (keyed by module path in the base model) into `folder`, replacing an adapter there whole or not at all."""
+    """Writes config and tensors (keyed by module path in the base model) into `folder`, replacing an adapter there
+    whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -173,7 +175,8 @@ def _to_disk(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Swaps two folders: in one step where the kernel can (Linux's renameat2 with RENAME_EXCHANGE), else in three renames."""
+    """Swaps two folders: in one step where the kernel can (Linux's renameat2 with RENAME_EXCHANGE), else in three
+    renames."""
     at_cwd, exchange = -100, 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
@@ -185,9 +188,11 @@ def _exchange(one: Path, other: Path) -> None:
 
 
 def read_adapter(folder: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and the tensors (keyed by module path in the base model, on the CPU, as stored) of a PEFT adapter folder.
+    """The config and the tensors (keyed by module path in the base model, on the CPU, as stored) of a PEFT adapter
+    folder.
 
-    Raises LoraFastError for a missing or damaged file, another PEFT method, a field that lora-fast can't honour, NaN or inf."""
+    Raises LoraFastError for a missing or damaged file, another PEFT method, a field that lora-fast can't honour, NaN or
+    inf."""
     folder = Path(folder)
     if not folder.is_dir():
         raise LoraFastError(f"{folder} is not a folder; expected one with {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -228,12 +233,13 @@ def load_adapter(
     backend: str = "auto",
     adapter_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Reads a PEFT adapter folder into `model`, adapting its modules where they are not yet, and makes it the active adapter.
+    """Reads a PEFT adapter folder into `model`, adapting its modules where they are not yet, and makes it the active
+    adapter.
 
-    trainable=False leaves its factors frozen (and off the optimizer). adapter_dtype: dtype of the masters. An adapter started with PiSSA or
-    OLoRA changes the base weight again as it did at its start, as in PEFT. Returns `model`.
-    Raises LoraFastError, with the model unchanged, for all that `read_adapter` and `apply_lora` refuse, and for tensors that are missing,
-    left over or of another shape than the model's."""
+    trainable=False leaves its factors frozen (and off the optimizer). adapter_dtype: dtype of the masters. An adapter
+    started with PiSSA or OLoRA changes the base weight again as it did at its start, as in PEFT. Returns `model`.
+    Raises LoraFastError, with the model unchanged, for all that `read_adapter` and `apply_lora` refuse, and for tensors
+    that are missing, left over or of another shape than the model's."""
     check_backend(backend)
     config, tensors = read_adapter(folder)
     targets = check_injection(model, config, adapter_name)
@@ -268,7 +274,8 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
 
 
 def _optional(model: nn.Module, targets: dict[str, nn.Module], config: LoraConfig) -> dict[str, torch.Size]:
-    """{key: shape} of base tensors that PEFT may save along: trained biases, a targeted head's own weight, resized embeddings."""
+    """{key: shape} of base tensors that PEFT may save along: trained biases, a targeted head's own weight, resized
+    embeddings."""
     shapes = {}
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")

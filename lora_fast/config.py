@@ -14,7 +14,8 @@ ALL_LINEAR = "all-linear"
 
 
 class LoraFastError(ValueError):
-    """Everything that lora-fast refuses: the message names the argument, its value, what was expected and the remedy."""
+    """Everything that lora-fast refuses: the message names the argument, its value, what was expected and the
+    remedy."""
 
 
 class LoraFastWarning(UserWarning):
@@ -23,8 +24,8 @@ class LoraFastWarning(UserWarning):
 
 INITS = (True, False, "gaussian", "pissa", "olora")
 
-# Fields that PEFT's config has and that change nothing at these values, and are refused at any other: ignoring one would silently
-# compute something else.
+# Fields that PEFT's config has and that change nothing at these values, and are refused at any other: ignoring one
+# would silently compute something else.
 _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
@@ -49,7 +50,8 @@ _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
 _INERT_PEFT_FIELDS = frozenset(
     {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode"}
 )
-# Values of init_lora_weights that, once an adapter is saved, no longer matter: they set A and B alone, which the file replaces.
+# Values of init_lora_weights that, once an adapter is saved, no longer matter: they set A and B alone, which the file
+# replaces.
 _INITS_OF_FACTORS_ALONE = frozenset({"gaussian", "orthogonal", "eva"})
 
 
@@ -66,18 +68,22 @@ def _names(value: str | Collection[str] | None, name: str) -> str | tuple[str, .
 class LoraConfig:
     """One LoRA adapter: which modules get y += scaling · drop(x) lora_Aᵀ lora_Bᵀ, with which rank, scaling and start.
 
-    r: rank R, a whole number ≥ 1. lora_alpha: scaling = lora_alpha / R, or lora_alpha / √R with use_rslora (arXiv:2312.03732).
+    r: rank R, a whole number ≥ 1.
+    lora_alpha: scaling = lora_alpha / R, or lora_alpha / √R with use_rslora (arXiv:2312.03732).
     lora_dropout: probability p in [0, 1) of the dropout on the input of lora_A.
-    target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted name, or
-        "all-linear" (the default): every nn.Linear and Conv1D but the output head.
-    exclude_modules: the same forms, taken away. layers_to_transform, layers_pattern: only layers of these indices (names only).
-    rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first match wins.
+    target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted
+        name, or "all-linear" (the default): every nn.Linear and Conv1D but the output head.
+    exclude_modules: the same forms, taken away.
+    layers_to_transform, layers_pattern: only layers of these indices (with names only).
+    rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first wins.
     modules_to_save: names of modules trained in full and saved with the adapter.
     bias: "none", "all" (every bias of the model is trained) or "lora_only" (those of the adapted modules).
-    init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/R, B zero), False (both as a linear layer
-        starts; the update is not zero), "pissa" (arXiv:2404.02948) or "olora" (arXiv:2406.01775); the last two also change the base weight.
+    init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/R, B zero), False (both as a
+        linear layer starts; the update is not zero), "pissa" (arXiv:2404.02948) or "olora" (arXiv:2406.01775); the last
+        two also change the base weight.
     fan_in_fan_out: weight is stored (K, N), as in GPT-2's Conv1D; corrected where it contradicts the module.
-    task_type, base_model_name_or_path, revision: carried into the saved config for PEFT; "SEQ_CLS" keeps "all-linear" off the classifier.
+    task_type, base_model_name_or_path, revision: carried into the saved config for PEFT; "SEQ_CLS" keeps "all-linear"
+        off the classifier.
 
     Raises LoraFastError for a value out of range, use_dora=True included: DoRA is not supported, and is not ignored."""
 
@@ -163,8 +169,8 @@ class LoraConfig:
     def with_exact_patterns(self, module_names: Collection[str]) -> "LoraConfig":
         """The same ranks and alphas, in patterns whose order doesn't matter.
 
-        PEFT writes its patterns sorted by key and lets the first match win: overlapping keys change their meaning on the way through a
-        file. Where two keys match one module, both patterns become exact module names."""
+        PEFT writes its patterns sorted by key and lets the first match win: overlapping keys change their meaning on
+        the way through a file. Where two keys match one module, both patterns become exact module names."""
         overlap = any(
             sum(_matches(key, name) for key in pattern) > 1
             for pattern in (self.rank_pattern, self.alpha_pattern)
@@ -188,8 +194,8 @@ class LoraConfig:
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any], *, source: str = "adapter_config.json") -> "LoraConfig":
-        """From the content of an `adapter_config.json`. Raises LoraFastError naming any field that would change the result and that
-        lora-fast doesn't know how to honour."""
+        """From the content of an `adapter_config.json`. Raises LoraFastError naming any field that would change the
+        result and that lora-fast doesn't know how to honour."""
         if not isinstance(peft_config, Mapping):
             raise LoraFastError(f"{source} holds a {type(peft_config).__name__}; expected a JSON object")
         kind = peft_config.get("peft_type")

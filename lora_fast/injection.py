@@ -1,4 +1,5 @@
-"""LoRA adapters put into a model, switched, merged and taken out again, in place: by predicate, with no per-model code."""
+"""LoRA adapters put into a model, switched, merged and taken out again, in place: by predicate, with no per-model
+code."""
 
 import copy
 from collections import Counter
@@ -19,9 +20,11 @@ _STATE = "_lora_fast_state"
 
 @dataclass
 class LoraState:
-    """What lora-fast remembers about a model, kept as a plain attribute of it: copied, pickled and dropped with the model.
+    """What lora-fast remembers about a model, kept as a plain attribute of it: copied, pickled and dropped with the
+    model.
 
-    trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter trains, as they were.
+    trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter
+    trains, as they were.
     originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name."""
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -47,7 +50,8 @@ class FusionRow:
 
 @dataclass(frozen=True)
 class FusionReport:
-    """Module by module, which implementation runs. `counts` is modules per path; printing it groups modules by path and reason."""
+    """Module by module, which implementation runs. `counts` is modules per path; printing it groups modules by path and
+    reason."""
 
     rows: tuple[FusionRow, ...]
 
@@ -67,8 +71,9 @@ class FusionReport:
 
 
 class _CheckpointInput:
-    """Lets gradients into a checkpointed layer that starts from a frozen embedding: reentrant checkpointing needs an input that
-    requires a gradient, and without one silently returns none for the adapters. A no-op unless the model checkpoints."""
+    """Lets gradients into a checkpointed layer that starts from a frozen embedding: reentrant checkpointing needs an
+    input that requires a gradient, and without one silently returns none for the adapters. A no-op unless the model
+    checkpoints."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -129,7 +134,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
 
 
 def _become(module: nn.Module, cls: type) -> None:
-    """Swaps the class of a live module. accelerate's hooks sit on the instance as a `forward` of the old class: taken off and put back."""
+    """Swaps the class of a live module. accelerate's hooks sit on the instance as a `forward` of the old class: taken
+    off and put back."""
     hook = module.__dict__.get("_hf_hook")
     if hook is None:
         module.__class__ = cls
@@ -149,10 +155,12 @@ def apply_lora(
     backend: str = "auto",
     adapter_dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """Puts LoRA adapters into `model` in place and freezes everything else: y += scaling · drop(x) Aᵀ Bᵀ on every target.
+    """Puts LoRA adapters into `model` in place and freezes everything else: y += scaling · drop(x) Aᵀ Bᵀ on every
+    target.
 
-    The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another adapter_name it
-    adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B; products run in the base's dtype.
+    The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another
+    adapter_name it adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B;
+    products run in the base's dtype.
     backend: "auto", "torch" or "triton" (raises where Triton can't run). Returns `model`.
     Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
     check_backend(backend)
@@ -207,8 +215,8 @@ def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -
     if init in ("pissa", "olora"):
         raise LoraFastError(f"init_lora_weights={init!r} takes at most r=min(N, K)={smallest} for {name}; r={rank}")
     warn(
-        f"r={rank} exceeds min(N, K)={smallest} of {name} ({len(too_large)} modules so): the update is never of higher rank than that, "
-        "and a full-weight update would train fewer parameters"
+        f"r={rank} exceeds min(N, K)={smallest} of {name} ({len(too_large)} modules so): the update is never of higher "
+        "rank than that, and a full-weight update would train fewer parameters"
     )
 
 
@@ -251,7 +259,8 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _arrange_saved_modules(model: nn.Module, state: LoraState) -> None:
-    """Puts the active adapter's copies of modules_to_save in place, or the originals where none is active or adapters are disabled."""
+    """Puts the active adapter's copies of modules_to_save in place, or the originals where none is active or adapters
+    are disabled."""
     copies = {} if state.disabled else state.copies.get(state.active, {})
     for name, original in state.originals.items():
         _put(model, name, copies.get(name, original))
@@ -261,8 +270,9 @@ def _arrange_saved_modules(model: nn.Module, state: LoraState) -> None:
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Makes `adapter_name` the active adapter, without touching a file. Its factors require gradients (unless it was loaded with
-    trainable=False), the other adapters' don't. Raises LoraFastError for an unknown name, or while an adapter is merged."""
+    """Makes `adapter_name` the active adapter, without touching a file. Its factors require gradients (unless it was
+    loaded with trainable=False), the other adapters' don't. Raises LoraFastError for an unknown name, or while an
+    adapter is merged."""
     state = lora_state(model)
     if adapter_name not in state.configs:
         raise LoraFastError(f"adapter_name={adapter_name!r}; this model carries {', '.join(map(repr, state.configs))}")
@@ -276,8 +286,9 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block the model computes what its base computes: no updates, the original modules_to_save; a merged adapter is
-    unmerged for the block. Trained biases (bias != "none") stay, with a warning: there is one set of them."""
+    """Inside the `with` block the model computes what its base computes: no updates, the original modules_to_save; a
+    merged adapter is unmerged for the block. Trained biases (bias != "none") stay, with a warning: there is one set of
+    them."""
     state = lora_state(model)
     if state.biases:
         warn("the base's biases are trained too; with adapters disabled the model keeps the trained biases")
@@ -308,10 +319,12 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
-    """weight ← weight + scaling · B A in place, added in fp32 and rounded once to the weight's dtype: no adapter work in forward any more.
+    """weight ← weight + scaling · B A in place, added in fp32 and rounded once to the weight's dtype: no adapter work
+    in forward any more.
 
     The weights of before are kept for `unmerge_lora`, on the CPU, or on the weights' device with keep="device".
-    Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, or sits on a tied weight."""
+    Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, or sits on a tied
+    weight."""
     state = lora_state(model)
     if keep not in ("cpu", "device"):
         raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
@@ -325,7 +338,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
         others = [n for n in names[id(layer.weight)] if n != f"{name}.weight"]
         if others:
             raise LoraFastError(
-                f"{name}.weight is tied to {others[0]}: merging would change both; untie them, or keep the adapter unmerged"
+                f"{name}.weight is tied to {others[0]}: merging would change both; untie them, or leave it unmerged"
             )
         for factor in (layer.lora_A, layer.lora_B):
             if not torch.isfinite(factor[layer.active_adapter].weight).all():
@@ -336,7 +349,8 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Puts back the weights of before `merge_lora`, bit for bit in every dtype. Raises LoraFastError where nothing is merged."""
+    """Puts back the weights of before `merge_lora`, bit for bit in every dtype. Raises LoraFastError where nothing is
+    merged."""
     state = lora_state(model)
     if state.merged_keep is None:
         raise LoraFastError("no adapter is merged; merge_lora(model) comes first")
@@ -347,9 +361,11 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Takes every adapter out: the modules are again of the class they had, and what required a gradient before does again.
+    """Takes every adapter out: the modules are again of the class they had, and what required a gradient before does
+    again.
 
-    The weights are the base's, bit for bit; after `merge_lora` they are the merged ones (and the trained modules_to_save and biases stay)."""
+    The weights are the base's, bit for bit; after `merge_lora` they are the merged ones (and the trained
+    modules_to_save and biases stay)."""
     state = lora_state(model)
     merged = state.merged_keep is not None
     for layer in lora_layers(model).values():

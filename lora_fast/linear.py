@@ -1,13 +1,15 @@
-"""LoRA on a linear layer, in place: the module keeps its identity, its weight and its name, and becomes a subclass of itself.
+"""LoRA on a linear layer, in place: the module keeps its identity, its weight and its name, and becomes a subclass of
+itself.
 
-Nothing is wrapped, so the base model's state-dict keys, tied weights, hooks' targets and `module.weight` stay what they were;
-what is added are `lora_A.<adapter>.weight` (R, K) and `lora_B.<adapter>.weight` (N, R).
+Nothing is wrapped, so the base model's state-dict keys, tied weights, hooks' targets and `module.weight` stay what they
+were; what is added are `lora_A.<adapter>.weight` (R, K) and `lora_B.<adapter>.weight` (N, R).
 
-How the numbers differ from PEFT's, bit for bit: in one dtype (an fp32 base with fp32 adapters, say) only by the rounding of the last
-addition, since y is accumulated into the base product instead of being added as a tensor of its own. On a bf16 or fp16 base
-with fp32 adapters PEFT copies x to fp32 and runs the adapter there; here the fp32 master adapters are rounded to the base's dtype and
-x is never copied, as under autocast: S = x Aᵀ is rounded to that dtype once, gradients of the masters are rounded to it before they
-are stored in fp32. With the same seed, dropout keeps the same elements as PEFT's.
+How the numbers differ from PEFT's, bit for bit: in one dtype (an fp32 base with fp32 adapters, say) only by the
+rounding of the last addition, since y is accumulated into the base product instead of being added as a tensor of its
+own. On a bf16 or fp16 base with fp32 adapters PEFT copies x to fp32 and runs the adapter there; here the fp32 master
+adapters are rounded to the base's dtype and x is never copied, as under autocast: S = x Aᵀ is rounded to that dtype
+once, gradients of the masters are rounded to it before they are stored in fp32. With the same seed, dropout keeps the
+same elements as PEFT's.
 """
 
 import math
@@ -22,7 +24,8 @@ from lora_fast.ops import lora_linear
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one adapter is on one module: r = R, scaling, dropout_p, and whether its factors are trained when it is active."""
+    """What one adapter is on one module: r = R, scaling, dropout_p, and whether its factors are trained when it is
+    active."""
 
     r: int
     scaling: float
@@ -31,14 +34,22 @@ class AdapterSpec:
 
 
 class LoraLayer(nn.Module):
-    """What LoraLinear and LoraConv1D share; the class beside it in the bases supplies `weight`, `bias` and the base forward."""
+    """What LoraLinear and LoraConv1D share; the class beside it in the bases supplies `weight`, `bias` and the base
+    forward."""
 
     fan_in_fan_out = False
     # Everything that `start` puts on the instance; remove_lora takes it off again.
     STATE_NAMES = (
-        "lora_A lora_B adapter_specs active_adapter adapters_disabled merged_adapter backend "
-        "_weight_before_merge _weight_before_init"
-    ).split()
+        "lora_A",
+        "lora_B",
+        "adapter_specs",
+        "active_adapter",
+        "adapters_disabled",
+        "merged_adapter",
+        "backend",
+        "_weight_before_merge",
+        "_weight_before_init",
+    )
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -66,7 +77,8 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def add_adapter(self, name: str, spec: AdapterSpec, init: bool | str, dtype: torch.dtype) -> None:
-        """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the weight's device."""
+        """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the
+        weight's device."""
         n, k = self.matrix().shape
         # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
         on_meta = self.weight.device.type == "meta"
@@ -87,7 +99,8 @@ class LoraLayer(nn.Module):
             nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
             nn.init.zeros_(b.weight)
         if init not in ("pissa", "olora") and self.weight.is_floating_point():
-            # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16 too.
+            # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16
+            # too.
             a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
         self.lora_A[name] = a.to(device=self.weight.device, dtype=dtype)
         self.lora_B[name] = b.to(device=self.weight.device, dtype=dtype)
@@ -97,7 +110,8 @@ class LoraLayer(nn.Module):
 
     @staticmethod
     def _factors_of(weight: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
-        """A (R, K) and B (N, R) of PiSSA (the top singular triplets, split evenly) or OLoRA (the first R of a QR) of weight (N, K), fp32."""
+        """A (R, K) and B (N, R) of PiSSA (the top singular triplets, split evenly) or OLoRA (the first R of a QR) of
+        weight (N, K), fp32."""
         weight = weight.detach().float()
         if spec.r > min(weight.shape):
             raise LoraFastError(
@@ -116,7 +130,8 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def plain_factors(self, name: str, init: bool | str) -> tuple[Tensor, Tensor]:
-        """A (R', K) and B (N, R') with B A = the whole update against the base as it was before any adapter, scaling included.
+        """A (R', K) and B (N, R') with B A = the whole update against the base as it was before any adapter, scaling
+        included.
 
         R' is R, or 2 R where `init` took s · B₀ A₀ off the base weight at the start: then B A = s (B A − B₀ A₀)."""
         spec = self.adapter_specs[name]
@@ -128,7 +143,8 @@ class LoraLayer(nn.Module):
         return torch.cat([a, a_start]), torch.cat([b, -spec.scaling * b_start], dim=1)
 
     def set_adapter(self, name: str | None) -> None:
-        """Makes `name` (or none) the active adapter; only its factors require a gradient, and only where it is trainable."""
+        """Makes `name` (or none) the active adapter; only its factors require a gradient, and only where it is
+        trainable."""
         self.active_adapter = name if name in self.adapter_specs else None
         for other, spec in self.adapter_specs.items():
             trained = other == self.active_adapter and spec.trainable
@@ -151,7 +167,8 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, *, keep: str) -> None:
-        """weight ← merged_weight(); the weight of before is kept for `unmerge` on the CPU, or on its device with keep="device"."""
+        """weight ← merged_weight(); the weight of before is kept for `unmerge` on the CPU, or on its device with
+        keep="device"."""
         merged = self.merged_weight()
         device = "cpu" if keep == "cpu" else self.weight.device
         self._weight_before_merge = self.weight.detach().to(device, copy=True)
@@ -203,8 +220,8 @@ class LoraLayer(nn.Module):
 class LoraLinear(LoraLayer, nn.Linear):
     """An nn.Linear with LoRA adapters: y = x Wᵀ + bias + scaling · drop(x) lora_Aᵀ lora_Bᵀ, base frozen.
 
-    Made by `apply_lora`, not by hand. weight (N, K), lora_A.<name>.weight (R, K), lora_B.<name>.weight (N, R). Source: arXiv:2106.09685,
-    section 4.1."""
+    Made by `apply_lora`, not by hand. weight (N, K), lora_A.<name>.weight (R, K), lora_B.<name>.weight (N, R). Source:
+    arXiv:2106.09685, section 4.1."""
 
     base_class = nn.Linear
 

@@ -1,7 +1,8 @@
 """The ops of lora-fast as PyTorch sees them: checked, flattened to matrices, registered with torch.library.
 
-Registered (fake implementation, autograd and FLOP formula), so that torch.compile, FakeTensor, activation checkpointing and the
-FLOP counter each see one op. The low-level registration costs 30 µs a call less than `torch.library.custom_op`."""
+Registered (fake implementation, autograd and FLOP formula), so that torch.compile, FakeTensor, activation checkpointing
+and the FLOP counter each see one op. The low-level registration costs 20 µs less per forward and backward than
+`torch.library.custom_op`."""
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ _library.define(
     "-> (Tensor, Tensor)"
 )
 _library.define(
-    "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? mask, float scaling, "
-    "float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB) -> (Tensor, Tensor, Tensor)"
+    "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? mask, "
+    "float scaling, float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -192,15 +193,18 @@ def lora_linear(
 ) -> Tensor:
     """Linear layer plus low-rank update: y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ.
 
-    x (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) → y (..., N) in x's dtype (autocast's where it is on),
-    each product accumulated in fp32; lora_A and lora_B may be fp32 masters and get fp32 gradients. `weight` is frozen: where it requires
-    a gradient, the base product is left to torch and only the update is ours. dropout_p acts where `training`.
+    x (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), bias (N,) → y (..., N) in x's dtype (autocast's where it is
+    on), each product accumulated in fp32; lora_A and lora_B may be fp32 masters and get fp32 gradients. `weight` is
+    frozen: where it requires a gradient, the base product is left to torch and only the update is ours. dropout_p acts
+    where `training`.
     Kept for backward: x, x's product with lora_A (M, R) and, with dropout, one bit per element of x.
-    Raises LoraFastError for sizes or dtypes that do not fit, or a backend that can't run. Source: arXiv:2106.09685, section 4.1."""
+    Raises LoraFastError for sizes or dtypes that do not fit, or a backend that can't run. Source: arXiv:2106.09685,
+    section 4.1."""
     check_backend(backend)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise LoraFastError(
-            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and x's last size in_features"
+            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
+            "x's last size is in_features"
         )
     _check_factors(x, lora_A, lora_B, weight.shape[0], dropout_p)
     x = _compute_input(x, weight.dtype)
@@ -221,9 +225,11 @@ def lora_update(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """The low-rank update on top of a base layer that runs by itself (quantized, offloaded): y = base + scaling · drop(x) Aᵀ Bᵀ.
+    """The low-rank update on top of a base layer that runs by itself (quantized, offloaded): y = base + scaling ·
+    drop(x) Aᵀ Bᵀ.
 
-    x (..., K), base (..., N), lora_A (R, K), lora_B (N, R) → y like base; the products run in x's dtype (autocast's where it is on).
+    x (..., K), base (..., N), lora_A (R, K), lora_B (N, R) → y like base; the products run in x's dtype (autocast's
+    where it is on).
     Raises LoraFastError for sizes that do not fit."""
     _check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
     x = _compute_input(x, None)

@@ -25,7 +25,8 @@ def _matches_pattern(pattern: str | Collection[str], name: str) -> bool:
 
 
 def saved_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """The dotted names of the modules that `modules_to_save` means, outermost only: those whose name ends in one of its entries.
+    """The dotted names of the modules that `modules_to_save` means, outermost only: those whose name ends in one of its
+    entries.
 
     Raises LoraFastError for an entry that means none."""
     names = []
@@ -63,7 +64,8 @@ def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
 def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """{dotted name: module} of every module that `config` adapts, in the model's order.
 
-    Raises LoraFastError where nothing matches (naming near names), or where something matches that is neither nn.Linear nor Conv1D."""
+    Raises LoraFastError where nothing matches (naming near names), or where something matches that is neither nn.Linear
+    nor Conv1D."""
     every = config.target_modules == ALL_LINEAR or (
         isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     )
@@ -86,19 +88,21 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             continue
         if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_UNREACHED):
             raise LoraFastError(
-                f"{name} can't be adapted in a {model_type} model: its weight goes to a fused kernel, never through the module; "
-                f"add exclude_modules={list(_STATE_SPACE_UNREACHED)}"
+                f"{name} can't be adapted in a {model_type} model: its weight goes to a fused kernel, not through "
+                f"the module; add exclude_modules={list(_STATE_SPACE_UNREACHED)}"
             )
         if not isinstance(module, LoraLayer) and lora_class(module) is None:
             raise LoraFastError(
-                f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear and "
-                "Transformers' Conv1D. For a quantized layer make the adapter with PEFT and call accelerate_peft; otherwise exclude_modules it"
+                f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear "
+                "and Transformers' Conv1D. For a quantized layer make the adapter with PEFT and call accelerate_peft; "
+                "otherwise exclude_modules it"
             )
         targets[name] = module
     if not targets:
         missed = config.target_modules if not isinstance(config.target_modules, str) else (config.target_modules,)
         raise LoraFastError(
-            f"target_modules={_shown(config.target_modules)} matches no module of {type(model).__name__}{_near(model, missed)}"
+            f"target_modules={_shown(config.target_modules)} matches no module of {type(model).__name__}"
+            f"{_near(model, missed)}"
         )
     return targets
 
