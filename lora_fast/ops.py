@@ -100,13 +100,19 @@ def _save_update(ctx, inputs, output):
 
 def _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB):
     x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
-    gradients = torch.ops.lora_fast.linear_backward(
+    backward = torch.ops.lora_fast.linear_backward
+    if torch.is_grad_enabled():  # create_graph=True: plain PyTorch, S included, whose derivative autograd knows
+        backward = _linear_backward
+        s = (_rows(x) if mask is None else reference.apply_mask(_rows(x), mask)) @ lora_A.to(x.dtype).t()
+    gradients = backward(
         dy, x, weight, lora_A, lora_B, s, mask, ctx.scaling, ctx.dropout_p, needs_dx, needs_dA, needs_dB
     )
     return (g if needed else None for g, needed in zip(gradients, (needs_dx, needs_dA, needs_dB), strict=True))
 
 
 def _backward_linear(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
     needs_dx, _, needs_dbias, needs_dA, needs_dB, *_ = ctx.needs_input_grad
     dx, dA, dB = _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB)
     dbias = _rows(dy).sum(0).to(ctx.bias_dtype) if needs_dbias else None
@@ -114,6 +120,8 @@ def _backward_linear(ctx, dy, _):
 
 
 def _backward_update(ctx, dy, _):
+    if dy is None:
+        return (None,) * 7
     needs_dx, needs_dbase, needs_dA, needs_dB, *_ = ctx.needs_input_grad
     dx, dA, dB = _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB)
     return dx, dy if needs_dbase else None, dA, dB, None, None, None
@@ -201,12 +209,14 @@ def lora_linear(
     Raises LoraFastError for sizes or dtypes that do not fit, or a backend that can't run. Source: arXiv:2106.09685,
     section 4.1."""
     check_backend(backend)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise LoraFastError(
             f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
             "x's last size is in_features"
         )
     _check_factors(x, lora_A, lora_B, weight.shape[0], dropout_p)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
     x = _compute_input(x, weight.dtype)
     if weight.requires_grad and torch.is_grad_enabled():
         base = torch.nn.functional.linear(x, weight, bias)
@@ -231,6 +241,8 @@ def lora_update(
     x (..., K), base (..., N), lora_A (R, K), lora_B (N, R) → y like base; the products run in x's dtype (autocast's
     where it is on).
     Raises LoraFastError for sizes that do not fit."""
+    if x.dim() < 1 or x.shape[:-1] != base.shape[:-1]:
+        raise LoraFastError(f"x is {tuple(x.shape)}, base is {tuple(base.shape)}; all sizes but the last must be equal")
     _check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
     x = _compute_input(x, None)
     mask, p = _draw(x, dropout_p, training)
