@@ -4,6 +4,7 @@ Field names and meanings are PEFT's, so that a config can go into and come out o
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -50,6 +51,12 @@ _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
 _INERT_PEFT_FIELDS = frozenset(
     {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode"}
 )
+# Heads that PEFT adds to modules_to_save for a task, because they start untrained: those of these names that exist.
+HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # Values of init_lora_weights that, once an adapter is saved, no longer matter: they set A and B alone, which the file
 # replaces.
 _INITS_OF_FACTORS_ALONE = frozenset({"gaussian", "orthogonal", "eva"})
@@ -82,8 +89,8 @@ class LoraConfig:
         linear layer starts; the update is not zero), "pissa" (arXiv:2404.02948) or "olora" (arXiv:2406.01775); the last
         two also change the base weight.
     fan_in_fan_out: weight is stored (K, N), as in GPT-2's Conv1D; corrected where it contradicts the module.
-    task_type, base_model_name_or_path, revision: carried into the saved config for PEFT; "SEQ_CLS" keeps "all-linear"
-        off the classifier.
+    task_type: as in PEFT, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to modules_to_save.
+    base_model_name_or_path, revision: carried into the saved config for PEFT.
 
     Raises LoraFastError for a value out of range, use_dora=True included: DoRA is not supported, and is not ignored."""
 
@@ -128,6 +135,9 @@ class LoraConfig:
             set_(name, _names(getattr(self, name), name))
         if isinstance(self.modules_to_save, str):
             raise LoraFastError(f"modules_to_save={self.modules_to_save!r}; expected a list of module names")
+        if self.task_type in tuple(HEADS_OF_TASK):
+            wanted = (*(self.modules_to_save or ()), *HEADS_OF_TASK[self.task_type])
+            set_("modules_to_save", tuple(dict.fromkeys(wanted)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(getattr(self, name), name)
@@ -145,6 +155,10 @@ class LoraConfig:
             raise LoraFastError(
                 "layers_to_transform and layers_pattern work on module names; "
                 f"target_modules={self.target_modules!r} is one pattern: write the layers into it"
+            )
+        if self.layers_pattern and indices is None:
+            raise LoraFastError(
+                f"layers_pattern={_plain(self.layers_pattern)!r} says where layers_to_transform counts; give that too"
             )
 
     def __getstate__(self) -> dict[str, Any]:  # MappingProxyType can't be pickled or deep-copied
@@ -256,5 +270,8 @@ def _matching_key(pattern: Collection[str], module_name: str) -> str | None:
 
 
 def warn(message: str) -> None:
-    """A LoraFastWarning shown at the caller's line."""
-    warnings.warn(message, LoraFastWarning, stacklevel=3)
+    """A LoraFastWarning shown at the line that called into lora_fast."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("lora_fast", "contextlib"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, LoraFastWarning, stacklevel=level)

@@ -81,9 +81,18 @@ class _CheckpointInput:
     def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return
-        if output.requires_grad or not getattr(self.model, "is_gradient_checkpointing", False):
+        if output.requires_grad or not self._checkpoints():
             return
         output.requires_grad_(True)
+
+    def _checkpoints(self) -> bool:
+        name = "is_activation_checkpointing"  # Transformers' newer name; reading the older one warns
+        older = "is_gradient_checkpointing"
+        return bool(getattr(self.model, name if hasattr(type(self.model), name) else older, False))
+
+    def __deepcopy__(self, memo: dict) -> "_CheckpointInput":
+        # A copied embedding must not bring a copy of the whole model along; a copied model has its copy in `memo`.
+        return _CheckpointInput(memo.get(id(self.model), self.model))
 
 
 def lora_state(model: nn.Module) -> LoraState:

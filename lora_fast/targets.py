@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lora_fast.config import ALL_LINEAR, LoraConfig, LoraFastError
+from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError
 from lora_fast.linear import LoraLayer, lora_class
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
@@ -30,11 +30,17 @@ def saved_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
 
     Raises LoraFastError for an entry that means none."""
     names = []
+    heads = HEADS_OF_TASK.get(config.task_type, ())
     for wanted in config.modules_to_save or ():
         found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
-        if not found:
+        if not found and wanted not in heads:
             raise LoraFastError(f"modules_to_save: no module's name ends in {wanted!r}{_near(model, (wanted,))}")
         names += found
+    if heads and not names:
+        raise LoraFastError(
+            f"task_type={config.task_type!r} trains a head named {' or '.join(heads)}, and {type(model).__name__} has "
+            "none; name its head in modules_to_save, or leave task_type out"
+        )
     return [n for n in dict.fromkeys(names) if not any(n.startswith(f"{other}.") for other in names)]
 
 
@@ -84,7 +90,9 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             continue
         if not _matches_pattern(wanted, name):
             continue
-        if config.layers_to_transform and _layer_index(name, config.layers_pattern) not in config.layers_to_transform:
+        # As in PEFT, layers_to_transform chooses among the matches of a name's end; a whole dotted name stands.
+        by_end = config.layers_to_transform and name not in wanted
+        if by_end and _layer_index(name, config.layers_pattern) not in config.layers_to_transform:
             continue
         if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_UNREACHED):
             raise LoraFastError(

@@ -25,7 +25,7 @@ RANKS = [1, 5, 8, 16, 48]
 
 
 def tensors(rows, k, n, r, dtype=torch.float32, adapter_dtype=None, seed=0):
-    """{x (…, K), weight (N, K), bias (N,), lora_A (R, K), lora_B (N, R)}, all but weight requiring gradients; dy (…, N)."""
+    """{x (…, K), weight (N, K), bias (N,), lora_A (R, K), lora_B (N, R)}, all but weight trained; dy (…, N)."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, dtype=dtype, scale=1.0):
@@ -218,10 +218,16 @@ def test_second_derivatives():
     base = torch.zeros(5, 6, dtype=torch.float64)
     mask = reference.pack_mask(torch.rand(5, 7, generator=torch.Generator().manual_seed(1)) > 0.4)
     for drop in ((None, 0.0), (mask, 0.4)):
-        linear = lambda x, a, bb, drop=drop: OPS.linear_forward(x, w, b, a, bb, SCALING, *drop)[0]  # noqa: E731
-        assert torch.autograd.gradgradcheck(linear, (x, a, bb))
-        update = lambda x, a, bb, drop=drop: OPS.update_forward(x, base, a, bb, SCALING, *drop)[0]  # noqa: E731
-        assert torch.autograd.gradgradcheck(update, (x, a, bb))
+        for function in (
+            lambda x, a, bb, drop=drop: OPS.linear_forward(x, w, b, a, bb, SCALING, *drop)[0],
+            lambda x, a, bb, drop=drop: OPS.update_forward(x, base, a, bb, SCALING, *drop)[0],
+        ):
+            # gradgradcheck passes over gradients that autograd can't follow: none of ours may be such.
+            first = torch.autograd.grad(function(x, a, bb).square().sum(), (x, a, bb), create_graph=True)
+            usual = torch.autograd.grad(function(x, a, bb).square().sum(), (x, a, bb))
+            assert all(gradient.requires_grad for gradient in first)
+            torch.testing.assert_close(tuple(gradient.detach() for gradient in first), usual)
+            assert torch.autograd.gradgradcheck(function, (x, a, bb))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -350,6 +356,9 @@ def op_samples():
     yield "backward", OPS.linear_backward.default, (*plain, s, None, SCALING, 0.0, True, True, True)
     yield "backward of dB", OPS.linear_backward.default, (*plain, s, mask, SCALING, 0.5, False, False, True)
     no_weight = [*plain[:2], None, *plain[3:]]
+    x16, dy16, s16 = plain[1].bfloat16(), plain[0].bfloat16(), s.bfloat16()
+    masters = (dy16, x16, plain[2].bfloat16(), *plain[3:], s16)
+    yield "backward to fp32 masters", OPS.linear_backward.default, (*masters, None, SCALING, 0.0, True, True, True)
     yield "backward without weight", OPS.linear_backward.default, (*no_weight, s, mask, SCALING, 0.5, True, False, True)
 
 
