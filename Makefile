@@ -25,8 +25,9 @@ test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 process
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+# Without the rm, setuptools would pack what an earlier build left in build/.
 wheel: $(BIN)/python ## build the wheel into dist/
-	rm -rf build dist  # setuptools would pack what an earlier build left in build/
+	rm -rf build dist
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean: ## remove what builds and tests left behind (.venv and runs/ stay)
