@@ -1,0 +1,178 @@
+"""A Profile as charts: `chart` says what to draw, in plain data, and `draw_png` draws it."""
+
+import io
+import math
+
+import numpy as np
+
+from lora_fast.profiler.sweep import Profile
+from lora_fast.profiler.table import title
+
+
+def chart(profile: Profile) -> dict:
+    """The description: two panels over rank, time and memory, each a ratio to full fine-tuning.
+
+    A panel has points {rank, ratio, low, high} (low and high: 95% interval, or None), failed (ranks without a value),
+    full (what a ratio of 1 is: value and unit, or None), noise (half-width of the band in which equal arms lie, or None),
+    and the crossover: rank, low, high, text."""
+    full = profile.full
+    time = {
+        "title": "Step time",
+        "unit": "ms",
+        "full": full.step_ms,
+        "noise": profile.aa["noise_floor"] if profile.aa else None,
+        "points": [
+            {"rank": arm.rank, "ratio": arm.ratio_to_full, "low": arm.ratio_ci[0], "high": arm.ratio_ci[1]}
+            for arm in profile.lora
+            if arm.ratio_to_full is not None
+        ],
+        "failed": [arm.rank for arm in profile.lora if arm.step_ms is None],
+        "absolute": [{"rank": arm.rank, "value": arm.step_ms} for arm in profile.lora if arm.step_ms is not None],
+    }
+    memory = {
+        "title": "Peak memory",
+        "unit": "MiB",
+        "full": full.peak_MiB,
+        "noise": None,
+        "points": [
+            {"rank": arm.rank, "ratio": arm.memory_ratio, "low": None, "high": None}
+            for arm in profile.lora
+            if arm.memory_ratio is not None
+        ],
+        "failed": [arm.rank for arm in profile.lora if arm.peak_MiB is None],
+        "absolute": [{"rank": arm.rank, "value": arm.peak_MiB} for arm in profile.lora if arm.peak_MiB is not None],
+    }
+    for panel, cost in ((time, "time"), (memory, "memory")):
+        found = profile.crossover[cost]
+        low, high = found.interval or (None, None)
+        panel["crossover"] = {"rank": found.rank, "low": low, "high": high, "text": found.sentence(cost)}
+        panel["ranks"] = [arm.rank for arm in profile.lora]
+    return {"title": title(profile), "panels": [time, memory]}
+
+
+BLUE, GREY, RED = "#1f5fa8", "#555555", "#c0392b"
+
+
+def draw_png(description: dict) -> bytes:
+    """The chart as a PNG of about 1650 × 750 pixels."""
+    # The object interface, not pyplot: no global state, and no window system is asked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(description["title"], fontsize=10.5, x=0.012, ha="left")
+    for axes, panel in zip(figure.subplots(1, 2), description["panels"], strict=True):
+        _draw_panel(axes, panel)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_panel(axes, panel: dict) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    relative = panel["full"] is not None
+    points = panel["points"] if relative else [
+        {"rank": p["rank"], "ratio": p["value"], "low": None, "high": None} for p in panel["absolute"]
+    ]
+    axes.set_title(panel["title"], fontsize=11, loc="left", fontweight="bold")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("LoRA rank r (log scale)")
+    axes.grid(True, color="#e3e3e3", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+    if points:
+        ranks = [point["rank"] for point in points]
+        ratios = [point["ratio"] for point in points]
+        bounds = [(p["ratio"] - p["low"], p["high"] - p["ratio"]) if p["low"] is not None else (0, 0) for p in points]
+        banded = any(low or high for low, high in bounds)
+        # A cost that is a constant plus a multiple of r is a curve on this axis; drawn so, it meets the crossover's mark.
+        fine = np.geomspace(ranks[0], ranks[-1], 400)
+        axes.plot(fine, np.interp(fine, ranks, ratios), color=BLUE, linewidth=1.8, zorder=4)
+        axes.errorbar(
+            ranks,
+            ratios,
+            yerr=[list(ends) for ends in zip(*bounds, strict=True)] if banded else None,
+            color=BLUE,
+            marker="o",
+            markersize=5,
+            linestyle="none",
+            elinewidth=1.5,
+            capsize=3.5,
+            label="LoRA" + (", 95% interval" if banded else ""),
+            zorder=4,
+        )
+    if relative:
+        axes.axhline(1, color=GREY, linewidth=1.5, linestyle="--", label=f"full fine-tuning: {_value(panel)}", zorder=2)
+        axes.set_ylabel(f"{panel['title'].lower()}, ratio to full fine-tuning")
+        right = axes.secondary_yaxis("right", functions=(lambda y: y * panel["full"], lambda y: y / panel["full"]))
+        right.set_ylabel(panel["unit"])
+        right.tick_params(labelsize=8.5)
+        right.spines["right"].set_color("#bbbbbb")
+    else:
+        axes.set_ylabel(panel["unit"])
+    if relative and panel["noise"] is not None:
+        axes.axhspan(
+            1 - panel["noise"],
+            1 + panel["noise"],
+            color=GREY,
+            alpha=0.13,
+            linewidth=0,
+            label=f"noise floor ±{panel['noise']:.1%}",
+            zorder=1,
+        )
+    _mark_crossover(axes, panel["crossover"], panel["ranks"])
+
+    _limits(axes, points, panel, relative)
+    if panel["failed"]:
+        axes.plot(
+            panel["failed"],
+            [0.97] * len(panel["failed"]),
+            transform=axes.get_xaxis_transform(),
+            linestyle="none",
+            marker="x",
+            markersize=9,
+            markeredgewidth=2.2,
+            color=RED,
+            label="not measured, see the table",
+            clip_on=False,
+        )
+    axes.xaxis.set_major_locator(FixedLocator(panel["ranks"]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Costs rise from the lower left, so the upper left is the corner that stays empty.
+    axes.legend(loc="upper left", fontsize=8.5, framealpha=0.92, edgecolor="#dddddd")
+
+
+def _mark_crossover(axes, crossover: dict, ranks: list[int]) -> None:
+    if crossover["rank"] is None:
+        return
+    if crossover["low"] is not None or crossover["high"] is not None:
+        low = ranks[0] if crossover["low"] is None else crossover["low"]
+        high = ranks[-1] if crossover["high"] is None else crossover["high"]
+        axes.axvspan(low, high, color=RED, alpha=0.10, linewidth=0, zorder=0)
+    text = f"crossover r≈{crossover['rank']:.0f}"
+    if crossover["low"] is not None and crossover["high"] is not None:
+        text += f" (95% interval {crossover['low']:.0f}–{crossover['high']:.0f})"
+    axes.plot([crossover["rank"]], [1], marker="D", markersize=6, color=RED, linestyle="none", zorder=5)
+    axes.axvline(crossover["rank"], color=RED, linewidth=1.3, linestyle=":", label=text, zorder=3)
+
+
+def _limits(axes, points: list[dict], panel: dict, relative: bool) -> None:
+    """Room around the data, and above it for the legend; the line of full fine-tuning is always in view."""
+    values = [value for p in points for value in (p["ratio"], p["low"], p["high"]) if value is not None]
+    if relative:
+        values += [1 - (panel["noise"] or 0), 1 + (panel["noise"] or 0)]
+    if values:
+        low, high = min(values), max(values)
+        span = max(high - low, 0.1 * high, 1e-9)
+        axes.set_ylim(max(0, low - 0.08 * span), high + 0.38 * span)
+    ranks = panel["ranks"]
+    axes.set_xlim(ranks[0] / math.sqrt(2), ranks[-1] * math.sqrt(2))
+
+
+def _value(panel: dict) -> str:
+    return f"{panel['full']:,.0f} {panel['unit']}" if panel["full"] >= 100 else f"{panel['full']:.1f} {panel['unit']}"

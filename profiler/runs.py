@@ -1,0 +1,133 @@
+"""The run folder: run.json, arms.jsonl and rank_cost.png, each written whole or not at all; and the machine they came from."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import lora_fast
+from lora_fast import LoraFastError
+
+SCHEMA_VERSION = 1
+
+
+def environment(device: str) -> dict:
+    """Versions, processor, GPU, threads, load, and the commit of lora-fast where it runs from a git checkout."""
+    gpu = None
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = {"name": properties.name, "memory_MiB": properties.total_memory / 2**20, "cuda": torch.version.cuda}
+    return {
+        "lora_fast": lora_fast.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": gpu,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None for an installed copy.
+
+    An installed copy may lie inside some other project's repository, so git must know this very file."""
+    here = Path(lora_fast.__file__)
+    try:
+        for question in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(
+            ["git", "diff", "--quiet", "HEAD"], cwd=here.parent, capture_output=True, timeout=10
+        ).returncode
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() + ("+" if changed else "")
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Replace the file at path in one step: readers see the old content or the new, never a part."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)  # mkstemp gives 0600, which would keep a run from being shared
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def to_json(document: dict) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+class RunFolder:
+    """A new or empty folder, made at the first write. Raises LoraFastError for one that holds something."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            content = sorted(entry.name for entry in self.path.iterdir())
+            if "run.json" in content or "arms.jsonl" in content:
+                raise LoraFastError(f"{self.path} holds an earlier run; give another --out, or remove that folder first")
+            if content:
+                raise LoraFastError(f"{self.path} exists and is not empty ({content[0]}); give a new folder as --out")
+        elif self.path.exists():
+            raise LoraFastError(f"{self.path} is a file; --out takes a folder")
+        parent = next(folder for folder in self.path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise LoraFastError(f"{self.path} cannot be made: {parent} cannot be written to")
+
+    def _write(self, name: str, data: str | bytes) -> Path:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / name, data)
+        return self.path / name
+
+    def write_arms(self, arms: list[dict]) -> Path:
+        """One line of JSON per arm measured so far."""
+        return self._write("arms.jsonl", "".join(json.dumps(arm, allow_nan=False) + "\n" for arm in arms))
+
+    def write_run(self, document: dict) -> Path:
+        return self._write("run.json", to_json(document))
+
+    def write_chart(self, png: bytes) -> Path:
+        return self._write("rank_cost.png", png)
+
+
+def default_folder(model_name: str) -> Path:
+    """runs/<model>-<date>-<time>, with a number behind it where that exists."""
+    safe = re.sub(r"[^\w.-]+", "-", model_name).strip("-.") or "model"
+    stem = f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    candidates = (Path("runs", stem + (f"-{n}" if n > 1 else "")) for n in range(1, 1000))
+    return next(path for path in candidates if not path.exists())

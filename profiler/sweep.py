@@ -1,0 +1,428 @@
+"""The sweep: every rank and full fine-tuning on one model, memory first and time second, and what follows from the numbers."""
+
+import contextlib
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lora_fast import LoraFastError, apply_lora, remove_lora
+from lora_fast.profiler import models
+from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
+from lora_fast.profiler.intervals import MIN_ROUNDS, log_ratios, ratio_with_interval, resampled_medians
+from lora_fast.profiler.memory import measure_in_child
+from lora_fast.profiler.ranks import auto_ranks, parse_ranks
+from lora_fast.profiler.runs import SCHEMA_VERSION, RunFolder, environment
+from lora_fast.profiler.timing import WARM_UP_ROUNDS, ArmTimes, arm_name, time_arms
+from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, out_of_memory, parse_targets
+
+# The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show it.
+NOISE_LIMIT = 0.10
+# A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within BUDGET_S.
+ROUNDS, BUDGET_S = 30, 90.0
+DEFAULTS = {
+    "cpu": {"model": "llama-5m", "dtype": "fp32", "batch_size": 4, "seq_len": 256},
+    "cuda": {"model": "llama-1b", "dtype": "bf16", "batch_size": 2, "seq_len": 1024},
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Progress = Callable[[str, int, int, str], None]
+
+
+@dataclass
+class Arm:
+    """One row. rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning, paired.
+
+    status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is missing.
+    peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in rounds."""
+
+    kind: str
+    rank: int | None
+    trainable: int
+    trainable_share: float
+    status: str = "ok"
+    error: str | None = None
+    requested_MiB: float | None = None
+    step_ms: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    optimizer_ms: float | None = None
+    tokens_per_s: float | None = None
+    ratio_to_full: float | None = None
+    ratio_ci: tuple[float, float] | None = None
+    cpu_ratio: float | None = None
+    cpu_ratio_ci: tuple[float, float] | None = None
+    peak_MiB: float | None = None
+    memory_ratio: float | None = None
+    peak_phase: str | None = None
+    by_category: dict[str, float] | None = None
+    phase_peaks_MiB: dict[str, float] | None = None
+    resident_peak_MiB: float | None = None
+    samples_ms: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return arm_name(self.rank)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Profile:
+    """What `profile_ranks` measured; `to_dict` is the content of run.json.
+
+    aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
+    crossover: "time" and "memory". folder: where the run was written, or None."""
+
+    environment: dict
+    workload: dict
+    arms: list[Arm]
+    aa: dict | None
+    crossover: dict[str, Crossover]
+    notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether any arm has a time or a peak."""
+        return any(arm.step_ms is not None or arm.peak_MiB is not None for arm in self.arms)
+
+    @property
+    def too_noisy(self) -> bool:
+        return self.aa is not None and self.aa["noise_floor"] > self.aa["limit"]
+
+    @property
+    def full(self) -> Arm:
+        return next(arm for arm in self.arms if arm.kind == "full")
+
+    @property
+    def lora(self) -> list[Arm]:
+        return [arm for arm in self.arms if arm.kind == "lora"]
+
+    def to_dict(self) -> dict:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "workload": self.workload,
+            "arms": [arm.to_dict() for arm in self.arms],
+            "aa": self.aa,
+            "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
+            "notes": self.notes,
+        }
+
+
+def profile_ranks(
+    model: str | nn.Module | None = None,
+    ranks: str | int | Sequence[int] = "auto",
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    dtype: str | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    steps: int | None = None,
+    time_budget_s: float | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    memory_limit_MiB: float | None = None,
+    out: str | Path | None = None,
+    progress: Progress = lambda stage, done, total, text: None,
+) -> Profile:
+    """Measure a training step with AdamW at every rank and with all parameters trained.
+
+    model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model (whose device and
+    dtype are then used; its weights stay bit for bit, its gradients are cleared, and it is pickled for the memory pass).
+    ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers. steps: timed rounds, of one step per arm; time_budget_s: stop
+    timing after so many seconds (at least six rounds are timed); without both, 30 rounds or 90 seconds. memory_limit_MiB:
+    what each arm may take in the memory pass; one that needs more gets the status "oom". out: a new folder for run.json,
+    arms.jsonl and rank_cost.png. progress is called with stage ("memory" or "time"), done, total, and what is at work.
+    Without model and sizes, the defaults are those of the device (`DEFAULTS`).
+
+    Raises LoraFastError for wrong input, before anything is written."""
+    wanted = parse_ranks(ranks)
+    if time_budget_s is not None and not time_budget_s > 0:
+        raise LoraFastError(f"time_budget_s={time_budget_s!r}; expected a positive number of seconds")
+    if steps is None:
+        steps, time_budget_s = ROUNDS, BUDGET_S if time_budget_s is None else time_budget_s
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < MIN_ROUNDS:
+        raise LoraFastError(f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval")
+    if memory_limit_MiB is not None and not memory_limit_MiB > 0:
+        raise LoraFastError(f"memory_limit_MiB={memory_limit_MiB!r}; expected a positive number")
+    folder = None if out is None else RunFolder(out)
+    given = model if isinstance(model, nn.Module) else None
+    if given is not None:
+        models.check_module(given)
+        parameter = next(given.parameters())
+        device, dtype = str(parameter.device), _given_dtype(parameter.dtype, dtype)
+    device = _device(device)
+    defaults = DEFAULTS[torch.device(device).type]
+    workload = Workload(
+        batch_size=defaults["batch_size"] if batch_size is None else batch_size,
+        seq_len=defaults["seq_len"] if seq_len is None else seq_len,
+        dtype=dtype or defaults["dtype"],
+        target_modules=parse_targets(target_modules),
+        device=device,
+        seed=seed,
+    )
+
+    with contextlib.ExitStack() as stack:
+        if given is None:
+            source = models.resolve(defaults["model"] if model is None else str(model))
+            subject = models.build(source, device="meta", dtype=workload.torch_dtype)
+        else:
+            stack.enter_context(_put_back(given))
+            file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")), "model.pt")
+            source, subject = models.save_module(given, file), given
+        workload.batch(subject)  # says now, not after the memory pass, that the length does not fit the model
+        total = sum(parameter.numel() for parameter in subject.parameters())
+        targets, per_rank = _probe(subject, workload)
+        if wanted is None:
+            wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
+        notes = _too_large(wanted, targets)
+
+        arms = [Arm("lora", r, per_rank * r, per_rank * r / (total + per_rank * r)) for r in wanted]
+        arms.append(Arm("full", None, total, 1.0))
+        described = {
+            "model": source.name,
+            "weights": source.weights,
+            "parameters": total,
+            **workload.to_dict(),
+            "foreach": torch.device(device).type == "cuda",
+            "attn_implementation": getattr(subject.config, "_attn_implementation", None),
+            "rounds_wanted": steps,
+            "time_budget_s": time_budget_s,
+            "warm_up_rounds": WARM_UP_ROUNDS,
+            "memory_limit_MiB": memory_limit_MiB,
+        }
+        about = environment(device)
+
+        memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress)
+        timed, reasons = _timed_arms(arms, memory, device)
+        times = _time_pass(given, source, workload, timed, steps, time_budget_s, progress)
+
+    described["rounds"] = max((len(series.step_ms) for series in times.values()), default=0)
+    aa = _add_times(arms, times, workload)
+    for arm in arms:
+        if arm.name in reasons and arm.error is None:
+            arm.error = reasons[arm.name]
+    profile = Profile(about, described, arms, aa, _crossovers(arms, seed), notes, folder.path if folder else None)
+    if folder:
+        from lora_fast.profiler.report import chart, draw_png
+
+        folder.write_arms([arm.to_dict() for arm in arms])
+        folder.write_run(profile.to_dict())
+        folder.write_chart(draw_png(chart(profile)))
+    return profile
+
+
+def _given_dtype(actual: torch.dtype, asked: str | None) -> str:
+    name = _NAMES.get(actual)
+    if name is None:
+        raise LoraFastError(f"the model's dtype is {actual}; expected one of {', '.join(DTYPES)}")
+    if asked is not None and asked != name:
+        raise LoraFastError(f"dtype={asked!r}, but the model is in {name}; convert the model, or leave dtype out")
+    return name
+
+
+def default_model(device: str) -> str:
+    """The built-in shape that `profile_ranks` measures on this device where no model is given."""
+    return DEFAULTS[torch.device(_device(device)).type]["model"]
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if kind not in DEFAULTS:
+        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LoraFastError(f"device={name!r}, but PyTorch sees no CUDA GPU here; use --device cpu")
+    return name
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module):
+    """Leave a caller's model as it was: no adapters, the same parameters trained, the same mode."""
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LoraFastError("the model already has adapters; remove_lora(model) first")
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    cache = getattr(model.config, "use_cache", None)
+    model.config.use_cache = False
+    model.train()
+    try:
+        yield
+    finally:
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            remove_lora(model)
+        model.config.use_cache = cache
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _probe(model: nn.Module, workload: Workload) -> tuple[list[tuple[str, nn.Module]], int]:
+    """The modules that get an adapter, with their paths, and how many parameters one more rank trains: Σ (K + N)."""
+    apply_lora(model, workload.lora_config(1), adapter_name="r1")
+    targets = [(path, module) for path, module in model.named_modules() if "r1" in getattr(module, "lora_A", ())]
+    remove_lora(model)
+    return targets, sum(sum(module.weight.shape) for _, module in targets)
+
+
+def _too_large(ranks: list[int], targets: list[tuple[str, nn.Module]]) -> list[str]:
+    """A note where a rank exceeds min(N, K) of a target: it can describe no more updates there, and costs more."""
+    smallest = min(min(module.weight.shape) for _, module in targets)
+    above = [rank for rank in ranks if rank > smallest]
+    if not above:
+        return []
+    names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape) == smallest})
+    return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]
+
+
+def _memory_pass(arms, source, workload, limit, folder, progress) -> dict[str, dict]:
+    """One child per arm; arms.jsonl is rewritten after each, so that a killed run keeps what was measured."""
+    results: dict[str, dict] = {}
+    for index, arm in enumerate(arms):
+        progress("memory", index, len(arms), arm.name)
+        result = results[arm.name] = measure_in_child(source, workload, arm.rank, limit)
+        arm.status, arm.error, arm.requested_MiB = result["status"], result.get("error"), result.get("requested_MiB")
+        arm.peak_MiB, arm.peak_phase = result.get("peak_MiB"), result.get("peak_phase")
+        arm.by_category, arm.phase_peaks_MiB = result.get("by_category_MiB"), result.get("phase_peaks_MiB")
+        arm.resident_peak_MiB = result.get("resident_peak_MiB")
+        if folder:
+            folder.write_arms([done.to_dict() for done in arms[: index + 1]])
+    progress("memory", len(arms), len(arms), "done")
+    full = arms[-1].peak_MiB
+    for arm in arms:
+        if full and arm.peak_MiB:
+            arm.memory_ratio = arm.peak_MiB / full
+    return results
+
+
+def _timed_arms(arms: list[Arm], memory: dict[str, dict], device: str) -> tuple[list[str], dict[str, str]]:
+    """The arms that can share one process, and for the others why not.
+
+    All arms' adapters and optimizer states stay in memory together, beside the weights and one arm's step. The second copy of
+    full fine-tuning goes first if that is too much, then the largest arms."""
+    sizes = {name: result["after_step_MiB"] for name, result in memory.items() if result["status"] == "ok"}
+    if FULL in sizes:
+        sizes[FULL_AGAIN] = sizes[FULL]
+    states = {name: after["adapters"] + after["optimizer"] for name, after in sizes.items()}
+    available = _available_MiB(device)
+    names = [arm.name for arm in arms if arm.status != "oom"] + ([FULL_AGAIN] if arms[-1].status != "oom" else [])
+    reasons = {arm.name: arm.error or "out of memory" for arm in arms if arm.status == "oom"}
+
+    def needed() -> float:
+        steps = [memory[n]["peak_MiB"] - states[n] for n in names if n in states and n in memory]
+        return sum(states.get(n, 0.0) for n in names) + max(steps, default=0.0)
+
+    while names and available is not None and needed() > available:
+        largest = FULL_AGAIN if FULL_AGAIN in names else max(names, key=lambda n: states.get(n, 0.0))
+        reasons[largest] = f"not timed: beside the others it needs {needed():.0f} MiB of {available:.0f} MiB"
+        names.remove(largest)
+    return names, reasons
+
+
+def _available_MiB(device: str) -> float | None:
+    """Free memory of the device; None where the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _time_pass(given, source, workload, names, steps, budget_s, progress) -> dict[str, ArmTimes]:
+    if not names:
+        return {}
+    progress("time", 0, WARM_UP_ROUNDS + steps, "building the model")
+    try:
+        model = given
+        if model is None:
+            model = models.build(source, device=workload.device, dtype=workload.torch_dtype, seed=workload.seed)
+        with warnings.catch_warnings():
+            # Ranks above min(N, K) are in the notes already, once and not per layer.
+            warnings.simplefilter("ignore")
+            return time_arms(
+                model,
+                workload,
+                names,
+                rounds=steps,
+                budget_s=budget_s,
+                progress=lambda done, total: progress("time", done, total, f"{len(names)} arms a round"),
+            )
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        times = {name: ArmTimes() for name in names}
+        for arm in times.values():
+            arm.fail(error)
+        return times
+
+
+def _add_times(arms: list[Arm], times: dict[str, ArmTimes], workload: Workload) -> dict | None:
+    """Fill in medians and ratios; returns the A/A result."""
+    full = times.get(FULL)
+    paired = full is not None and bool(full.step_ms)
+    for arm in arms:
+        measured = times.get(arm.name)
+        if measured is None:
+            continue
+        if measured.status != "ok":
+            if arm.status == "ok":
+                arm.status = measured.status
+                arm.error = f"in the timing pass, beside the other arms: {measured.error}"
+                arm.requested_MiB = measured.requested_MiB
+            continue
+        for phase in ("step_ms", "forward_ms", "backward_ms", "optimizer_ms"):
+            setattr(arm, phase, statistics.median(getattr(measured, phase)))
+        arm.tokens_per_s = 1e3 * workload.tokens / arm.step_ms
+        arm.samples_ms = measured.step_ms
+        if paired and arm.kind == "lora":
+            arm.ratio_to_full, arm.ratio_ci = ratio_with_interval(measured.step_ms, full.step_ms, seed=workload.seed)
+            if measured.cpu_ms:
+                arm.cpu_ratio, arm.cpu_ratio_ci = ratio_with_interval(measured.cpu_ms, full.cpu_ms, seed=workload.seed)
+    again = times.get(FULL_AGAIN)
+    if not paired or again is None or not again.step_ms:
+        return None
+    ratio, ci = ratio_with_interval(again.step_ms, full.step_ms, seed=workload.seed)
+    floor = max(abs(end - 1) for end in ci)
+    return {"ratio": ratio, "ci": ci, "noise_floor": floor, "limit": NOISE_LIMIT, "samples_ms": again.step_ms}
+
+
+def _crossovers(arms: list[Arm], seed: int) -> dict[str, Crossover]:
+    full, lora = arms[-1], arms[:-1]
+    timed = [arm for arm in lora if arm.ratio_to_full is not None]
+    if timed:
+        columns = np.stack([log_ratios(arm.samples_ms, full.samples_ms) for arm in timed], axis=1)
+        time = crossover(
+            [arm.rank for arm in timed], np.median(columns, axis=0).tolist(), resampled_medians(columns, seed=seed)
+        )
+    else:
+        time = Crossover(UNMEASURED, reason=_missing(full, full.step_ms))
+
+    sized = [arm for arm in lora if arm.memory_ratio is not None or (full.peak_MiB and arm.status == "oom")]
+    if full.peak_MiB and sized:
+        logs = [np.inf if arm.memory_ratio is None else float(np.log(arm.memory_ratio)) for arm in sized]
+        memory = crossover([arm.rank for arm in sized], logs)
+    else:
+        memory = Crossover(UNMEASURED, reason=_missing(full, full.peak_MiB))
+    return {"time": time, "memory": memory}
+
+
+def _missing(full: Arm, value: float | None) -> str:
+    if full.status == "oom" and value is None:
+        return "full fine-tuning ran out of memory"
+    return "full fine-tuning was not measured" if value is None else "no rank was measured"

@@ -1,0 +1,185 @@
+"""Step times of all arms in one process, stepped in randomized rounds, so that every arm meets the same disturbances.
+
+Timing one arm after the other is wrong where it looks best: on a busy machine it gave 0.38 of full fine-tuning with a tight
+interval where the truth was 0.93. Here each round steps every arm once in a new random order, and only ratios within a round are
+compared. The second copy of full fine-tuning (the A/A arm) shows what the method makes of two equal things.
+
+All arms share the base weights: one adapter per rank in one model, and AdamW with a learning rate of zero."""
+
+import contextlib
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_fast import LoraFastError, apply_lora, disable_adapters, lora_parameters, set_adapter
+from lora_fast.profiler.intervals import MIN_ROUNDS
+from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, loss_of, out_of_memory, requested_MiB
+
+WARM_UP_ROUNDS = 3
+
+
+def arm_name(rank: int | None) -> str:
+    return FULL if rank is None else f"r{rank}"
+
+
+@dataclass
+class ArmTimes:
+    """One value per timed round; all lists stay empty unless status is "ok". cpu_ms is process CPU time, of all threads."""
+
+    status: str = "ok"
+    error: str | None = None
+    requested_MiB: float | None = None
+    step_ms: list[float] = field(default_factory=list)
+    forward_ms: list[float] = field(default_factory=list)
+    backward_ms: list[float] = field(default_factory=list)
+    optimizer_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
+
+    def fail(self, error: Exception) -> None:
+        """Give up on this arm; a partial series is not comparable round by round, so it goes."""
+        memory = out_of_memory(error)
+        self.status = "oom" if memory else "failed"
+        self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.requested_MiB = requested_MiB(str(error)) if memory else None
+        for samples in (self.step_ms, self.forward_ms, self.backward_ms, self.optimizer_ms, self.cpu_ms):
+            samples.clear()
+
+
+class _Arm:
+    """What is trained and by which optimizer; `active` makes the shared model compute this arm and no other."""
+
+    def __init__(self, model: nn.Module, name: str, adapter: str | None, trained: list[nn.Parameter]):
+        self.model, self.name, self.adapter, self.trained = model, name, adapter, trained
+        self.optimizer = adamw(trained)
+
+    @contextlib.contextmanager
+    def active(self, base: list[nn.Parameter]):
+        if self.adapter is None:
+            for parameter in base:
+                parameter.requires_grad_(True)
+            try:
+                with disable_adapters(self.model):
+                    yield
+            finally:
+                for parameter in base:
+                    parameter.requires_grad_(False)
+        else:
+            set_adapter(self.model, self.adapter)
+            yield
+
+
+def time_arms(
+    model: nn.Module,
+    workload: Workload,
+    arms: Sequence[str],
+    *,
+    rounds: int,
+    budget_s: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, ArmTimes]:
+    """Time `rounds` steps of every arm, after warm-up; arms are names: "r8", "full", "full again".
+
+    After budget_s seconds no round begins, once there are MIN_ROUNDS. (It looks at the clock and not at the ratios, so it does not
+    favour a result.)
+
+    The model gets one adapter per rank, which the caller removes. An arm that runs out of memory or raises keeps its status and
+    the others go on. progress is called with the number of rounds done, warm-up included, and their total."""
+    times = {name: ArmTimes() for name in arms}
+    base = list(model.parameters())
+    built: dict[str, _Arm] = {}
+    for name in arms:
+        try:
+            adapter = None if name in (FULL, FULL_AGAIN) else name
+            if adapter is not None:
+                apply_lora(model, workload.lora_config(int(name[1:])), adapter_name=adapter)
+            built[name] = _Arm(model, name, adapter, base if adapter is None else lora_parameters(model))
+        except LoraFastError:
+            raise
+        except Exception as error:  # an arm that cannot be built is a row
+            times[name].fail(error)
+    for parameter in base:
+        parameter.requires_grad_(False)
+
+    batch = workload.batch(model)
+    clock = _cuda_step if torch.device(workload.device).type == "cuda" else _cpu_step
+    order = random.Random(workload.seed)
+    started = time.monotonic()
+    collecting = gc.isenabled()
+    gc.disable()  # a collection inside one arm's step would be that arm's bad luck
+    try:
+        for done in range(WARM_UP_ROUNDS + rounds):
+            if budget_s is not None and done >= WARM_UP_ROUNDS + MIN_ROUNDS and time.monotonic() - started > budget_s:
+                break
+            names = list(built)
+            order.shuffle(names)
+            for name in names:
+                try:
+                    with built[name].active(base):
+                        sample = clock(built[name], batch)
+                except Exception as error:
+                    times[name].fail(error)
+                    _release(built.pop(name))
+                    continue
+                if done >= WARM_UP_ROUNDS:
+                    for key, value in sample.items():
+                        getattr(times[name], key).append(value)
+            gc.collect()
+            progress(done + 1, WARM_UP_ROUNDS + rounds)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def _cpu_step(arm: _Arm, batch) -> dict[str, float]:
+    cpu = time.process_time()
+    start = time.perf_counter()
+    loss = loss_of(arm.model, batch)
+    forward = time.perf_counter()
+    loss.backward()
+    backward = time.perf_counter()
+    arm.optimizer.step()
+    arm.optimizer.zero_grad(set_to_none=True)
+    end = time.perf_counter()
+    return {
+        "cpu_ms": 1e3 * (time.process_time() - cpu),
+        "step_ms": 1e3 * (end - start),
+        "forward_ms": 1e3 * (forward - start),
+        "backward_ms": 1e3 * (backward - forward),
+        "optimizer_ms": 1e3 * (end - backward),
+    }
+
+
+def _cuda_step(arm: _Arm, batch) -> dict[str, float]:
+    """Events mark the phases on the GPU's own clock; one synchronization per step reads them."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    torch.cuda.synchronize()
+    events[0].record()
+    loss = loss_of(arm.model, batch)
+    events[1].record()
+    loss.backward()
+    events[2].record()
+    arm.optimizer.step()
+    arm.optimizer.zero_grad(set_to_none=True)
+    events[3].record()
+    torch.cuda.synchronize()
+    forward, backward, optimizer = (a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    return {
+        "step_ms": events[0].elapsed_time(events[3]),
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "optimizer_ms": optimizer,
+    }
+
+
+def _release(arm: _Arm) -> None:
+    """Give back what a failed step left: gradients and the optimizer's states."""
+    arm.optimizer.zero_grad(set_to_none=True)
+    arm.optimizer.state.clear()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
