@@ -1,7 +1,7 @@
 """The command `lora-fast`: reads the arguments, calls the library, prints, and answers with an exit code.
 
-Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing written; 3 nothing could be measured; 4 the noise
-floor is too high for the answer (the results are printed and written all the same); 130 interrupted.
+Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing written; 3 nothing could be measured; 4 the
+noise floor is too high for the answer (the results are printed and written all the same); 130 interrupted.
 What takes long to import (torch, Transformers, plotting) is imported by the command that needs it."""
 
 import contextlib
@@ -29,52 +29,69 @@ def profile(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A Hugging Face id or a local folder (with weights), a config.json (random weights), or a built-in shape: "
-            "llama-5m, llama-25m, llama-1b, llama-3b, llama-8b.  [default: llama-5m on a CPU, llama-1b on a GPU]",
+            help="A Hugging Face id or a local folder (with weights), a config.json (random weights), or a built-in "
+            "shape: llama-5m, llama-25m, llama-1b, llama-3b, llama-8b.  "
+            "[default: llama-5m on a CPU, llama-1b on a GPU]",
             show_default=False,
         ),
     ] = None,
-    ranks: Annotated[str, typer.Option(help="auto, numbers such as 1,2,4, or START:STOP:xFACTOR such as 4:1024:x2.")] = "auto",
+    ranks: Annotated[
+        str, typer.Option(help="auto, numbers such as 1,2,4, or START:STOP:xFACTOR such as 4:1024:x2.")
+    ] = "auto",
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences in a step.  [default: 4 on a CPU, 2 on a GPU]", show_default=False)
     ] = None,
     seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence.  [default: 256 on a CPU, 1024 on a GPU]", show_default=False)
+        int | None,
+        typer.Option(help="Tokens in a sequence.  [default: 256 on a CPU, 1024 on a GPU]", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Base weights: bf16, fp16 or fp32.  [default: fp32 on a CPU, bf16 on a GPU]", show_default=False),
+        typer.Option(
+            help="Base weights: bf16, fp16 or fp32.  [default: fp32 on a CPU, bf16 on a GPU]", show_default=False
+        ),
     ] = None,
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names such as q_proj,v_proj, or a regular expression over module paths.")
     ] = "all-linear",
     steps: Annotated[
         int | None,
-        typer.Option(help="Timed rounds, of one step per arm; at least 6.  [default: 30, or what 90 s allow]", show_default=False),
+        typer.Option(
+            help="Timed rounds, of one step per arm; at least 6.  [default: 30, or what 90 s allow]", show_default=False
+        ),
     ] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="Stop timing after so many seconds, once there are 6 rounds.", show_default=False)
+        float | None,
+        typer.Option(help="Stop timing after so many seconds, once there are 6 rounds.", show_default=False),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="For weights, tokens and the order of the arms.")] = 0,
     memory_limit: Annotated[
         float | None,
-        typer.Option(help="MiB that each arm may take; one that needs more is a row 'out of memory'.", show_default=False),
+        typer.Option(
+            help="MiB that each arm may take; one that needs more is a row 'out of memory'.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New folder for run.json, arms.jsonl, rank_cost.png.  [default: runs/MODEL-DATE-TIME]", show_default=False),
+        typer.Option(
+            help="New folder for run.json, arms.jsonl, rank_cost.png.  [default: runs/MODEL-DATE-TIME]",
+            show_default=False,
+        ),
     ] = None,
     json: Annotated[
         str | None,
-        typer.Option(help="Write run.json's content there too; - prints it, and nothing else, on stdout.", show_default=False),
+        typer.Option(
+            help="Write run.json's content there too; - prints it, and nothing else, on stdout.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Measure what each LoRA rank costs here, against full fine-tuning.
 
-    Every arm is one training step with AdamW: LoRA at each rank, and all parameters. Memory is measured in a process per arm;
-    time in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95% interval.
-    Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new folder.
+    Every arm is one training step with AdamW: LoRA at each rank, and all parameters. Memory is measured in a process
+    per arm; time in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95%
+    interval. Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new
+    folder.
     """
     from rich.console import Console
 
@@ -113,7 +130,9 @@ def profile(
         print_profile(result, console)
         if json is not None:
             runs.write_whole(Path(json), document)
-        console.print(f"Written: {result.folder}/ (run.json, arms.jsonl, rank_cost.png)", soft_wrap=True, highlight=False)
+        console.print(
+            f"Written: {result.folder}/ (run.json, arms.jsonl, rank_cost.png)", soft_wrap=True, highlight=False
+        )
     if not result.measured:
         _say("nothing could be measured; the table and run.json say why for each arm")
         raise typer.Exit(NOTHING_MEASURED)
@@ -151,7 +170,14 @@ def _progress(console) -> Iterator:
     if not console.is_terminal:
         yield _plain_progress()
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     with Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""What each LoRA rank costs on this machine, against full fine-tuning: `profile_ranks` measures, a `Profile` holds the answer.
+"""What each LoRA rank costs on this machine, against full fine-tuning: `profile_ranks` measures, a `Profile` answers.
 
 Both names are imported on first use, so that `lora-fast --help` waits for neither torch nor Transformers."""
 

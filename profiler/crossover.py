@@ -1,9 +1,9 @@
 """The rank from which LoRA is no longer cheaper than full fine-tuning, for one cost (time or memory).
 
-Cost can only grow with the rank, so measured ratios are first made non-decreasing by the pool-adjacent-violators rule (the
-least-squares non-decreasing fit; Barlow et al. 1972), which keeps noise from inventing several crossings. The crossover is
-then bracketed by the last rank whose ratio to full is below 1 and the next measured one, and placed between them on a straight
-line in r: a step's FLOPs and bytes are a constant plus a multiple of r."""
+Cost can only grow with the rank, so measured ratios are first made non-decreasing by the pool-adjacent-violators rule
+(the least-squares non-decreasing fit; Barlow et al. 1972), which keeps noise from inventing several crossings. The
+crossover is then bracketed by the last rank whose ratio to full is below 1 and the next measured one, and placed
+between them on a straight line in r: a step's FLOPs and bytes are a constant plus a multiple of r."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ BRACKETED, NEVER, ALWAYS, UNMEASURED = "bracketed", "none up to r_max", "at ever
 
 @dataclass(frozen=True)
 class Crossover:
-    """status: "bracketed"; "none up to r_max": LoRA is cheaper at every measured rank; "at every measured rank": at none;
-    "not measured": a side is missing, and reason says which.
+    """status: "bracketed"; "none up to r_max": LoRA is cheaper at every measured rank; "at every measured rank": at
+    none; "not measured": a side is missing, and reason says which.
     bracket: the last rank at which LoRA is cheaper and the first from which it is not; None at an open end.
-    rank: the crossing by interpolation. interval: its 95% interval; None at an end that lies outside the measured ranks."""
+    rank: the crossing by interpolation. interval: its 95% interval; None at an end outside the measured ranks."""
 
     status: str
     bracket: tuple[int | None, int | None] = (None, None)
@@ -41,10 +41,14 @@ class Crossover:
         if self.status == NEVER:
             text = f"{cost}: none up to r={self.r_max}; LoRA is cheaper than full fine-tuning at every measured rank"
         elif self.status == ALWAYS:
-            text = f"{cost}: LoRA is not cheaper than full fine-tuning even at r={self.r_min}, the smallest rank measured"
+            text = (
+                f"{cost}: LoRA is not cheaper than full fine-tuning even at r={self.r_min}, the smallest rank measured"
+            )
         else:
             low, high = self.bracket
-            where = f"at r≈{self.rank:.0f}, between r={low} and r={high}" if self.rank else f"between r={low} and r={high}"
+            where = (
+                f"at r≈{self.rank:.0f}, between r={low} and r={high}" if self.rank else f"between r={low} and r={high}"
+            )
             text = f"{cost}: LoRA stops being cheaper than full fine-tuning {where}"
         return text + self._interval_text()
 
@@ -70,7 +74,7 @@ def non_decreasing(values: Sequence[float]) -> list[float]:
 
 
 def crossing(ranks: Sequence[int], logs: Sequence[float]) -> tuple[int | None, int | None, float]:
-    """Bracket and place of ln(ratio to full) passing 0: (lo, hi, r); r is -inf below the first rank and +inf above the last."""
+    """Where ln(ratio to full) passes 0: (lo, hi, r), with r -inf below the first rank and +inf above the last."""
     smooth = non_decreasing(logs)
     if smooth[0] >= 0:
         return None, ranks[0], -math.inf
@@ -84,7 +88,7 @@ def crossing(ranks: Sequence[int], logs: Sequence[float]) -> tuple[int | None, i
 def crossover(ranks: Sequence[int], logs: Sequence[float], draws: np.ndarray | None = None) -> Crossover:
     """From ln(ratio to full) at ascending ranks; draws (resamples, ranks), if there is noise, gives the interval.
 
-    An entry of +inf is a rank that ran out of memory where full fine-tuning did not: it brackets, and nothing is interpolated."""
+    An entry of +inf is a rank that ran out of memory where full fine-tuning did not: it brackets, uninterpolated."""
     if not ranks:
         return Crossover(UNMEASURED, reason="no rank was measured")
     finite = [i for i, value in enumerate(logs) if not math.isinf(value)]

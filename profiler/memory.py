@@ -2,11 +2,13 @@
 
 A fresh process per arm has a clean allocator, and running out of memory there costs one row, not the run.
 - CUDA: `torch.cuda.max_memory_allocated` is the peak, and the tracker splits it.
-- CPU: PyTorch has no counter, so the tracker's peak is the peak. Beside it stands the process's resident peak, which also
-  holds the libraries' scratch memory. It only means something with glibc's thresholds lowered (`MALLOC`): by default freed
-  blocks stay resident, and the peak of a LoRA step reads 50–115% too high (measured on a Llama of 5M parameters).
+- CPU: PyTorch has no counter, so the tracker's peak is the peak. Beside it stands the process's resident peak, which
+  also holds the libraries' scratch memory. It only means something with glibc's thresholds lowered (`MALLOC`): by
+  default freed blocks stay resident, and the peak of a LoRA step reads 50–115% too high (measured on a Llama of 5M
+  parameters).
 Nothing is timed here: the tracker sees every operation and slows it down."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -29,15 +31,15 @@ MiB = 2**20
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# Threads that wait by spinning fight with whatever else runs: on two busy cores a step took 5 times as long as with this.
+# Threads that wait by spinning fight with whatever else runs: on two busy cores a step took 5 times as long.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class MemoryTracker(TorchDispatchMode):
     """Bytes alive in tensors, by category, at any moment of a step; each storage is counted once, until it is freed.
 
-    A storage born in the forward is an activation, one born later a temporary, unless `add` says otherwise. round_to is the
-    allocator's granule in bytes: 1 on a CPU, 512 on CUDA. What an operator allocates and frees inside itself is not seen."""
+    A storage born in the forward is an activation, one born later a temporary, unless `add` says otherwise. round_to is
+    the allocator's granule in bytes: 1 on a CPU, 512 on CUDA. What an operator frees inside itself is not seen."""
 
     def __init__(self, round_to: int = 1):
         super().__init__()
@@ -108,8 +110,8 @@ def track_step(
 ) -> dict:
     """One training step under the tracker, after at least one plain step, so that the optimizer's states exist.
 
-    Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, and after_step: the categories
-    after the optimizer's step, gradients not yet freed."""
+    Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, and after_step: the
+    categories after the optimizer's step, gradients not yet freed."""
     tracker = MemoryTracker(round_to)
     adapter_ids = {id(parameter) for parameter in adapters}
     for parameter in model.parameters():
@@ -147,12 +149,15 @@ def track_step(
     }
 
 
-def measure_arm(source: ModelSource, workload: Workload, rank: int | None, memory_limit_MiB: float | None = None) -> dict:
+def measure_arm(
+    source: ModelSource, workload: Workload, rank: int | None, memory_limit_MiB: float | None = None
+) -> dict:
     """Build one arm in this process and measure its training step; rank None is full fine-tuning.
 
     memory_limit_MiB bounds what this process may take on top of what it had before the model was built.
-    Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, peak_phase, after_step_MiB, and resident_peak_MiB (CPU
-    on Linux): the resident peak less what the process holds besides tensors, which is mostly code."""
+    Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, peak_phase, after_step_MiB, and
+    resident_peak_MiB (CPU on Linux): the resident peak less what the process holds besides tensors, which is mostly
+    code."""
     device = torch.device(workload.device)
     on_cpu = device.type == "cpu"
     _load_libraries(source, workload)
@@ -222,10 +227,9 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    # Where that is refused, the peak includes the building, which errs to the high side.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # 5 sets VmHWM to the present VmRSS (Linux ≥ 4.0)
-    except OSError:
-        pass  # the peak then includes the building, which errs to the high side
 
 
 def _limit_memory(limit_MiB: float | None, device: torch.device) -> None:
@@ -244,8 +248,14 @@ def _limit_memory(limit_MiB: float | None, device: torch.device) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-# What runs in the child. It takes the parent's search path, however that came about, and nothing from the current folder.
-_CHILD = "import json, sys; sys.path[:] = json.load(open(sys.argv[1]))['path']; from lora_fast.profiler import memory; memory.child()"
+# What runs in the child. It takes the parent's search path, however that came about, and nothing from the current
+# folder.
+_CHILD = """
+import json, sys
+sys.path[:] = json.load(open(sys.argv[1]))["path"]
+from lora_fast.profiler import memory
+memory.child()
+"""
 
 
 def measure_in_child(
@@ -253,8 +263,8 @@ def measure_in_child(
 ) -> dict:
     """`measure_arm` in a fresh process; whatever happens to it comes back as a status.
 
-    "ok"; "oom": out of memory, raised or killed for it; "failed": anything else; error says what. Raises LoraFastError where
-    the child found the input at fault, since every other arm would find the same."""
+    "ok"; "oom": out of memory, raised or killed for it; "failed": anything else; error says what. Raises LoraFastError
+    where the child found the input at fault, since every other arm would find the same."""
     with tempfile.TemporaryDirectory(prefix="lora-fast-") as folder:
         request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
         request.write_text(
@@ -269,7 +279,14 @@ def measure_in_child(
             )
         )
         command = [sys.executable, "-P", "-c", _CHILD, str(request), str(answer)]
-        child = subprocess.run(command, env={**os.environ, **MALLOC, **WAITING}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        child = subprocess.run(
+            command,
+            env={**os.environ, **MALLOC, **WAITING},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         if answer.is_file():
             result = json.loads(answer.read_text())
             if result["status"] == "bad input":

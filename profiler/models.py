@@ -1,6 +1,8 @@
-"""From the MODEL argument to a model: a built-in shape, a config.json, a local folder with weights, a Hugging Face id, or a module.
+"""From the MODEL argument to a model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, a
+module.
 
-`resolve` only looks, `build` makes the module; a `ModelSource` can be sent to another process, which builds its own copy."""
+`resolve` only looks, `build` makes the module; a `ModelSource` can be sent to another process, which builds its own
+copy."""
 
 import difflib
 import importlib
@@ -67,8 +69,8 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. kind is "shape", "config", "folder" or "module"; location is the shape's name, the path of the
-    config.json, the folder, or the file that torch.save wrote; name is what tables and folders call it."""
+    """Where a model comes from. kind is "shape", "config", "folder" or "module"; location is the shape's name, the path
+    of the config.json, the folder, or the file that torch.save wrote; name is what tables and folders call it."""
 
     kind: str
     location: str
@@ -84,7 +86,7 @@ class ModelSource:
 
 
 def resolve(model: str) -> ModelSource:
-    """Find out what MODEL means. Raises LoraFastError with the remedy; a Hugging Face id is downloaded here if it has to be."""
+    """Find out what MODEL means; a Hugging Face id is downloaded here if it has to be. Raises LoraFastError."""
     if model in SHAPES:
         return ModelSource("shape", model, model)
     path = Path(model).expanduser()
@@ -100,7 +102,7 @@ def resolve(model: str) -> ModelSource:
 def _resolve_config(path: Path) -> ModelSource:
     if path.suffix != ".json":
         raise LoraFastError(
-            f"MODEL {str(path)!r} is a file but no config.json; give the config.json, or the folder that holds the weights"
+            f"MODEL {str(path)!r} is a file but no config.json; give a config.json, or the folder with the weights"
         )
     read_config(path)
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
@@ -142,8 +144,8 @@ def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -151,7 +153,8 @@ def _download(model: str) -> Path:
     near = difflib.get_close_matches(model, SHAPES, n=1)
     shapes = f"built-in shapes are {', '.join(SHAPES)}" + (f"; did you mean {near[0]}?" if near else "")
     try:
-        # Weights first as safetensors, pickles only where there is nothing else; files in subfolders are other formats' copies.
+        # Weights first as safetensors, pickles only where there is nothing else; files in subfolders are other formats'
+        # copies.
         for pattern in WEIGHT_PATTERNS:
             folder = Path(snapshot_download(model, allow_patterns=["*.json", pattern], ignore_patterns=["*/*"]))
             if any(folder.glob(pattern)):
@@ -159,19 +162,21 @@ def _download(model: str) -> Path:
         return folder
     except (GatedRepoError, PermissionError) as error:
         raise LoraFastError(
-            f"MODEL {model!r} needs a licence to be accepted: do so at https://huggingface.co/{model}, then `hf auth login`"
+            f"MODEL {model!r} has a licence to accept: do so at https://huggingface.co/{model}, then `hf auth login`"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise LoraFastError(f"MODEL {model!r} is neither a path nor a model on the Hugging Face Hub; {shapes}") from error
+        raise LoraFastError(
+            f"MODEL {model!r} is neither a path nor a model on the Hugging Face Hub; {shapes}"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise LoraFastError(
-            f"MODEL {model!r} is not in the local Hugging Face cache and the Hub cannot be reached; download it once with "
-            f"`hf download {model}`, or give a local folder or a config.json; {shapes}"
+            f"MODEL {model!r} is not in the local Hugging Face cache and the Hub cannot be reached; download it once "
+            f"with `hf download {model}`, or give a local folder or a config.json; {shapes}"
         ) from error
 
 
 def read_config(path: str | Path):
-    """The Transformers config in a config.json. Raises LoraFastError if it is not one, or has no causal language model."""
+    """The Transformers config in a config.json. Raises LoraFastError if it is none, or of no causal language model."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -186,7 +191,7 @@ def read_config(path: str | Path):
         near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=3)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise LoraFastError(
-            f"{path}: unknown model type {model_type!r}; Transformers {transformers.__version__} has no class for it{hint}"
+            f"{path}: unknown model type {model_type!r}; Transformers {transformers.__version__} has none such{hint}"
         )
     try:
         config = CONFIG_MAPPING[model_type].from_dict(fields)
@@ -246,18 +251,21 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
 
 
 def check_module(model: nn.Module) -> None:
-    """Raises LoraFastError unless a forward of token ids can be run: what is needed is Transformers' `config.vocab_size`."""
+    """Raises LoraFastError unless token ids can be drawn for it, for which Transformers' `config.vocab_size` is
+    needed."""
     if not isinstance(model, nn.Module):
         raise LoraFastError(f"model is a {type(model).__name__}; expected a name, a path or a torch.nn.Module")
     if vocab_size(model) is None:
         raise LoraFastError(f"{type(model).__name__} has no config.vocab_size; expected a Transformers language model")
     for parameter in model.parameters():
         if parameter.device.type == "meta":
-            raise LoraFastError("the model has parameters on the meta device, which hold no values; load the weights first")
+            raise LoraFastError(
+                "the model has parameters on the meta device, which hold no values; load the weights first"
+            )
 
 
 def save_module(model: nn.Module, file: Path) -> ModelSource:
-    """Write a module so that a memory child can load it. Raises LoraFastError where it cannot be pickled or found again."""
+    """Write a module so that a memory child can load it. Raises LoraFastError where it cannot be pickled."""
     name = type(model).__name__
     if type(model).__module__ == "__main__":
         raise LoraFastError(

@@ -40,7 +40,9 @@ def _parse_part(part: str, text: str) -> list[int]:
         raise LoraFastError(f"--ranks {text!r}: {part!r} is not a rank; {expected}")
     start, stop, factor = map(int, match.groups())
     if start < 1 or stop < start or factor < 2:
-        raise LoraFastError(f"--ranks {text!r}: {part!r} names no rank; {expected}, with 1 ≤ START ≤ STOP and FACTOR ≥ 2")
+        raise LoraFastError(
+            f"--ranks {text!r}: {part!r} names no rank; {expected}, with 1 ≤ START ≤ STOP and FACTOR ≥ 2"
+        )
     values = []
     while start <= stop:
         values.append(start)
@@ -51,9 +53,9 @@ def _parse_part(part: str, text: str) -> list[int]:
 def auto_ranks(model: nn.Module, targets: Sequence[nn.Module], per_rank: int) -> list[int]:
     """Powers of two a factor 4 apart, at most six, up to where LoRA cannot be worth it any more.
 
-    per_rank is the number of parameters that one more rank trains, Σ (K + N) over `targets`. The upper end is the largest
-    power of two that keeps LoRA's parameters at or below the dense model's, and r ≤ min(N, K) on at least one target: at
-    r = min(N, K) the update can be any matrix, and a larger r only costs."""
+    per_rank is the number of parameters that one more rank trains, Σ (K + N) over `targets`. The upper end is the
+    largest power of two that keeps LoRA's parameters at or below the dense model's, and r ≤ min(N, K) on at least one
+    target: at r = min(N, K) the update can be any matrix, and a larger r only costs."""
     dense = sum(parameter.numel() for parameter in model.parameters())
     full_rank = max(min(module.weight.shape) for module in targets)
     top = max(1, min(dense // max(1, per_rank), full_rank))

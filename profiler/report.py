@@ -13,8 +13,8 @@ def chart(profile: Profile) -> dict:
     """The description: two panels over rank, time and memory, each a ratio to full fine-tuning.
 
     A panel has points {rank, ratio, low, high} (low and high: 95% interval, or None), failed (ranks without a value),
-    full (what a ratio of 1 is: value and unit, or None), noise (half-width of the band in which equal arms lie, or None),
-    and the crossover: rank, low, high, text."""
+    full (what a ratio of 1 is: value and unit, or None), noise (half-width of the band in which equal arms lie, or
+    None), and the crossover: rank, low, high, text."""
     full = profile.full
     time = {
         "title": "Step time",
@@ -73,9 +73,11 @@ def _draw_panel(axes, panel: dict) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     relative = panel["full"] is not None
-    points = panel["points"] if relative else [
-        {"rank": p["rank"], "ratio": p["value"], "low": None, "high": None} for p in panel["absolute"]
-    ]
+    points = (
+        panel["points"]
+        if relative
+        else [{"rank": p["rank"], "ratio": p["value"], "low": None, "high": None} for p in panel["absolute"]]
+    )
     axes.set_title(panel["title"], fontsize=11, loc="left", fontweight="bold")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("LoRA rank r (log scale)")
@@ -89,7 +91,8 @@ def _draw_panel(axes, panel: dict) -> None:
         ratios = [point["ratio"] for point in points]
         bounds = [(p["ratio"] - p["low"], p["high"] - p["ratio"]) if p["low"] is not None else (0, 0) for p in points]
         banded = any(low or high for low, high in bounds)
-        # A cost that is a constant plus a multiple of r is a curve on this axis; drawn so, it meets the crossover's mark.
+        # A cost that is a constant plus a multiple of r is a curve on this axis; drawn so, it meets the crossover's
+        # mark.
         fine = np.geomspace(ranks[0], ranks[-1], 400)
         axes.plot(fine, np.interp(fine, ranks, ratios), color=BLUE, linewidth=1.8, zorder=4)
         axes.errorbar(

@@ -1,4 +1,5 @@
-"""The run folder: run.json, arms.jsonl and rank_cost.png, each written whole or not at all; and the machine they came from."""
+"""The run folder (run.json, arms.jsonl, rank_cost.png), each file written whole or not at all, and where it came
+from."""
 
 import json
 import os
@@ -64,7 +65,9 @@ def _commit() -> str | None:
     here = Path(lora_fast.__file__)
     try:
         for question in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
-            answer = subprocess.run(["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True)
+            answer = subprocess.run(
+                ["git", *question], cwd=here.parent, capture_output=True, text=True, timeout=10, check=True
+            )
         changed = subprocess.run(
             ["git", "diff", "--quiet", "HEAD"], cwd=here.parent, capture_output=True, timeout=10
         ).returncode
@@ -100,7 +103,9 @@ class RunFolder:
         if self.path.is_dir():
             content = sorted(entry.name for entry in self.path.iterdir())
             if "run.json" in content or "arms.jsonl" in content:
-                raise LoraFastError(f"{self.path} holds an earlier run; give another --out, or remove that folder first")
+                raise LoraFastError(
+                    f"{self.path} holds an earlier run; give another --out, or remove that folder first"
+                )
             if content:
                 raise LoraFastError(f"{self.path} exists and is not empty ({content[0]}); give a new folder as --out")
         elif self.path.exists():

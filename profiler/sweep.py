@@ -1,4 +1,4 @@
-"""The sweep: every rank and full fine-tuning on one model, memory first and time second, and what follows from the numbers."""
+"""The sweep: every rank and full fine-tuning on one model, memory first and time second, and what follows from it."""
 
 import contextlib
 import statistics
@@ -22,9 +22,11 @@ from lora_fast.profiler.runs import SCHEMA_VERSION, RunFolder, environment
 from lora_fast.profiler.timing import WARM_UP_ROUNDS, ArmTimes, arm_name, time_arms
 from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, out_of_memory, parse_targets
 
-# The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show it.
+# The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
+# it.
 NOISE_LIMIT = 0.10
-# A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within BUDGET_S.
+# A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within
+# BUDGET_S.
 ROUNDS, BUDGET_S = 30, 90.0
 DEFAULTS = {
     "cpu": {"model": "llama-5m", "dtype": "fp32", "batch_size": 4, "seq_len": 256},
@@ -37,10 +39,12 @@ Progress = Callable[[str, int, int, str], None]
 
 @dataclass
 class Arm:
-    """One row. rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning, paired.
+    """One row. rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning,
+    paired.
 
-    status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is missing.
-    peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in rounds."""
+    status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is
+    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in
+    rounds."""
 
     kind: str
     rank: int | None
@@ -136,13 +140,13 @@ def profile_ranks(
 ) -> Profile:
     """Measure a training step with AdamW at every rank and with all parameters trained.
 
-    model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model (whose device and
-    dtype are then used; its weights stay bit for bit, its gradients are cleared, and it is pickled for the memory pass).
-    ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers. steps: timed rounds, of one step per arm; time_budget_s: stop
-    timing after so many seconds (at least six rounds are timed); without both, 30 rounds or 90 seconds. memory_limit_MiB:
-    what each arm may take in the memory pass; one that needs more gets the status "oom". out: a new folder for run.json,
-    arms.jsonl and rank_cost.png. progress is called with stage ("memory" or "time"), done, total, and what is at work.
-    Without model and sizes, the defaults are those of the device (`DEFAULTS`).
+    model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model (whose
+    device and dtype are then used; its weights stay bit for bit, its gradients are cleared, and it is pickled for the
+    memory pass). ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers. steps: timed rounds, of one step per
+    arm; time_budget_s: stop timing after so many seconds (at least six rounds are timed); without both, 30 rounds or 90
+    seconds. memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
+    out: a new folder for run.json, arms.jsonl and rank_cost.png. progress is called with stage ("memory" or "time"),
+    done, total, and what is at work. Without model and sizes, the defaults are those of the device (`DEFAULTS`).
 
     Raises LoraFastError for wrong input, before anything is written."""
     wanted = parse_ranks(ranks)
@@ -151,7 +155,9 @@ def profile_ranks(
     if steps is None:
         steps, time_budget_s = ROUNDS, BUDGET_S if time_budget_s is None else time_budget_s
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < MIN_ROUNDS:
-        raise LoraFastError(f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval")
+        raise LoraFastError(
+            f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval"
+        )
     if memory_limit_MiB is not None and not memory_limit_MiB > 0:
         raise LoraFastError(f"memory_limit_MiB={memory_limit_MiB!r}; expected a positive number")
     folder = None if out is None else RunFolder(out)
@@ -312,8 +318,8 @@ def _memory_pass(arms, source, workload, limit, folder, progress) -> dict[str, d
 def _timed_arms(arms: list[Arm], memory: dict[str, dict], device: str) -> tuple[list[str], dict[str, str]]:
     """The arms that can share one process, and for the others why not.
 
-    All arms' adapters and optimizer states stay in memory together, beside the weights and one arm's step. The second copy of
-    full fine-tuning goes first if that is too much, then the largest arms."""
+    All arms' adapters and optimizer states stay in memory together, beside the weights and one arm's step. The second
+    copy of full fine-tuning goes first if that is too much, then the largest arms."""
     sizes = {name: result["after_step_MiB"] for name, result in memory.items() if result["status"] == "ok"}
     if FULL in sizes:
         sizes[FULL_AGAIN] = sizes[FULL]

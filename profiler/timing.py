@@ -1,13 +1,15 @@
 """Step times of all arms in one process, stepped in randomized rounds, so that every arm meets the same disturbances.
 
-Timing one arm after the other is wrong where it looks best: on a busy machine it gave 0.38 of full fine-tuning with a tight
-interval where the truth was 0.93. Here each round steps every arm once in a new random order, and only ratios within a round are
-compared. The second copy of full fine-tuning (the A/A arm) shows what the method makes of two equal things.
+Timing one arm after the other is wrong where it looks best: on a busy machine it gave 0.38 of full fine-tuning with a
+tight interval where the truth was 0.93. Here each round steps every arm once in a new random order, and only ratios
+within a round are compared. The second copy of full fine-tuning (the A/A arm) shows what the method makes of two equal
+things.
 
 All arms share the base weights: one adapter per rank in one model, and AdamW with a learning rate of zero."""
 
 import contextlib
 import gc
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ def arm_name(rank: int | None) -> str:
 
 @dataclass
 class ArmTimes:
-    """One value per timed round; all lists stay empty unless status is "ok". cpu_ms is process CPU time, of all threads."""
+    """One value per timed round; the lists are empty unless status is "ok". cpu_ms is the CPU time of all threads."""
 
     status: str = "ok"
     error: str | None = None
@@ -84,11 +86,12 @@ def time_arms(
 ) -> dict[str, ArmTimes]:
     """Time `rounds` steps of every arm, after warm-up; arms are names: "r8", "full", "full again".
 
-    After budget_s seconds no round begins, once there are MIN_ROUNDS. (It looks at the clock and not at the ratios, so it does not
-    favour a result.)
+    After budget_s seconds no round begins, once there are MIN_ROUNDS. (It looks at the clock and not at the ratios, so
+    it does not favour a result.)
 
-    The model gets one adapter per rank, which the caller removes. An arm that runs out of memory or raises keeps its status and
-    the others go on. progress is called with the number of rounds done, warm-up included, and their total."""
+    The model gets one adapter per rank, which the caller removes. An arm that runs out of memory or raises keeps its
+    status and the others go on. progress is called with the number of rounds done, warm-up included, and their
+    total."""
     times = {name: ArmTimes() for name in arms}
     base = list(model.parameters())
     built: dict[str, _Arm] = {}
@@ -168,7 +171,7 @@ def _cuda_step(arm: _Arm, batch) -> dict[str, float]:
     arm.optimizer.zero_grad(set_to_none=True)
     events[3].record()
     torch.cuda.synchronize()
-    forward, backward, optimizer = (a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+    forward, backward, optimizer = (a.elapsed_time(b) for a, b in itertools.pairwise(events))
     return {
         "step_ms": events[0].elapsed_time(events[3]),
         "forward_ms": forward,

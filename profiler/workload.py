@@ -11,8 +11,9 @@ from lora_fast import LoraConfig, LoraFastError
 from lora_fast.profiler.models import max_positions, vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# AdamW with a learning rate of zero does all of its work and leaves the weights bit for bit as they were, so arms that share
-# them do not disturb each other. 1e-6 is the smallest usual eps that fp16 still represents; the default 1e-8 is 0 there.
+# AdamW with a learning rate of zero does all of its work and leaves the weights bit for bit as they were, so arms that
+# share them do not disturb each other. 1e-6 is the smallest usual eps that fp16 still represents; the default 1e-8 is 0
+# there.
 LEARNING_RATE = 0.0
 EPS = 1e-6
 FULL, FULL_AGAIN = "full", "full again"
@@ -71,7 +72,8 @@ class Workload:
 
 
 def parse_targets(text: str | Iterable[str]) -> str | tuple[str, ...]:
-    """--target-modules: "all-linear", a name or a comma-separated list of names, or else a regular expression over paths."""
+    """--target-modules: "all-linear", a name or comma-separated names, or else a regular expression over module
+    paths."""
     if not isinstance(text, str):
         return tuple(text)
     if text == "all-linear":
@@ -82,7 +84,8 @@ def parse_targets(text: str | Iterable[str]) -> str | tuple[str, ...]:
         re.compile(text)
     except re.error as error:
         raise LoraFastError(
-            f"target_modules={text!r} is neither all-linear, nor names such as q_proj,v_proj, nor a regular expression: {error}"
+            f"target_modules={text!r} is neither all-linear, nor names such as q_proj,v_proj, nor a regular "
+            f"expression: {error}"
         ) from error
     return text
 
