@@ -15,6 +15,7 @@ from lora_fast.injection import (
 )
 from lora_fast.linear import LoraLinear
 from lora_fast.ops import lora_linear, lora_update
+from lora_fast.peft_bridge import accelerate_peft
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "LoraFastError",
     "LoraFastWarning",
     "LoraLinear",
+    "accelerate_peft",
     "apply_lora",
     "disable_adapters",
     "fusion_report",

@@ -14,7 +14,7 @@ from lora_fast.kernels import reference
 
 _library = torch.library.Library("lora_fast", "DEF")
 
-# Drawing a mask is random: tagged so that a compiler neither merges two draws nor redraws one in backward.
+# Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
 _library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _library.define(
     "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask, "
@@ -184,6 +184,10 @@ def _check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p:
 def _draw(x: Tensor, dropout_p: float, training: bool) -> tuple[Tensor | None, float]:
     if not training or dropout_p == 0:
         return None, 0.0
+    if torch.compiler.is_compiling():
+        # In aten's own random ops: the compiler's common-subexpression pass knows those by name and ignores the tag, so
+        # that it would merge the draws of all layers that read one x (q, k and v) into one mask.
+        return reference.dropout_mask(x, dropout_p), dropout_p
     return torch.ops.lora_fast.dropout_mask(x, dropout_p), dropout_p
 
 

@@ -30,7 +30,7 @@ FLOORS = """
 kernels
 config backend tuning
 ops
-linear conv1d mlp spectrum delta rank_rules
+linear conv1d peft_layers mlp spectrum delta rank_rules
 targets injection
 peft_bridge checkpoint resize
 rank_search decision

@@ -1,0 +1,210 @@
+"""PEFT's own LoRA linears with a fast forward, chosen call by call; what it doesn't cover runs PEFT's forward.
+
+Only the class of a live module changes: parameters, adapters, merging, saving and every other method stay PEFT's.
+
+How the numbers differ from PEFT's: on an fp32 base by the rounding of the last addition. On a bf16 or fp16 base with
+fp32 adapters PEFT copies x to fp32 for every layer and runs the adapter there; here the fp32 adapters are rounded to
+x's dtype (autocast's where it is on), products accumulate in fp32, and x is never copied. The same seed drops the same
+elements in all cases."""
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+from lora_fast.ops import lora_linear, lora_update
+
+# Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_HALF = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.float32, torch.float64, *_HALF)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling `module` does anything besides its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+class Adapter(NamedTuple):
+    """What one call needs of an adapter that is plain LoRA: lora_A (R, K), lora_B (N, R), scaling, dropout's p now."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+
+
+def read_adapter(layer: PeftLinear, name: str) -> Adapter | str:
+    """The adapter of this name, or why it needs PEFT's forward."""
+    if name in layer.lora_variant:
+        return f"the adapter is a LoRA variant, {type(layer.lora_variant[name]).__name__}"
+    weights = []
+    for factors in (layer.lora_A, layer.lora_B):
+        factor = factors[name]
+        if type(factor) is not nn.Linear:
+            return f"lora_A or lora_B is a {type(factor).__name__}, not a plain nn.Linear"
+        if _is_altered(factor):
+            return "lora_A or lora_B has hooks or a forward of its own"
+        if factor.bias is not None:
+            return "the adapter has a bias of its own (lora_bias)"
+        weight = factor.weight
+        if type(weight) not in _PLAIN_TENSORS or weight.is_meta:
+            return "lora_A or lora_B is sharded, on the meta device or another special tensor"
+        weights.append(weight)
+    if weights[0].dtype != weights[1].dtype:
+        return "lora_A and lora_B are of different dtypes"
+    dropout = layer.lora_dropout[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or _is_altered(dropout):
+        return f"its dropout is not a plain nn.Dropout ({type(dropout).__name__})"
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    if p >= 1 or (p > 0 and dropout.inplace):
+        return "its dropout drops everything or works in place"
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, (int, float)):
+        return "its scaling is a tensor"
+    return Adapter(weights[0], weights[1], scaling, p)
+
+
+def read_layer(layer: PeftLinear) -> Adapter | str:
+    """The adapter that the layer applies as it stands, or why it needs PEFT's forward whatever it is called with."""
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "the adapter is merged into the base weight"
+    factors = layer.lora_A
+    active = [name for name in layer.active_adapters if name in factors]
+    if len(active) != 1:
+        return f"{len(active)} of its adapters are active, not one"
+    if not layer.cast_input_dtype_enabled:
+        return "PEFT's cast of the input is switched off"
+    return read_adapter(layer, active[0])
+
+
+def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) -> str | None:
+    """Why this input or its surroundings need PEFT's forward; weight is of the base product to be fused, if any."""
+    if _has_global_hooks():
+        return "hooks for all modules are registered"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "the model is being exported: the graph must not need lora-fast"
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in _FLOATS:
+        return "the input is not a plain floating-point tensor"
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if dtype not in _HALF or x.dtype == torch.float64:
+            return f"autocast to {dtype} of an input in {x.dtype}"
+    elif weight is not None and weight.dtype != dtype:
+        return f"the input is in {dtype}, the base weight in {weight.dtype}"
+    if adapter_dtype != dtype and not (adapter_dtype == torch.float32 and dtype in _HALF):
+        return f"the adapter is in {adapter_dtype}, the computation in {dtype}"
+    return None
+
+
+def _base_matrix(base: nn.Module) -> Tensor | None:
+    """The weight (N, K) of a base layer that is nothing but a matrix product, read anew at each call; else None."""
+    if type(base) not in (nn.Linear, Conv1D) or _is_altered(base):
+        return None
+    weight = base.weight
+    if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _FLOATS:
+        return None
+    return weight if type(base) is nn.Linear else weight.t()
+
+
+def base_refusal(base: nn.Module) -> str | None:
+    """Why a base layer is called as it is, or None where its product is fused with the update."""
+    if _base_matrix(base) is not None:
+        return None
+    if type(base) in (nn.Linear, Conv1D):
+        return "the base layer has hooks, a forward of its own or a special weight: it is called as it is"
+    return f"the base layer is a {type(base).__name__}: it is called as it is"
+
+
+class FastForward:
+    """The forward put before PEFT's: y = base(x) + scaling · drop(x) lora_Aᵀ lora_Bᵀ as one op, or PEFT's own.
+
+    calls_by_path counts calls by (path, reason): "lora_linear" (base and update in one op), "lora_update" (the base
+    layer called as it is, the update fused) or "peft". Calls inside a compiled graph are not counted."""
+
+    calls_by_path: Counter[tuple[str, str | None]]
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter = "the call has arguments besides the input" if args or kwargs else read_layer(self)
+        refusal = adapter if isinstance(adapter, str) else None
+        if refusal is None:
+            base = self.base_layer
+            weight = _base_matrix(base)
+            refusal = _call_refusal(x, weight, adapter.lora_A.dtype)
+        if refusal is not None:
+            self._count("peft", refusal)
+            return super().forward(x, *args, **kwargs)
+        lora_A, lora_B, scaling, p = adapter
+        if weight is None:
+            self._count("lora_update", base_refusal(base))
+            return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p)
+        self._count("lora_linear", None)
+        return lora_linear(x, weight, lora_A, lora_B, scaling, base.bias, dropout_p=p)
+
+    def _count(self, path: str, reason: str | None) -> None:
+        if not torch.compiler.is_compiling():  # a counter would break the graph
+            self.calls_by_path[path, reason] += 1
+
+
+class LoraFastPeftLinear(FastForward, PeftLinear):
+    """PEFT's lora.Linear (over nn.Linear, its subclasses and Conv1D) with the fast forward."""
+
+
+# "Linear" stays in each name: PEFT recognizes linear layers by it. Fully at module level, so that they can be pickled.
+FAST_CLASSES: dict[type, type] = {PeftLinear: LoraFastPeftLinear}
+
+if is_bnb_available():
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    class LoraFastPeftLinear8bitLt(FastForward, Linear8bitLt):
+        """PEFT's LoRA over an 8-bit layer of bitsandbytes: the base layer as it is, the update fused."""
+
+    FAST_CLASSES[Linear8bitLt] = LoraFastPeftLinear8bitLt
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class LoraFastPeftLinear4bit(FastForward, Linear4bit):
+        """PEFT's LoRA over a 4-bit layer of bitsandbytes: the base layer as it is, the update fused."""
+
+    FAST_CLASSES[Linear4bit] = LoraFastPeftLinear4bit
+
+
+def swap_refusal(layer: nn.Module) -> str | None:
+    """Why this PEFT layer can't take a fast class, or None."""
+    kind = type(layer)
+    if kind not in FAST_CLASSES and not isinstance(layer, FastForward):
+        return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__} has no fast path"
+    if "forward" in layer.__dict__:
+        return "the layer's forward was replaced on the instance"
+    return None
+
+
+def make_fast(layer: nn.Module) -> None:
+    """Swaps the class of a layer that swap_refusal has nothing against; one that is fast already stays as it is."""
+    if not isinstance(layer, FastForward):
+        layer.__class__ = FAST_CLASSES[type(layer)]
+        layer.calls_by_path = Counter()
