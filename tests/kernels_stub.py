@@ -8,10 +8,8 @@ from pathlib import Path
 
 VERSION = "0.18.2"
 
-PACKAGE = """
+PACKAGE = """\
 import enum
-
-__version__ = "0.18.2"
 
 
 class Mode(enum.Flag):
@@ -53,10 +51,10 @@ get_kernel = kernelize = register_kernel_mapping = _needs_the_real_package
 replace_kernel_forward_from_hub = use_kernel_mapping = _needs_the_real_package
 """
 
-METADATA = f"""\
+METADATA = """\
 Metadata-Version: 2.1
 Name: kernels
-Version: {VERSION}
+Version: {version}
 Summary: Stub of Hugging Face's package `kernels`
 """
 
@@ -68,12 +66,12 @@ Tag: py3-none-any
 """
 
 
-def install(site: Path) -> None:
+def install(site: Path, version: str = VERSION) -> None:
     """Write the package and its metadata as pip would."""
-    info = f"kernels-{VERSION}.dist-info"
+    info = f"kernels-{version}.dist-info"
     files = {
         "kernels/__init__.py": PACKAGE,
-        f"{info}/METADATA": METADATA,
+        f"{info}/METADATA": METADATA.format(version=version),
         f"{info}/WHEEL": WHEEL,
         f"{info}/INSTALLER": "lora-fast tests\n",
     }
