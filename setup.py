@@ -49,7 +49,9 @@ setup(
         # torch's CUDA builds bring triton themselves; its CPU builds do not, and the interpreter is wanted there too.
         'triton>=3.6; platform_system == "Linux"',
         "transformers>=5.17",
+        "huggingface_hub>=1.0",
         "safetensors>=0.5",
+        "numpy>=2.0",
         "typer>=0.15",
         "rich>=13",
         "matplotlib>=3.9",

@@ -151,6 +151,15 @@ def test_nobody_imports_the_folders_by_their_own_names():
             assert not tops & {"kernels", "profiler"}, f"{path.name}: import lora_fast.kernels or lora_fast.profiler"
 
 
+def test_every_import_is_declared():
+    """In setup.py, as a requirement or an extra. (The import names are the distributions' own.)"""
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in importlib.metadata.requires("lora-fast")}
+    for module, path in modules().items():
+        tops = {name.partition(".")[0] for name in imported_names(path.read_text(encoding="utf-8"))}
+        undeclared = tops - declared - set(sys.stdlib_module_names) - {"lora_fast"}
+        assert not undeclared, f"{module} imports {undeclared}"
+
+
 def tracked_files() -> list[Path]:
     """Files in git's index, as paths relative to the root; skips the test where there is no git checkout."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
