@@ -149,7 +149,11 @@ class LoraConfig:
             set_(name, MappingProxyType(dict(pattern)))
         indices = self.layers_to_transform
         if indices is not None:
-            indices = (indices,) if isinstance(indices, int) else tuple(indices)
+            listed = (indices,) if isinstance(indices, int) else indices
+            whole = isinstance(listed, Collection) and all(type(i) is int and i >= 0 for i in listed)
+            if not whole:
+                raise LoraFastError(f"layers_to_transform={indices!r}; expected a layer's index, or a list of them")
+            indices = tuple(listed)
             set_("layers_to_transform", indices)
         if (indices is not None or self.layers_pattern) and isinstance(self.target_modules, str):
             raise LoraFastError(

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend, triton_unsupported
 from lora_fast.config import LoraConfig, LoraFastError, warn
-from lora_fast.linear import LoraLayer, adapter_spec, lora_class
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, lora_class
 from lora_fast.targets import saved_module_names, target_modules
 
 _STATE = "_lora_fast_state"
@@ -135,25 +136,29 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule"
         )
     targets = target_modules(model, config)
-    saved_module_names(model, config)
+    for name in saved_module_names(model, config):
+        if any(is_offloaded(module) for module in model.get_submodule(name).modules()):
+            raise LoraFastError(f"modules_to_save: {name} is offloaded by accelerate; keep it on a device to train it")
     for name, module in targets.items():
-        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+        attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
+        if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
             raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or exclude_modules it")
     return targets
 
 
-def _become(module: nn.Module, cls: type) -> None:
-    """Swaps the class of a live module. accelerate's hooks sit on the instance as a `forward` of the old class: taken
-    off and put back."""
-    hook = module.__dict__.get("_hf_hook")
-    if hook is None:
-        module.__class__ = cls
-        return
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool:
+    """Whether this attribute of the instance is just its class's forward, bound: what accelerate leaves when it takes a
+    hook off."""
+    return getattr(module.__dict__.get(attribute), "__func__", None) is type(module).forward
 
-    remove_hook_from_module(module)
+
+def _become(module: nn.Module, cls: type) -> None:
+    """Swaps the class of a live module, under accelerate's hook if it has one: that calls its `_old_forward`."""
+    if _is_its_class_forward(module):
+        del module.__dict__["forward"]
     module.__class__ = cls
-    add_hook_to_module(module, hook)
+    if "_old_forward" in module.__dict__:
+        module._old_forward = MethodType(cls.forward, module)
 
 
 def apply_lora(
@@ -195,6 +200,8 @@ def inject(
     init = config.init_lora_weights if init is None else init
     specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
     _check_ranks(targets, specs, init)
+    if init in ("pissa", "olora"):
+        _check_base_can_change(model, targets, init)
     state = model.__dict__.get(_STATE)
     if state is None:
         state = LoraState(trained_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad))
@@ -208,7 +215,7 @@ def inject(
         module.add_adapter(adapter_name, specs[name], init, adapter_dtype)
     for name in saved_module_names(model, config):
         original = state.originals.setdefault(name, model.get_submodule(name))
-        state.copies.setdefault(adapter_name, {})[name] = copy.deepcopy(original)
+        state.copies.setdefault(adapter_name, {})[name] = _trained_copy(original)
     _train_biases(model, state, config)
     state.configs[adapter_name] = config
     state.trainable[adapter_name] = trainable
@@ -227,6 +234,39 @@ def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -
         f"r={rank} exceeds min(N, K)={smallest} of {name} ({len(too_large)} modules so): the update is never of higher "
         "rank than that, and a full-weight update would train fewer parameters"
     )
+
+
+def _check_base_can_change(model: nn.Module, targets: dict[str, nn.Module], init: str) -> None:
+    tied = tied_weights(model, targets)
+    for name, module in targets.items():
+        if name in tied:
+            raise LoraFastError(
+                f"init_lora_weights={init!r} changes {name}.weight, which is tied to {tied[name]}; untie them, exclude "
+                f"{name}, or start with init_lora_weights=True"
+            )
+        if is_offloaded(module):
+            raise LoraFastError(
+                f"init_lora_weights={init!r} changes {name}.weight, which accelerate has offloaded; apply it before "
+                "offloading"
+            )
+
+
+def tied_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """{layer's dotted name: another name of the same weight}, of those among `layers` whose weight has one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    others = {n: [o for o in names.get(id(m.weight), ()) if o != f"{n}.weight"] for n, m in layers.items()}
+    return {name: found[0] for name, found in others.items() if found}
+
+
+def _trained_copy(module: nn.Module) -> nn.Module:
+    """A copy for modules_to_save, without our hook: remove_lora takes that off the original."""
+    result = copy.deepcopy(module)
+    for part in result.modules():
+        for key in [key for key, hook in part._forward_hooks.items() if isinstance(hook, _CheckpointInput)]:
+            del part._forward_hooks[key]
+    return result
 
 
 def _watch_checkpointing(model: nn.Module, state: LoraState) -> None:
@@ -340,14 +380,13 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
     if state.merged_keep is not None:
         raise LoraFastError(f"adapter {state.active!r} is merged already; unmerge_lora(model) first")
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active_adapter is not None}
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    tied = tied_weights(model, layers)
     for name, layer in layers.items():
-        others = [n for n in names[id(layer.weight)] if n != f"{name}.weight"]
-        if others:
+        if is_offloaded(layer):
+            raise LoraFastError(f"{name}.weight is offloaded by accelerate; move the model to a device, then merge")
+        if name in tied:
             raise LoraFastError(
-                f"{name}.weight is tied to {others[0]}: merging would change both; untie them, or leave it unmerged"
+                f"{name}.weight is tied to {tied[name]}: merging would change both; untie them, or leave it unmerged"
             )
         for factor in (layer.lora_A, layer.lora_B):
             if not torch.isfinite(factor[layer.active_adapter].weight).all():

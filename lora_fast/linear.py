@@ -81,8 +81,8 @@ class LoraLayer(nn.Module):
         weight's device."""
         n, k = self.matrix().shape
         # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
-        on_meta = self.weight.device.type == "meta"
-        make = "meta" if on_meta else "cpu"
+        device = _execution_device(self) if is_offloaded(self) else self.weight.device
+        make = "meta" if device.type == "meta" else "cpu"
         a = nn.Linear(k, spec.r, bias=False, device=make, dtype=torch.float32)
         b = nn.Linear(spec.r, n, bias=False, device=make, dtype=torch.float32)
         if init in ("pissa", "olora"):
@@ -102,8 +102,8 @@ class LoraLayer(nn.Module):
             # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16
             # too.
             a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
-        self.lora_A[name] = a.to(device=self.weight.device, dtype=dtype)
-        self.lora_B[name] = b.to(device=self.weight.device, dtype=dtype)
+        self.lora_A[name] = a.to(device=device, dtype=dtype)
+        self.lora_B[name] = b.to(device=device, dtype=dtype)
         self.lora_A[name].train(self.training)
         self.lora_B[name].train(self.training)
         self.adapter_specs[name] = spec
@@ -224,6 +224,24 @@ class LoraLinear(LoraLayer, nn.Linear):
     arXiv:2106.09685, section 4.1."""
 
     base_class = nn.Linear
+
+
+def _hooks(module: nn.Module) -> tuple:
+    hook = module.__dict__.get("_hf_hook")
+    return tuple(getattr(hook, "hooks", (hook,)))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere between calls, and empty ones ("meta") in their place."""
+    empty = any(p.device.type == "meta" for p in module.parameters(recurse=False))
+    return empty and any(getattr(hook, "offload", False) for hook in _hooks(module))
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where accelerate runs an offloaded module."""
+    devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
+    device = next(device for device in devices if device is not None)
+    return torch.empty(0, device=device).device  # accelerate also writes a GPU as its number
 
 
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
