@@ -14,6 +14,7 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
@@ -106,6 +107,8 @@ def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) 
         return "hooks for all modules are registered"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "the model is being exported: the graph must not need lora-fast"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "torch.func or forward-mode differentiation, which the op has no rule for"
     if type(x) not in _PLAIN_TENSORS or x.dtype not in _FLOATS:
         return "the input is not a plain floating-point tensor"
     dtype = x.dtype

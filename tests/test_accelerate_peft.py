@@ -418,13 +418,54 @@ def test_factors_on_the_meta_device_are_refused():
     assert "meta" in read_adapter(stock.linear, "default")
 
 
-def test_an_exported_graph_holds_pefts_own_ops():
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_holds_pefts_own_ops(strict):
     stock, fast = pair(lora_dropout=0.0)
     x = x_like(12, K).detach()
-    program = torch.export.export(fast.eval(), (x,))
+    program = torch.export.export(fast.eval(), (x,), strict=strict)
     assert "lora_fast" not in str(program.graph)
-    traced = torch.jit.trace(fast, (x,), check_trace=False)
-    assert torch.equal(traced(x), stock.eval()(x)) and torch.equal(program.module()(x), stock(x))
+    assert torch.equal(program.module()(x), stock.eval()(x))
+
+
+def test_a_traced_graph_holds_pefts_own_ops():
+    stock, fast = pair(lora_dropout=0.0)
+    x = x_like(12, K).detach()
+    traced = torch.jit.trace(fast.eval(), (x,), check_trace=False)
+    assert torch.equal(traced(x), stock.eval()(x))
+    assert paths(fast) == {"peft"}
+
+
+def tangents(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        return torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+
+
+def factor_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    """Of each row of x by itself."""
+    weights = {name: p.detach() for name, p in model.named_parameters() if "lora_A" in name}
+
+    def loss(weights, row):
+        return torch.func.functional_call(model, weights, (row[None],)).square().sum()
+
+    (rows,) = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x).values()
+    return rows
+
+
+TRANSFORMS = {
+    "grad and vmap": factor_gradients,
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "jvp": lambda model, x: torch.func.jvp(model, (x,), (torch.ones_like(x),))[1],
+    "dual numbers": tangents,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms_run_pefts_own_forward(transform):
+    stock, fast = pair(lora_dropout=0.0)
+    x = x_like(12, K).detach()
+    values, expected = (TRANSFORMS[transform](model, x) for model in (fast, stock))
+    assert expected.count_nonzero() and torch.equal(values, expected)
     assert paths(fast) == {"peft"}
 
 
