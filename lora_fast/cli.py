@@ -99,12 +99,9 @@ def profile(
         _check_json_target(Path(json))
     errors = Console(stderr=True)
     with _progress(errors) as report:
-        from lora_fast.profiler import models, runs, sweep
+        from lora_fast.profiler import runs, sweep
 
         _quiet()
-        if out is None:
-            chosen = model if model is not None else sweep.default_model(device)
-            out = runs.default_folder(models.resolve(chosen).name)
         result = sweep.profile_ranks(
             model,
             ranks,
@@ -117,7 +114,7 @@ def profile(
             device=device,
             seed=seed,
             memory_limit_MiB=memory_limit,
-            out=out,
+            out=out or sweep.AUTO,
             progress=report,
         )
     document = runs.to_json(result.to_dict())

@@ -9,12 +9,6 @@ A fresh process per arm has a clean allocator, and running out of memory there c
 Nothing is timed here: the tracker sees every operation and slows it down."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import traceback
 import weakref
 from pathlib import Path
 
@@ -25,14 +19,12 @@ from torch.utils._pytree import tree_leaves
 
 from lora_fast import LoraFastError, apply_lora, lora_parameters
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.workload import Workload, adamw, loss_of, out_of_memory, requested_MiB
+from lora_fast.profiler.workload import Workload, adamw, loss_of
 
 MiB = 2**20
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-# Threads that wait by spinning fight with whatever else runs: on two busy cores a step took 5 times as long.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -152,7 +144,7 @@ def track_step(
 def measure_arm(
     source: ModelSource, workload: Workload, rank: int | None, memory_limit_MiB: float | None = None
 ) -> dict:
-    """Build one arm in this process and measure its training step; rank None is full fine-tuning.
+    """Build one arm in this process, which should be fresh, and measure its step; rank None is full fine-tuning.
 
     memory_limit_MiB bounds what this process may take on top of what it had before the model was built.
     Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, peak_phase, after_step_MiB, and
@@ -209,8 +201,9 @@ def _held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 def _load_libraries(source: ModelSource, workload: Workload) -> None:
     """Import the model's code and start the thread pools, so that a memory limit leaves them out."""
     build(source, device="meta", dtype=workload.torch_dtype)
-    layer = nn.Linear(64, 64, device=workload.device, dtype=workload.torch_dtype)
-    layer(torch.ones(64, 64, device=workload.device, dtype=workload.torch_dtype)).sum().backward()
+    # Large enough that all threads take part.
+    layer = nn.Linear(512, 512, device=workload.device, dtype=workload.torch_dtype)
+    layer(torch.ones(512, 512, device=workload.device, dtype=workload.torch_dtype)).sum().backward()
 
 
 def _status_MiB(field: str) -> float | None:
@@ -246,85 +239,3 @@ def _limit_memory(limit_MiB: float | None, device: torch.device) -> None:
 
     limit = int((used + limit_MiB) * MiB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-# What runs in the child. It takes the parent's search path, however that came about, and nothing from the current
-# folder.
-_CHILD = """
-import json, sys
-sys.path[:] = json.load(open(sys.argv[1]))["path"]
-from lora_fast.profiler import memory
-memory.child()
-"""
-
-
-def measure_in_child(
-    source: ModelSource, workload: Workload, rank: int | None, memory_limit_MiB: float | None = None
-) -> dict:
-    """`measure_arm` in a fresh process; whatever happens to it comes back as a status.
-
-    "ok"; "oom": out of memory, raised or killed for it; "failed": anything else; error says what. Raises LoraFastError
-    where the child found the input at fault, since every other arm would find the same."""
-    with tempfile.TemporaryDirectory(prefix="lora-fast-") as folder:
-        request, answer = Path(folder, "request.json"), Path(folder, "answer.json")
-        request.write_text(
-            json.dumps(
-                {
-                    "path": sys.path,
-                    "source": source.to_dict(),
-                    "workload": vars(workload),
-                    "rank": rank,
-                    "memory_limit_MiB": memory_limit_MiB,
-                }
-            )
-        )
-        command = [sys.executable, "-P", "-c", _CHILD, str(request), str(answer)]
-        child = subprocess.run(
-            command,
-            env={**os.environ, **MALLOC, **WAITING},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-        if answer.is_file():
-            result = json.loads(answer.read_text())
-            if result["status"] == "bad input":
-                raise LoraFastError(result["error"])
-            return result
-    return _death(child.returncode, child.stderr)
-
-
-def _death(code: int, stderr: str) -> dict:
-    """The status of a child that ended without an answer."""
-    last = stderr.strip().splitlines()[-1][:300] if stderr.strip() else "no message"
-    if code in (-9, 137):
-        return {"status": "oom", "error": "killed by the system (SIGKILL), as Linux does when memory runs out"}
-    if "bad_alloc" in stderr or "MemoryError" in stderr:
-        return {"status": "oom", "error": f"ended with code {code}: {last}"}
-    return {"status": "failed", "error": f"the measuring process ended with code {code}: {last}"}
-
-
-def child() -> None:
-    """Entry point of the child: read the request, write the answer whole or not at all."""
-    request = json.loads(Path(sys.argv[1]).read_text())
-    answer = Path(sys.argv[2])
-    workload = request["workload"]
-    if not isinstance(workload["target_modules"], str):
-        workload["target_modules"] = tuple(workload["target_modules"])
-    try:
-        result = measure_arm(
-            ModelSource(**request["source"]), Workload(**workload), request["rank"], request["memory_limit_MiB"]
-        )
-    except LoraFastError as error:
-        result = {"status": "bad input", "error": str(error)}
-    except Exception as error:
-        if out_of_memory(error):
-            text = " ".join(str(error).split())[:300]
-            result = {"status": "oom", "error": text, "requested_MiB": requested_MiB(str(error))}
-        else:
-            traceback.print_exc()
-            result = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    partial = answer.with_suffix(".tmp")
-    partial.write_text(json.dumps(result))
-    os.replace(partial, answer)

@@ -87,6 +87,8 @@ class ModelSource:
 
 def resolve(model: str) -> ModelSource:
     """Find out what MODEL means; a Hugging Face id is downloaded here if it has to be. Raises LoraFastError."""
+    if not model.strip():
+        raise LoraFastError(f"MODEL is empty; expected a path, a Hugging Face id, or one of {', '.join(SHAPES)}")
     if model in SHAPES:
         return ModelSource("shape", model, model)
     path = Path(model).expanduser()
@@ -94,7 +96,7 @@ def resolve(model: str) -> ModelSource:
         return _resolve_config(path)
     if path.is_dir():
         return _resolve_folder(path, path.resolve().name)
-    if model.endswith(".json") or model.startswith((".", "~", "/")) or model.count("/") > 1 or not model.strip():
+    if model.endswith(".json") or model.startswith((".", "~", "/")) or model.count("/") > 1:
         raise LoraFastError(f"MODEL {model!r}: there is no such file or folder")
     return _resolve_folder(_download(model), model)
 
@@ -187,7 +189,7 @@ def read_config(path: str | Path):
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise LoraFastError(f"{path} has no field model_type, so it is no Transformers config")
     model_type = fields["model_type"]
-    if model_type not in CONFIG_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=3)
         hint = f"; near names: {', '.join(near)}" if near else ""
         raise LoraFastError(
@@ -225,7 +227,9 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
 
     Random weights are drawn from `seed`. Raises LoraFastError where Transformers cannot make or load it."""
     if source.kind == "module":
-        return torch.load(source.location, map_location=device, weights_only=False)
+        model = torch.load(source.location, map_location=device, weights_only=False)
+        model.config.use_cache = False
+        return model.train()
 
     from transformers import AutoModelForCausalLM
 
@@ -257,6 +261,8 @@ def check_module(model: nn.Module) -> None:
         raise LoraFastError(f"model is a {type(model).__name__}; expected a name, a path or a torch.nn.Module")
     if vocab_size(model) is None:
         raise LoraFastError(f"{type(model).__name__} has no config.vocab_size; expected a Transformers language model")
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise LoraFastError("the model carries adapters already; give the base model, or take them out first")
     for parameter in model.parameters():
         if parameter.device.type == "meta":
             raise LoraFastError(

@@ -3,7 +3,6 @@
 import contextlib
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,11 +15,12 @@ from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
 from lora_fast.profiler.intervals import MIN_ROUNDS, log_ratios, ratio_with_interval, resampled_medians
-from lora_fast.profiler.memory import measure_in_child
+from lora_fast.profiler.memory import MALLOC
+from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
-from lora_fast.profiler.runs import SCHEMA_VERSION, RunFolder, environment
-from lora_fast.profiler.timing import WARM_UP_ROUNDS, ArmTimes, arm_name, time_arms
-from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, out_of_memory, parse_targets
+from lora_fast.profiler.runs import SCHEMA_VERSION, RunFolder, default_folder, environment
+from lora_fast.profiler.timing import WARM_UP_ROUNDS, arm_name
+from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_targets
 
 # The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
 # it.
@@ -32,6 +32,7 @@ DEFAULTS = {
     "cpu": {"model": "llama-5m", "dtype": "fp32", "batch_size": 4, "seq_len": 256},
     "cuda": {"model": "llama-1b", "dtype": "bf16", "batch_size": 2, "seq_len": 1024},
 }
+AUTO = "auto"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[str, int, int, str], None]
@@ -140,13 +141,15 @@ def profile_ranks(
 ) -> Profile:
     """Measure a training step with AdamW at every rank and with all parameters trained.
 
-    model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model (whose
-    device and dtype are then used; its weights stay bit for bit, its gradients are cleared, and it is pickled for the
-    memory pass). ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers. steps: timed rounds, of one step per
-    arm; time_budget_s: stop timing after so many seconds (at least six rounds are timed); without both, 30 rounds or 90
-    seconds. memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
-    out: a new folder for run.json, arms.jsonl and rank_cost.png. progress is called with stage ("memory" or "time"),
-    done, total, and what is at work. Without model and sizes, the defaults are those of the device (`DEFAULTS`).
+    model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model. The last
+    is not touched: copies of it are measured, in its dtype and on its device.
+    ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers.
+    steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
+    timed); without both, 30 rounds or 90 seconds.
+    memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
+    out: a new folder for run.json, arms.jsonl and rank_cost.png; "auto": runs/<model>-<date>-<time>.
+    progress is called with stage ("memory" or "time"), done, total, and what is at work.
+    Without model and sizes, the defaults are those of the device (`DEFAULTS`).
 
     Raises LoraFastError for wrong input, before anything is written."""
     wanted = parse_ranks(ranks)
@@ -160,7 +163,7 @@ def profile_ranks(
         )
     if memory_limit_MiB is not None and not memory_limit_MiB > 0:
         raise LoraFastError(f"memory_limit_MiB={memory_limit_MiB!r}; expected a positive number")
-    folder = None if out is None else RunFolder(out)
+    folder = None if out in (None, AUTO) else RunFolder(out)
     given = model if isinstance(model, nn.Module) else None
     if given is not None:
         models.check_module(given)
@@ -180,11 +183,12 @@ def profile_ranks(
     with contextlib.ExitStack() as stack:
         if given is None:
             source = models.resolve(defaults["model"] if model is None else str(model))
-            subject = models.build(source, device="meta", dtype=workload.torch_dtype)
         else:
-            stack.enter_context(_put_back(given))
             file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")), "model.pt")
-            source, subject = models.save_module(given, file), given
+            source = models.save_module(given, file)
+        subject = models.build(source, device="meta", dtype=workload.torch_dtype)
+        if out == AUTO:
+            folder = RunFolder(default_folder(source.name))
         workload.batch(subject)  # says now, not after the memory pass, that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
         targets, per_rank = _probe(subject, workload)
@@ -205,14 +209,15 @@ def profile_ranks(
             "time_budget_s": time_budget_s,
             "warm_up_rounds": WARM_UP_ROUNDS,
             "memory_limit_MiB": memory_limit_MiB,
+            "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
         }
         about = environment(device)
 
         memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress)
         timed, reasons = _timed_arms(arms, memory, device)
-        times = _time_pass(given, source, workload, timed, steps, time_budget_s, progress)
+        times = _time_pass(source, workload, timed, steps, time_budget_s, progress)
 
-    described["rounds"] = max((len(series.step_ms) for series in times.values()), default=0)
+    described["rounds"] = max((len(series.get("step_ms", ())) for series in times.values()), default=0)
     aa = _add_times(arms, times, workload)
     for arm in arms:
         if arm.name in reasons and arm.error is None:
@@ -236,11 +241,6 @@ def _given_dtype(actual: torch.dtype, asked: str | None) -> str:
     return name
 
 
-def default_model(device: str) -> str:
-    """The built-in shape that `profile_ranks` measures on this device where no model is given."""
-    return DEFAULTS[torch.device(_device(device)).type]["model"]
-
-
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -253,28 +253,6 @@ def _device(name: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise LoraFastError(f"device={name!r}, but PyTorch sees no CUDA GPU here; use --device cpu")
     return name
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module):
-    """Leave a caller's model as it was: no adapters, the same parameters trained, the same mode."""
-    if any(hasattr(module, "lora_A") for module in model.modules()):
-        raise LoraFastError("the model already has adapters; remove_lora(model) first")
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    cache = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False
-    model.train()
-    try:
-        yield
-    finally:
-        if any(hasattr(module, "lora_A") for module in model.modules()):
-            remove_lora(model)
-        model.config.use_cache = cache
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def _probe(model: nn.Module, workload: Workload) -> tuple[list[tuple[str, nn.Module]], int]:
@@ -300,7 +278,10 @@ def _memory_pass(arms, source, workload, limit, folder, progress) -> dict[str, d
     results: dict[str, dict] = {}
     for index, arm in enumerate(arms):
         progress("memory", index, len(arms), arm.name)
-        result = results[arm.name] = measure_in_child(source, workload, arm.rank, limit)
+        result = run_in_child(
+            "memory", source, workload, {"rank": arm.rank, "memory_limit_MiB": limit}, environment=MALLOC
+        )
+        results[arm.name] = result
         arm.status, arm.error, arm.requested_MiB = result["status"], result.get("error"), result.get("requested_MiB")
         arm.peak_MiB, arm.peak_phase = result.get("peak_MiB"), result.get("peak_phase")
         arm.by_category, arm.phase_peaks_MiB = result.get("by_category_MiB"), result.get("phase_peaks_MiB")
@@ -350,62 +331,49 @@ def _available_MiB(device: str) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _time_pass(given, source, workload, names, steps, budget_s, progress) -> dict[str, ArmTimes]:
+def _time_pass(source, workload, names, steps, budget_s, progress) -> dict[str, dict]:
+    """Each arm's series, or its status where there is none."""
     if not names:
         return {}
-    progress("time", 0, WARM_UP_ROUNDS + steps, "building the model")
-    try:
-        model = given
-        if model is None:
-            model = models.build(source, device=workload.device, dtype=workload.torch_dtype, seed=workload.seed)
-        with warnings.catch_warnings():
-            # Ranks above min(N, K) are in the notes already, once and not per layer.
-            warnings.simplefilter("ignore")
-            return time_arms(
-                model,
-                workload,
-                names,
-                rounds=steps,
-                budget_s=budget_s,
-                progress=lambda done, total: progress("time", done, total, f"{len(names)} arms a round"),
-            )
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        times = {name: ArmTimes() for name in names}
-        for arm in times.values():
-            arm.fail(error)
-        return times
+    progress("time", 0, WARM_UP_ROUNDS + steps, "loading")
+    result = run_in_child(
+        "time",
+        source,
+        workload,
+        {"arms": names, "rounds": steps, "budget_s": budget_s},
+        progress=lambda done, total: progress("time", done, total, f"{len(names)} arms a round"),
+    )
+    progress("time", WARM_UP_ROUNDS + steps, WARM_UP_ROUNDS + steps, "done")
+    return result["arms"] if result["status"] == "ok" else dict.fromkeys(names, result)
 
 
-def _add_times(arms: list[Arm], times: dict[str, ArmTimes], workload: Workload) -> dict | None:
+def _add_times(arms: list[Arm], times: dict[str, dict], workload: Workload) -> dict | None:
     """Fill in medians and ratios; returns the A/A result."""
-    full = times.get(FULL)
-    paired = full is not None and bool(full.step_ms)
+    full = times.get(FULL, {}).get("step_ms")
     for arm in arms:
         measured = times.get(arm.name)
         if measured is None:
             continue
-        if measured.status != "ok":
+        if measured["status"] != "ok":
             if arm.status == "ok":
-                arm.status = measured.status
-                arm.error = f"in the timing pass, beside the other arms: {measured.error}"
-                arm.requested_MiB = measured.requested_MiB
+                arm.status, arm.requested_MiB = measured["status"], measured.get("requested_MiB")
+                arm.error = f"in the timing pass, beside the other arms: {measured['error']}"
             continue
         for phase in ("step_ms", "forward_ms", "backward_ms", "optimizer_ms"):
-            setattr(arm, phase, statistics.median(getattr(measured, phase)))
+            setattr(arm, phase, statistics.median(measured[phase]))
         arm.tokens_per_s = 1e3 * workload.tokens / arm.step_ms
-        arm.samples_ms = measured.step_ms
-        if paired and arm.kind == "lora":
-            arm.ratio_to_full, arm.ratio_ci = ratio_with_interval(measured.step_ms, full.step_ms, seed=workload.seed)
-            if measured.cpu_ms:
-                arm.cpu_ratio, arm.cpu_ratio_ci = ratio_with_interval(measured.cpu_ms, full.cpu_ms, seed=workload.seed)
-    again = times.get(FULL_AGAIN)
-    if not paired or again is None or not again.step_ms:
+        arm.samples_ms = measured["step_ms"]
+        if full and arm.kind == "lora":
+            arm.ratio_to_full, arm.ratio_ci = ratio_with_interval(measured["step_ms"], full, seed=workload.seed)
+            if measured["cpu_ms"]:
+                cpu = measured["cpu_ms"], times[FULL]["cpu_ms"]
+                arm.cpu_ratio, arm.cpu_ratio_ci = ratio_with_interval(*cpu, seed=workload.seed)
+    again = times.get(FULL_AGAIN, {}).get("step_ms")
+    if not full or not again:
         return None
-    ratio, ci = ratio_with_interval(again.step_ms, full.step_ms, seed=workload.seed)
+    ratio, ci = ratio_with_interval(again, full, seed=workload.seed)
     floor = max(abs(end - 1) for end in ci)
-    return {"ratio": ratio, "ci": ci, "noise_floor": floor, "limit": NOISE_LIMIT, "samples_ms": again.step_ms}
+    return {"ratio": ratio, "ci": ci, "noise_floor": floor, "limit": NOISE_LIMIT, "samples_ms": again}
 
 
 def _crossovers(arms: list[Arm], seed: int) -> dict[str, Crossover]:

@@ -21,8 +21,15 @@ def print_profile(profile: Profile, console: Console) -> None:
 def sentences(profile: Profile) -> list[str]:
     """The crossovers, then what else the reader has to know."""
     lines = [f"Crossover in {profile.crossover[cost].sentence(cost)}" for cost in ("time", "memory")]
-    lines += [f"{arm.name}: {arm.error}" for arm in profile.arms if arm.error]
+    lines += [f"{arm.name}: {_reason(arm)}" for arm in profile.arms if arm.error]
     return lines + [f"Note: {note}" for note in profile.notes]
+
+
+def _reason(arm: Arm) -> str:
+    """The error; for memory that ran out, instead of the allocator's own words, what it was asked for last."""
+    if arm.status == "oom" and arm.requested_MiB is not None:
+        return f"out of memory, at an allocation of {arm.requested_MiB:,.1f} MiB"
+    return arm.error
 
 
 def title(profile: Profile) -> str:

@@ -13,14 +13,15 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora, disable_adapters, lora_parameters, set_adapter
 from lora_fast.profiler.intervals import MIN_ROUNDS
-from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, loss_of, out_of_memory, requested_MiB
+from lora_fast.profiler.models import ModelSource, build
+from lora_fast.profiler.process import describe
+from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, loss_of
 
 WARM_UP_ROUNDS = 3
 
@@ -29,34 +30,14 @@ def arm_name(rank: int | None) -> str:
     return FULL if rank is None else f"r{rank}"
 
 
-@dataclass
-class ArmTimes:
-    """One value per timed round; the lists are empty unless status is "ok". cpu_ms is the CPU time of all threads."""
-
-    status: str = "ok"
-    error: str | None = None
-    requested_MiB: float | None = None
-    step_ms: list[float] = field(default_factory=list)
-    forward_ms: list[float] = field(default_factory=list)
-    backward_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
-
-    def fail(self, error: Exception) -> None:
-        """Give up on this arm; a partial series is not comparable round by round, so it goes."""
-        memory = out_of_memory(error)
-        self.status = "oom" if memory else "failed"
-        self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        self.requested_MiB = requested_MiB(str(error)) if memory else None
-        for samples in (self.step_ms, self.forward_ms, self.backward_ms, self.optimizer_ms, self.cpu_ms):
-            samples.clear()
+SERIES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "cpu_ms")
 
 
 class _Arm:
     """What is trained and by which optimizer; `active` makes the shared model compute this arm and no other."""
 
-    def __init__(self, model: nn.Module, name: str, adapter: str | None, trained: list[nn.Parameter]):
-        self.model, self.name, self.adapter, self.trained = model, name, adapter, trained
+    def __init__(self, model: nn.Module, adapter: str | None, trained: list[nn.Parameter]):
+        self.model, self.adapter = model, adapter
         self.optimizer = adamw(trained)
 
     @contextlib.contextmanager
@@ -76,35 +57,32 @@ class _Arm:
 
 
 def time_arms(
-    model: nn.Module,
+    source: ModelSource,
     workload: Workload,
     arms: Sequence[str],
-    *,
     rounds: int,
     budget_s: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, ArmTimes]:
+) -> dict:
     """Time `rounds` steps of every arm, after warm-up; arms are names: "r8", "full", "full again".
 
     After budget_s seconds no round begins, once there are MIN_ROUNDS. (It looks at the clock and not at the ratios, so
-    it does not favour a result.)
-
-    The model gets one adapter per rank, which the caller removes. An arm that runs out of memory or raises keeps its
-    status and the others go on. progress is called with the number of rounds done, warm-up included, and their
-    total."""
-    times = {name: ArmTimes() for name in arms}
+    it does not favour a result.) progress is called with the number of rounds done, warm-up included, and their total.
+    Returns {"status": "ok", "arms": {name: {"status": "ok", a list with one value per timed round for each of
+    SERIES}}}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or raises has its
+    status and error instead, and no values, since a partial series cannot be paired; the others go on."""
+    model = build(source, device=workload.device, dtype=workload.torch_dtype, seed=workload.seed)
     base = list(model.parameters())
+    results: dict[str, dict] = {}
     built: dict[str, _Arm] = {}
     for name in arms:
         try:
-            adapter = None if name in (FULL, FULL_AGAIN) else name
-            if adapter is not None:
-                apply_lora(model, workload.lora_config(int(name[1:])), adapter_name=adapter)
-            built[name] = _Arm(model, name, adapter, base if adapter is None else lora_parameters(model))
+            built[name] = _build_arm(model, workload, name, base)
+            results[name] = {"status": "ok", **{series: [] for series in SERIES}}
         except LoraFastError:
             raise
         except Exception as error:  # an arm that cannot be built is a row
-            times[name].fail(error)
+            results[name] = describe(error)
     for parameter in base:
         parameter.requires_grad_(False)
 
@@ -112,7 +90,6 @@ def time_arms(
     clock = _cuda_step if torch.device(workload.device).type == "cuda" else _cpu_step
     order = random.Random(workload.seed)
     started = time.monotonic()
-    collecting = gc.isenabled()
     gc.disable()  # a collection inside one arm's step would be that arm's bad luck
     try:
         for done in range(WARM_UP_ROUNDS + rounds):
@@ -125,18 +102,24 @@ def time_arms(
                     with built[name].active(base):
                         sample = clock(built[name], batch)
                 except Exception as error:
-                    times[name].fail(error)
+                    results[name] = describe(error)
                     _release(built.pop(name))
                     continue
                 if done >= WARM_UP_ROUNDS:
-                    for key, value in sample.items():
-                        getattr(times[name], key).append(value)
+                    for series, value in sample.items():
+                        results[name][series].append(value)
             gc.collect()
             progress(done + 1, WARM_UP_ROUNDS + rounds)
     finally:
-        if collecting:
-            gc.enable()
-    return times
+        gc.enable()
+    return {"status": "ok", "arms": results}
+
+
+def _build_arm(model: nn.Module, workload: Workload, name: str, base: list[nn.Parameter]) -> _Arm:
+    if name in (FULL, FULL_AGAIN):
+        return _Arm(model, None, base)
+    apply_lora(model, workload.lora_config(int(name[1:])), adapter_name=name)
+    return _Arm(model, name, lora_parameters(model))
 
 
 def _cpu_step(arm: _Arm, batch) -> dict[str, float]:

@@ -1,0 +1,140 @@
+"""A measurement in a process of its own: whatever happens to it, out of memory or killed, comes back as a status."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lora_fast import LoraFastError
+from lora_fast.profiler.models import ModelSource
+from lora_fast.profiler.workload import Workload, out_of_memory, requested_MiB
+
+# Threads that wait by spinning fight with whatever else runs (on two busy cores a step took five times as long), and
+# the spinning counts as CPU time. A policy that the user has set stays.
+WAITING = "PASSIVE"
+
+# What runs in the child. It takes the parent's search path, however that came about, and nothing from the current
+# folder.
+_CHILD = """
+import json, sys
+sys.path[:] = json.load(open(sys.argv[1]))["path"]
+from lora_fast.profiler import process
+process.child()
+"""
+
+
+def environment_of_children() -> dict[str, str]:
+    return {"OMP_WAIT_POLICY": WAITING, **os.environ}
+
+
+def run_in_child(
+    task: str,
+    source: ModelSource,
+    workload: Workload,
+    arguments: dict,
+    *,
+    environment: dict[str, str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict:
+    """Run a task ("memory" or "time") on source and workload in a fresh process, with these arguments beside them.
+
+    Returns its answer, a dict with the status "ok"; or {"status": "oom" or "failed", "error", perhaps "requested_MiB"}:
+    memory ran out, raised or killed for it, or anything else went wrong. Raises LoraFastError where the child found the
+    input at fault. environment: variables besides `environment_of_children`. progress gets what the task reports."""
+    with tempfile.TemporaryDirectory(prefix="lora-fast-") as folder:
+        request, answer, errors = (Path(folder, name) for name in ("request.json", "answer.json", "stderr"))
+        request.write_text(
+            json.dumps(
+                {
+                    "path": sys.path,
+                    "threads": torch.get_num_threads(),
+                    "task": task,
+                    "source": source.to_dict(),
+                    "workload": vars(workload),
+                    "arguments": arguments,
+                }
+            )
+        )
+        with (
+            errors.open("wb") as stderr,
+            subprocess.Popen(
+                [sys.executable, "-P", "-c", _CHILD, str(request), str(answer)],
+                env={**environment_of_children(), **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                encoding="utf-8",
+                errors="replace",
+            ) as child,
+        ):
+            try:
+                for line in child.stdout:  # a blocking read: waiting takes no CPU from the child
+                    if progress and line.startswith(_MARK):
+                        progress(*map(int, line[len(_MARK) :].split()))
+            except BaseException:
+                child.kill()
+                raise
+        if answer.is_file():
+            result = json.loads(answer.read_text())
+            if result["status"] == "bad input":
+                raise LoraFastError(result["error"])
+            return result
+        return _death(child.returncode, errors.read_text(errors="replace"))
+
+
+_MARK = "lora-fast progress "
+
+
+def _report(done: int, total: int) -> None:
+    print(f"{_MARK}{done} {total}", flush=True)
+
+
+def _death(code: int, stderr: str) -> dict:
+    """The status of a child that ended without an answer."""
+    last = stderr.strip().splitlines()[-1][:300] if stderr.strip() else "no message"
+    if code in (-9, 137):
+        return {"status": "oom", "error": "killed by the system (SIGKILL), as Linux does when memory runs out"}
+    if "bad_alloc" in stderr or "MemoryError" in stderr:
+        return {"status": "oom", "error": f"ended with code {code}: {last}"}
+    return {"status": "failed", "error": f"the measuring process ended with code {code}: {last}"}
+
+
+def describe(error: Exception) -> dict:
+    """An exception as status, error and, for memory, how much the allocation that failed asked for."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not out_of_memory(error):
+        return {"status": "failed", "error": text, "requested_MiB": None}
+    return {"status": "oom", "error": text, "requested_MiB": requested_MiB(str(error))}
+
+
+def child() -> None:
+    """Entry point of the child: read the request, write the answer whole or not at all."""
+    from lora_fast.profiler.memory import measure_arm
+    from lora_fast.profiler.timing import time_arms
+
+    request = json.loads(Path(sys.argv[1]).read_text())
+    answer = Path(sys.argv[2])
+    torch.set_num_threads(request["threads"])
+    fields = request["workload"]
+    if not isinstance(fields["target_modules"], str):
+        fields["target_modules"] = tuple(fields["target_modules"])
+    source, workload = ModelSource(**request["source"]), Workload(**fields)
+    try:
+        if request["task"] == "memory":
+            result = measure_arm(source, workload, **request["arguments"])
+        else:
+            result = time_arms(source, workload, **request["arguments"], progress=_report)
+    except LoraFastError as error:
+        result = {"status": "bad input", "error": str(error)}
+    except Exception as error:
+        traceback.print_exc()
+        result = describe(error)
+    partial = answer.with_suffix(".tmp")
+    partial.write_text(json.dumps(result))
+    os.replace(partial, answer)

@@ -1,0 +1,220 @@
+"""What a profile looks like: table, chart and run folder, from a profile made by hand."""
+
+import io
+import json
+import os
+import struct
+
+import pytest
+from rich.console import Console
+
+from lora_fast import LoraFastError
+from lora_fast.profiler import runs
+from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
+from lora_fast.profiler.report import chart, draw_png
+from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
+from lora_fast.profiler.sweep import Arm, Profile
+from lora_fast.profiler.table import print_profile, si
+
+WORKLOAD = {
+    "model": "llama-5m",
+    "parameters": 4_999_424,
+    "dtype": "fp32",
+    "batch_size": 4,
+    "seq_len": 256,
+    "target_modules": "all-linear",
+    "rounds": 30,
+}
+MACHINE = {"gpu": None, "cpu": "A processor of some make", "threads": 2, "torch": "2.13.0"}
+
+
+def arm(rank, ratio=None, peak=None, **changes) -> Arm:
+    ci = None if ratio is None else (ratio - 0.02, ratio + 0.03)
+    step = None if ratio is None else 200 * ratio
+    made = Arm(
+        "full" if rank is None else "lora",
+        rank,
+        1000 * (rank or 5000),
+        0.01 * (rank or 100),
+        step_ms=step,
+        forward_ms=step and 0.4 * step,
+        backward_ms=step and 0.5 * step,
+        optimizer_ms=step and 0.1 * step,
+        tokens_per_s=step and 1024e3 / step,
+        ratio_to_full=ratio if rank else None,
+        ratio_ci=ci if rank else None,
+        cpu_ratio=ratio if rank else None,
+        peak_MiB=peak,
+        memory_ratio=peak and peak / 190,
+    )
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.fixture
+def profile() -> Profile:
+    arms = [
+        arm(1, 0.8, 139),
+        arm(8, 0.91, 141),
+        arm(64, 1.1, 160),
+        arm(512, status="oom", error="RuntimeError: no room", requested_MiB=64.0),
+        arm(None, 1.0, 190),
+    ]
+    aa = {"ratio": 0.99, "ci": (0.97, 1.02), "noise_floor": 0.03, "limit": 0.1, "samples_ms": []}
+    found = {"time": crossover([1, 8, 64], [-0.2, -0.1, 0.1]), "memory": crossover([1, 8, 64], [-0.3, -0.2, -0.1])}
+    return Profile(MACHINE, WORKLOAD, arms, aa, found, ["a note"])
+
+
+def printed(profile, width, terminal=False) -> str:
+    stream = io.StringIO()
+    print_profile(profile, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
+    return stream.getvalue()
+
+
+def test_the_table_says_it_all(profile):
+    text = printed(profile, 120)
+    row = next(line for line in text.splitlines() if line.strip().startswith("8 "))
+    assert row.split() == [
+        "8",
+        "8.00k",
+        "8.00%",
+        "182",
+        "72.8",
+        "/",
+        "91.0",
+        "/",
+        "18.2",
+        "5,626",
+        "0.91",
+        "[0.89,",
+        "0.94]",
+        "0.91",
+        "141",
+        "0.74",
+    ]
+    assert "out of memory" in next(line for line in text.splitlines() if line.strip().startswith("512 "))
+    assert "r512: out of memory, at an allocation of 64.0 MiB" in text
+    assert "Noise floor ±3.0%" in text and "0.990 [0.970, 1.020]" in text
+    assert "Crossover in time: LoRA stops being cheaper than full fine-tuning at r≈" in text
+    assert "between r=8 and r=64" in text and "Crossover in memory: none up to r=64" in text
+    assert "Note: a note" in text
+    assert "\x1b" not in text and "╭" not in text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_the_table_fits_its_window_and_cuts_no_number(profile, width):
+    text = printed(profile, width, terminal=True)
+    table = [line for line in text.splitlines() if line.startswith(("╭", "│", "├", "╰"))]
+    assert table and max(map(len, table)) <= width
+    assert "…" not in text and "0.91 [0.89, 0.94]" in text
+
+
+def test_a_profile_without_a_baseline_is_shown_too(profile):
+    for made in profile.arms:
+        made.ratio_to_full = made.ratio_ci = made.cpu_ratio = made.memory_ratio = None
+    profile.arms[-1] = arm(None, status="oom", error="killed")
+    profile.aa = None
+    profile.crossover = dict.fromkeys(("time", "memory"), Crossover(UNMEASURED, reason="full ran out of memory"))
+    text = printed(profile, 120)
+    assert "Noise floor not measured" in text and "no crossover, because full ran out of memory" in text
+    panels = chart(profile)["panels"]
+    assert [panel["full"] for panel in panels] == [None, None]
+    assert [len(panel["absolute"]) for panel in panels] == [3, 3]
+    assert size_of(draw_png(chart(profile))) == (1650, 750)
+
+
+def test_a_profile_of_nothing_is_shown_too(profile):
+    profile.arms = [arm(4, status="oom", error="killed"), arm(None, status="oom", error="killed")]
+    profile.aa = None
+    profile.crossover = dict.fromkeys(("time", "memory"), Crossover(UNMEASURED, reason="full ran out of memory"))
+    assert not profile.measured
+    assert "OOM" in printed(profile, 120)
+    assert size_of(draw_png(chart(profile))) == (1650, 750)
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND"
+    return struct.unpack(">II", png[16:24])
+
+
+def test_the_chart_shows_every_point_and_the_crossover(profile):
+    description = chart(profile)
+    time, memory = description["panels"]
+    assert json.loads(json.dumps(description)) == description  # plain data, so that another drawing can use it
+    assert [point["rank"] for point in time["points"]] == [1, 8, 64]
+    assert time["points"][1]["ratio"] == 0.91 and time["points"][1]["low"] < 0.91 < time["points"][1]["high"]
+    assert time["failed"] == memory["failed"] == [512] and time["noise"] == 0.03
+    assert time["crossover"]["rank"] == profile.crossover["time"].rank and memory["crossover"]["rank"] is None
+    png = draw_png(description)
+    assert size_of(png) == (1650, 750)
+    assert len(png) > 20_000  # an empty canvas takes 7 kB
+
+
+def test_the_chart_is_drawn_and_not_blank(profile):
+    from matplotlib.image import imread
+
+    pixels = imread(io.BytesIO(draw_png(chart(profile))))[..., :3]
+    blue = (abs(pixels - [0x1F / 255, 0x5F / 255, 0xA8 / 255]) < 0.02).all(axis=2)
+    red = (abs(pixels - [0xC0 / 255, 0x39 / 255, 0x2B / 255]) < 0.02).all(axis=2)
+    left, right = blue[:, :825], blue[:, 825:]
+    assert left.sum() > 500 and right.sum() > 500  # the ranks' line in both panels
+    assert red.sum() > 100  # the crossover, and the rank that was not measured
+
+
+def test_counts_are_short():
+    values = [7, 999, 18_496, 147_968, 999_700, 4_999_424, 47_349_76, 1_235_814_400, 8_030_261_248]
+    assert [si(value) for value in values] == ["7", "999", "18.5k", "148k", "1.00M", "5.00M", "4.73M", "1.24B", "8.03B"]
+
+
+def test_a_profile_becomes_json_and_comes_back(profile):
+    document = json.loads(to_json(profile.to_dict()))
+    assert document["schema_version"] == 1 and len(document["arms"]) == 5
+    assert document["arms"][1]["ratio_ci"] == [0.89, 0.9400000000000001]
+    assert document["crossover"]["time"]["bracket"] == [8, 64] and document["aa"]["noise_floor"] == 0.03
+    assert not profile.too_noisy
+    profile.aa["noise_floor"] = 0.11
+    assert profile.too_noisy
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_whole(path, "old")
+    write_whole(path, "new")
+    assert path.read_text() == "new" and oct(path.stat().st_mode & 0o777) == "0o644"
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(runs.os, "fsync", fails)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, "half")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["run.json"]
+
+
+def test_folders_that_hold_something_are_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "arms.jsonl").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, says in (("full", "not empty .thesis.txt"), ("run", "earlier run"), ("run/arms.jsonl", "is a file")):
+        with pytest.raises(LoraFastError, match=says):
+            RunFolder(tmp_path / name)
+    with pytest.raises(LoraFastError, match="cannot be"):
+        RunFolder(tmp_path / "full" / "thesis.txt" / "below")
+    RunFolder(tmp_path / "empty")
+    folder = RunFolder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()  # made by the first write
+    folder.write_arms([{"rank": 1}, {"rank": 2}])
+    assert (tmp_path / "new" / "deep" / "arms.jsonl").read_text() == '{"rank": 1}\n{"rank": 2}\n'
+
+
+def test_default_folders_are_new_and_safe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = default_folder("Qwen/Qwen3 0.6B")
+    assert first.parent.name == "runs" and first.name.startswith("Qwen-Qwen3-0.6B-2")
+    monkeypatch.setattr(runs.time, "strftime", lambda _: "20260101-000000")
+    (tmp_path / "runs" / "m-20260101-000000").mkdir(parents=True)
+    assert default_folder("m").name == "m-20260101-000000-2"
+    assert default_folder("../..").name == "model-20260101-000000"

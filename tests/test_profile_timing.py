@@ -1,0 +1,204 @@
+"""The time pass: what each arm computes, the order of the rounds, arms that fail, and ratios on a constructed clock."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lora_fast import lora_parameters
+from lora_fast.profiler import models, process, timing
+from lora_fast.profiler.models import ModelSource
+from lora_fast.profiler.sweep import Arm, _add_times, _crossovers, _timed_arms
+from lora_fast.profiler.timing import SERIES, WARM_UP_ROUNDS, time_arms
+from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload
+
+WORK = Workload(batch_size=2, seq_len=8, dtype="fp32", target_modules="all-linear", device="cpu", seed=3)
+ARMS = ["r2", "r4", FULL, FULL_AGAIN]
+
+
+class TwoLinears(nn.Module):
+    """Token ids (2, 8) → loss. With `trouble` set, the adapter of that rank meets it in its forward."""
+
+    def __init__(self, trouble=None, rank=4):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.config = SimpleNamespace(vocab_size=50)
+        self.trouble, self.rank = trouble, rank
+
+    def forward(self, input_ids, labels):
+        weights = getattr(self.first, "lora_A", {})
+        trained = [w for w in weights.values() if w.weight.requires_grad and w.weight.shape[0] == self.rank]
+        active = trained and not self.first.adapters_disabled
+        if active and self.trouble == "raise":
+            raise IndexError("nothing there")
+        if active and self.trouble == "memory":
+            torch.empty(2**58)
+        if active and self.trouble == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return SimpleNamespace(loss=self.second(self.first(input_ids.float()).tanh()).square().mean())
+
+
+@pytest.fixture
+def sent(tmp_path):
+    return lambda *trouble: models.save_module(TwoLinears(*trouble), tmp_path / "model.pt")
+
+
+@pytest.fixture
+def stepped(monkeypatch):
+    """What every step trained: (arm's adapter or None, names of the parameters with a gradient), in order."""
+    seen, models_seen, true_step = [], [], timing._cpu_step
+
+    def step(arm, batch):
+        names = []
+        hooks = [
+            p.register_post_accumulate_grad_hook(
+                lambda p, name=name: names.append((name, bool(p.grad.isfinite().all())))
+            )
+            for name, p in arm.model.named_parameters()
+            if p.requires_grad
+        ]
+        try:
+            return true_step(arm, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            seen.append((arm.adapter, sorted(name for name, finite in names if finite)))
+            models_seen[:] = [arm.model]
+
+    monkeypatch.setattr(timing, "_cpu_step", step)
+    return SimpleNamespace(steps=seen, model=models_seen)
+
+
+BASE = ["first.bias", "first.weight", "second.bias", "second.weight"]
+
+
+def test_each_arm_trains_what_it_says_and_the_shared_weights_stay(sent, stepped):
+    source = sent()
+    before = torch.load(source.location, weights_only=False).state_dict()
+    result = time_arms(source, WORK, ARMS, rounds=6)
+
+    assert result["status"] == "ok" and list(result["arms"]) == ARMS
+    for series in result["arms"].values():
+        assert series["status"] == "ok"
+        assert {len(series[name]) for name in SERIES} == {6}
+        assert all(value > 0 for value in series["step_ms"])
+        phases = np.sum([series[name] for name in ("forward_ms", "backward_ms", "optimizer_ms")], axis=0)
+        assert np.allclose(phases, series["step_ms"])
+    assert len(stepped.steps) == 4 * (6 + WARM_UP_ROUNDS)
+    for adapter, trained in stepped.steps:
+        if adapter is None:
+            assert trained == BASE
+        else:
+            layers = ("first", "second")
+            assert trained == sorted(f"{m}.lora_{x}.{adapter}.weight" for m in layers for x in "AB")
+    model = stepped.model[0]
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert len(lora_parameters(model)) == 4
+
+
+def test_every_round_has_every_arm_in_an_order_of_its_own(sent, stepped):
+    time_arms(sent(), WORK, ARMS[:3], rounds=9)
+    orders = [tuple(adapter for adapter, _ in stepped.steps[i : i + 3]) for i in range(0, len(stepped.steps), 3)]
+    assert all(sorted(map(str, order)) == ["None", "r2", "r4"] for order in orders)
+    assert len(set(orders)) >= 4
+    again = list(stepped.steps)
+    stepped.steps.clear()
+    time_arms(sent(), WORK, ARMS[:3], rounds=9)
+    assert [adapter for adapter, _ in stepped.steps] == [adapter for adapter, _ in again]
+
+
+@pytest.mark.parametrize(("trouble", "status"), [("raise", "failed"), ("memory", "oom")])
+def test_an_arm_that_fails_is_a_row_and_the_others_go_on(sent, trouble, status):
+    arms = time_arms(sent(trouble), WORK, ARMS, rounds=6)["arms"]
+    assert arms["r4"]["status"] == status and "step_ms" not in arms["r4"]
+    assert (arms["r4"]["requested_MiB"] == 2**40) is (trouble == "memory")
+    assert all(len(arms[name]["step_ms"]) == 6 for name in ("r2", FULL, FULL_AGAIN))
+
+
+def test_timing_that_is_killed_is_a_status(sent):
+    arguments = {"arms": ARMS, "rounds": 6, "budget_s": None}
+    reports = []
+    result = process.run_in_child(
+        "time", sent("kill"), WORK, arguments, progress=lambda *report: reports.append(report)
+    )
+    assert result["status"] == "oom" and "SIGKILL" in result["error"]
+    fine = process.run_in_child("time", sent(), WORK, arguments, progress=lambda *report: reports.append(report))
+    assert fine["status"] == "ok" and len(fine["arms"]["r2"]["cpu_ms"]) == 6
+    assert reports == [(done, 6 + WARM_UP_ROUNDS) for done in range(1, 7 + WARM_UP_ROUNDS)]
+
+
+def test_a_spent_budget_leaves_six_rounds(sent):
+    arms = time_arms(sent(), WORK, ARMS, rounds=500, budget_s=1e-9)["arms"]
+    assert {len(series["step_ms"]) for series in arms.values()} == {6}
+
+
+def rows(*ranks):
+    return [*(Arm("lora", rank, rank, 0.1) for rank in ranks), Arm("full", None, 100, 1.0)]
+
+
+def series(step_ms):
+    step_ms = list(map(float, step_ms))
+    return {"status": "ok", **{name: step_ms for name in SERIES}}
+
+
+def test_ratios_and_crossover_survive_a_disturbed_clock():
+    """Rounds that take up to thirty times as long: paired ratios are those of the arms, whatever the medians say."""
+    rng = np.random.default_rng(0)
+    disturbance = np.exp(rng.uniform(0, 3.4, 25))
+    noise = lambda: np.exp(0.01 * rng.standard_normal(25))  # noqa: E731
+    cost = {"r1": 0.80, "r16": 0.95, "r64": 1.05, FULL: 1.0, FULL_AGAIN: 1.0}
+    times = {name: series(100 * value * disturbance * noise()) for name, value in cost.items()}
+    arms = rows(1, 16, 64)
+    aa = _add_times(arms, times, WORK)
+    for arm in arms[:-1]:
+        low, high = arm.ratio_ci
+        assert low <= arm.ratio_to_full <= high and high - low < 0.04
+        assert arm.ratio_to_full == pytest.approx(cost[arm.name], rel=0.02)
+        assert arm.tokens_per_s == pytest.approx(16e3 / arm.step_ms)
+    assert arms[-1].ratio_to_full is None and arms[-1].samples_ms == times[FULL]["step_ms"]
+    assert aa["noise_floor"] < 0.02 and aa["ci"][0] < 1.01 and aa["ci"][1] > 0.99
+    time = _crossovers(arms, seed=0)["time"]
+    assert time.bracket == (16, 64) and time.interval[0] > 16 and time.interval[1] < 64
+
+
+def test_without_full_fine_tuning_there_is_no_ratio_and_no_crossover():
+    arms = rows(1, 16)
+    arms[-1].status = "oom"
+    assert _add_times(arms, {"r1": series([5] * 6), "r16": series([6] * 6)}, WORK) is None
+    assert [arm.step_ms for arm in arms] == [5, 6, None] and arms[0].ratio_to_full is None
+    found = _crossovers(arms, seed=0)
+    assert {found[cost].reason for cost in found} == {"full fine-tuning ran out of memory"}
+
+
+def test_arms_that_cannot_share_the_machine_are_left_out_largest_first(monkeypatch):
+    from lora_fast.profiler import sweep
+
+    arms = rows(1, 64)
+    state = {"r1": 1.0, "r64": 60.0, FULL: 200.0}
+    memory = {
+        name: {"status": "ok", "peak_MiB": 100 + mib, "after_step_MiB": {"adapters": 0.0, "optimizer": mib}}
+        for name, mib in state.items()
+    }
+
+    def timed(available):
+        monkeypatch.setattr(sweep, "_available_MiB", lambda device: available)
+        return _timed_arms(arms, memory, "cpu")
+
+    assert timed(600)[0] == ["r1", "r64", FULL, FULL_AGAIN]  # 1 + 60 + 200 + 200, and 100 for a step
+    assert timed(500)[0] == ["r1", "r64", FULL]
+    names, reasons = timed(200)
+    assert names == ["r1", "r64"] and "361 MiB of 200 MiB" in reasons[FULL]
+    assert timed(None)[0] == ["r1", "r64", FULL, FULL_AGAIN]
+    arms[1].status, arms[1].error = "oom", "no room"
+    assert timed(600) == (["r1", FULL, FULL_AGAIN], {"r64": "no room"})
+
+
+def test_sources_travel_as_json():
+    source = ModelSource("shape", "llama-5m", "llama-5m")
+    assert ModelSource(**json.loads(json.dumps(source.to_dict()))) == source
