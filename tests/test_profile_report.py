@@ -75,24 +75,9 @@ def printed(profile, width, terminal=False) -> str:
 def test_the_table_says_it_all(profile):
     text = printed(profile, 120)
     row = next(line for line in text.splitlines() if line.strip().startswith("8 "))
-    assert row.split() == [
-        "8",
-        "8.00k",
-        "8.00%",
-        "182",
-        "72.8",
-        "/",
-        "91.0",
-        "/",
-        "18.2",
-        "5,626",
-        "0.91",
-        "[0.89,",
-        "0.94]",
-        "0.91",
-        "141",
-        "0.74",
-    ]
+    cells = row.split()
+    assert cells[:8] == ["8", "8.00k", "8.00%", "182", "72.8", "/", "91.0", "/"]
+    assert cells[8:] == ["18.2", "5,626", "0.91", "[0.89,", "0.94]", "0.91", "141", "0.74"]
     assert "out of memory" in next(line for line in text.splitlines() if line.strip().startswith("512 "))
     assert "r512: out of memory, at an allocation of 64.0 MiB" in text
     assert "Noise floor ±3.0%" in text and "0.990 [0.970, 1.020]" in text
