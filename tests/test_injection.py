@@ -1,4 +1,4 @@
-"""apply_lora, merging, switching, removing: PEFT's numbers where PEFT has the thing, bit for bit what may not change."""
+"""apply_lora, merging, switching, removing: as PEFT does it where PEFT does, and no bit changed but those asked for."""
 
 import copy
 import io
@@ -494,6 +494,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant, drop
     model = injected(family, lora={"lora_dropout": dropout})
     expected = gradients(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    # Newer versions of Transformers let gradients into a frozen embedding themselves; older ones leave it to us.
+    model.disable_input_require_grads()
     calls = []
     handle = model.base_model.get_submodule("layers.0" if family == "llama" else "h.0").mlp.register_forward_pre_hook(
         lambda *_: calls.append(1)
@@ -518,7 +520,7 @@ def test_gradient_checkpointing_with_a_trained_embedding():
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_compiles_as_one_graph(dropout):
     torch._dynamo.reset()
-    model = injected(lora={"lora_dropout": dropout})
+    model = injected(lora={"lora_dropout": dropout}, num_hidden_layers=1)
     expected, computed = gradients(model), logits(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()
@@ -725,15 +727,17 @@ def test_x_is_never_copied_to_fp32(dropout):
     assert rest == 3 * (18 * 4 * 2 + (18 * 32 // 8 if dropout else 0))  # S in bf16, and the mask's bits
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_training_is_as_exact_as_peft(dtype):
-    """Gradients of fp32 adapters on a 16-bit base against float64: no further off than PEFT's with 16-bit adapters.
+def test_low_precision_training_is_as_exact_as_peft(dtype, autocast):
+    """Gradients of fp32 adapters on a 16-bit base against float64: no further off than PEFT's with 16-bit adapters. And
+    the same under autocast, where both have an fp32 base and fp32 adapters.
 
     One model's error is a matter of luck by a factor of two; so the errors of twelve are taken together."""
     lora = {"r": 4, "init_lora_weights": False, "target_modules": "all-linear"}
-    ours, theirs = pair("llama", lora, dtype=dtype)
+    ours, theirs = pair("llama", lora, dtype=torch.float32 if autocast else dtype)
     for parameter in trainable(theirs).values():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.float32 if autocast else dtype)
     exact = injected(dtype=torch.float64, lora=lora)
     mine = yours = 0.0
     for seed in range(12):
@@ -742,7 +746,9 @@ def test_low_precision_training_is_as_exact_as_peft(dtype):
             parameter.data = (torch.randn(parameter.shape, generator=generator) / 6).to(dtype).float()
             trainable(theirs)[name].data.copy_(parameter.data)
         exact.load_state_dict({name: value.double() for name, value in ours.state_dict().items()})
-        truth, found, reference = gradients(exact), gradients(ours), gradients(theirs)
+        truth = gradients(exact)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            found, reference = gradients(ours), gradients(theirs)
         assert all(gradient.dtype == torch.float32 for gradient in found.values())
         mine += sum((found[name].double() - value).square().sum().item() for name, value in truth.items())
         yours += sum((reference[name].double() - value).square().sum().item() for name, value in truth.items())
