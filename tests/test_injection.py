@@ -301,7 +301,8 @@ def test_remove_takes_back_trained_biases_and_modules():
 def test_remove_after_merge_leaves_the_merged_model():
     base = build("bert")
     names = list(base.state_dict())
-    injected("bert", model=base, lora=dict(FAMILIES["bert"].lora) | {"bias": "all"})
+    lora = dict(FAMILIES["bert"].lora) | {"bias": "all", "modules_to_save": ["word_embeddings"]}
+    injected("bert", model=base, lora=lora)
     with torch.no_grad():
         for parameter in trainable(base).values():
             parameter += 0.05
