@@ -2,12 +2,15 @@
 
 Both names are imported on first use, so that `lora-fast --help` waits for neither torch nor Transformers."""
 
+import importlib
+
 __all__ = ["Profile", "profile_ranks"]
 
 
-def __getattr__(name: str):
-    if name in __all__:
-        from lora_fast.profiler import sweep
+_HOMES = {"Profile": "profile", "profile_ranks": "sweep"}
 
-        return getattr(sweep, name)
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lora_fast.profiler.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 from lora_fast import LoraFastError
+from lora_fast.profiler.memory import measure_arm
 from lora_fast.profiler.models import ModelSource
-from lora_fast.profiler.workload import Workload, out_of_memory, requested_MiB
+from lora_fast.profiler.timing import time_arms
+from lora_fast.profiler.workload import Workload, describe
 
 # Threads that wait by spinning fight with whatever else runs (on two busy cores a step took five times as long), and
 # the spinning counts as CPU time. A policy that the user has set stays.
@@ -105,19 +107,8 @@ def _death(code: int, stderr: str) -> dict:
     return {"status": "failed", "error": f"the measuring process ended with code {code}: {last}"}
 
 
-def describe(error: Exception) -> dict:
-    """An exception as status, error and, for memory, how much the allocation that failed asked for."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if not out_of_memory(error):
-        return {"status": "failed", "error": text, "requested_MiB": None}
-    return {"status": "oom", "error": text, "requested_MiB": requested_MiB(str(error))}
-
-
 def child() -> None:
     """Entry point of the child: read the request, write the answer whole or not at all."""
-    from lora_fast.profiler.memory import measure_arm
-    from lora_fast.profiler.timing import time_arms
-
     request = json.loads(Path(sys.argv[1]).read_text())
     answer = Path(sys.argv[2])
     torch.set_num_threads(request["threads"])

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from lora_fast.profiler.sweep import Profile
+from lora_fast.profiler.profile import Profile
 from lora_fast.profiler.table import title
 
 
@@ -147,7 +147,7 @@ def _draw_panel(axes, panel: dict) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     # Costs rise from the lower left, so the upper left is the corner that stays empty.
-    axes.legend(loc="upper left", fontsize=8.5, framealpha=0.92, edgecolor="#dddddd")
+    axes.legend(loc="upper left", fontsize=8.5, framealpha=1, edgecolor="#dddddd")
 
 
 def _mark_crossover(axes, crossover: dict, ranks: list[int]) -> None:

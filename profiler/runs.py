@@ -16,8 +16,6 @@ import torch
 import lora_fast
 from lora_fast import LoraFastError
 
-SCHEMA_VERSION = 1
-
 
 def environment(device: str) -> dict:
     """Versions, processor, GPU, threads, load, and the commit of lora-fast where it runs from a git checkout."""

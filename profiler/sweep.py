@@ -4,7 +4,6 @@ import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,11 @@ from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
 from lora_fast.profiler.intervals import MIN_ROUNDS, log_ratios, ratio_with_interval, resampled_medians
 from lora_fast.profiler.memory import MALLOC
 from lora_fast.profiler.process import environment_of_children, run_in_child
+from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
-from lora_fast.profiler.runs import SCHEMA_VERSION, RunFolder, default_folder, environment
-from lora_fast.profiler.timing import WARM_UP_ROUNDS, arm_name
+from lora_fast.profiler.report import chart, draw_png
+from lora_fast.profiler.runs import RunFolder, default_folder, environment
+from lora_fast.profiler.timing import WARM_UP_ROUNDS
 from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_targets
 
 # The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
@@ -36,91 +37,6 @@ AUTO = "auto"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[str, int, int, str], None]
-
-
-@dataclass
-class Arm:
-    """One row. rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning,
-    paired.
-
-    status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is
-    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in
-    rounds."""
-
-    kind: str
-    rank: int | None
-    trainable: int
-    trainable_share: float
-    status: str = "ok"
-    error: str | None = None
-    requested_MiB: float | None = None
-    step_ms: float | None = None
-    forward_ms: float | None = None
-    backward_ms: float | None = None
-    optimizer_ms: float | None = None
-    tokens_per_s: float | None = None
-    ratio_to_full: float | None = None
-    ratio_ci: tuple[float, float] | None = None
-    cpu_ratio: float | None = None
-    cpu_ratio_ci: tuple[float, float] | None = None
-    peak_MiB: float | None = None
-    memory_ratio: float | None = None
-    peak_phase: str | None = None
-    by_category: dict[str, float] | None = None
-    phase_peaks_MiB: dict[str, float] | None = None
-    resident_peak_MiB: float | None = None
-    samples_ms: list[float] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return arm_name(self.rank)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-
-@dataclass
-class Profile:
-    """What `profile_ranks` measured; `to_dict` is the content of run.json.
-
-    aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
-    crossover: "time" and "memory". folder: where the run was written, or None."""
-
-    environment: dict
-    workload: dict
-    arms: list[Arm]
-    aa: dict | None
-    crossover: dict[str, Crossover]
-    notes: list[str] = field(default_factory=list)
-    folder: Path | None = None
-
-    @property
-    def measured(self) -> bool:
-        """Whether any arm has a time or a peak."""
-        return any(arm.step_ms is not None or arm.peak_MiB is not None for arm in self.arms)
-
-    @property
-    def too_noisy(self) -> bool:
-        return self.aa is not None and self.aa["noise_floor"] > self.aa["limit"]
-
-    @property
-    def full(self) -> Arm:
-        return next(arm for arm in self.arms if arm.kind == "full")
-
-    @property
-    def lora(self) -> list[Arm]:
-        return [arm for arm in self.arms if arm.kind == "lora"]
-
-    def to_dict(self) -> dict:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "environment": self.environment,
-            "workload": self.workload,
-            "arms": [arm.to_dict() for arm in self.arms],
-            "aa": self.aa,
-            "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
-            "notes": self.notes,
-        }
 
 
 def profile_ranks(
@@ -224,8 +140,6 @@ def profile_ranks(
             arm.error = reasons[arm.name]
     profile = Profile(about, described, arms, aa, _crossovers(arms, seed), notes, folder.path if folder else None)
     if folder:
-        from lora_fast.profiler.report import chart, draw_png
-
         folder.write_arms([arm.to_dict() for arm in arms])
         folder.write_run(profile.to_dict())
         folder.write_chart(draw_png(chart(profile)))

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_fast.profiler.sweep import Arm, Profile
+from lora_fast.profiler.profile import Arm, Profile
 
 # The whole table takes 118 columns; narrower, columns go that follow from others, or can be read in run.json.
 WIDE, MIDDLE = 118, 92

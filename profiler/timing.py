@@ -20,14 +20,9 @@ from torch import nn
 from lora_fast import LoraFastError, apply_lora, disable_adapters, lora_parameters, set_adapter
 from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.process import describe
-from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, loss_of
+from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, describe, loss_of
 
 WARM_UP_ROUNDS = 3
-
-
-def arm_name(rank: int | None) -> str:
-    return FULL if rank is None else f"r{rank}"
 
 
 SERIES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "cpu_ms")

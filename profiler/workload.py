@@ -116,3 +116,11 @@ def requested_MiB(text: str) -> float | None:
     if not match:
         return None
     return float(match[1]) * {"bytes": 2**-20, "kib": 2**-10, "mib": 1.0, "gib": 1024.0}[match[2].lower()]
+
+
+def describe(error: Exception) -> dict:
+    """An exception as status, error and, for memory, how much the allocation that failed asked for."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not out_of_memory(error):
+        return {"status": "failed", "error": text, "requested_MiB": None}
+    return {"status": "oom", "error": text, "requested_MiB": requested_MiB(str(error))}

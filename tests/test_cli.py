@@ -193,11 +193,12 @@ def test_help_waits_for_neither_transformers_nor_plotting():
 def test_exit_codes_follow_the_profile(here, monkeypatch, capsys, floor, step, code):
     from lora_fast.profiler import sweep
     from lora_fast.profiler.crossover import UNMEASURED, Crossover
+    from lora_fast.profiler.profile import Arm, Profile
 
-    arms = [sweep.Arm("lora", 4, 10, 0.1, step_ms=step), sweep.Arm("full", None, 100, 1.0)]
+    arms = [Arm("lora", 4, 10, 0.1, step_ms=step), Arm("full", None, 100, 1.0)]
     aa = {"ratio": 1.0, "ci": (1 - floor, 1.0), "noise_floor": floor, "limit": 0.1, "samples_ms": []}
     found = dict.fromkeys(("time", "memory"), Crossover(UNMEASURED, reason="of this test"))
-    made = sweep.Profile({}, {}, arms, aa, found)
+    made = Profile({}, {}, arms, aa, found)
     monkeypatch.setattr(sweep, "profile_ranks", lambda *arguments, **options: made)
     assert main(["profile", "--json", "-"]) == code
     out, err = capsys.readouterr()

@@ -11,9 +11,9 @@ from rich.console import Console
 from lora_fast import LoraFastError
 from lora_fast.profiler import runs
 from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
+from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
-from lora_fast.profiler.sweep import Arm, Profile
 from lora_fast.profiler.table import print_profile, si
 
 WORKLOAD = {
@@ -157,6 +157,10 @@ def test_a_profile_becomes_json_and_comes_back(profile):
     assert document["schema_version"] == 1 and len(document["arms"]) == 5
     assert document["arms"][1]["ratio_ci"] == [0.89, 0.9400000000000001]
     assert document["crossover"]["time"]["bracket"] == [8, 64] and document["aa"]["noise_floor"] == 0.03
+    back = Profile.from_dict(document)
+    assert json.loads(to_json(back.to_dict())) == document and printed(back, 120) == printed(profile, 120)
+    with pytest.raises(LoraFastError, match="schema_version=2"):
+        Profile.from_dict({**document, "schema_version": 2})
     assert not profile.too_noisy
     profile.aa["noise_floor"] = 0.11
     assert profile.too_noisy

@@ -103,10 +103,13 @@ def test_no_crossover_is_said_on_both_sides():
 
 
 def test_noise_does_not_invent_a_second_crossing():
-    # 1.01 then 0.98 is pooled to just below 1, so the last cheap rank is 64 and not 4.
+    # 1.01 then 0.98 is pooled to just below 1, so the last cheap rank is 64 and not 4; the mean of logs is the pool.
     found = crossover(RANKS, [math.log(v) for v in (0.90, 0.95, 1.01, 0.98, 1.30)])
+    pooled = math.sqrt(1.01 * 0.98)
     assert found.bracket == (64, 256)
-    assert 64 < found.rank < 256
+    assert found.rank == pytest.approx(64 + (1 - pooled) / (1.30 - pooled) * 192)
+    # 1.05 then 0.98 is pooled to above 1.
+    assert crossover(RANKS, [math.log(v) for v in (0.90, 0.95, 1.05, 0.98, 1.30)]).bracket == (4, 16)
 
 
 def test_a_rank_that_ran_out_of_memory_brackets_without_a_place():

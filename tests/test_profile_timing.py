@@ -13,7 +13,8 @@ from torch import nn
 from lora_fast import lora_parameters
 from lora_fast.profiler import models, process, timing
 from lora_fast.profiler.models import ModelSource
-from lora_fast.profiler.sweep import Arm, _add_times, _crossovers, _timed_arms
+from lora_fast.profiler.profile import Arm
+from lora_fast.profiler.sweep import _add_times, _crossovers, _timed_arms
 from lora_fast.profiler.timing import SERIES, WARM_UP_ROUNDS, time_arms
 from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload
 

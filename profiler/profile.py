@@ -1,0 +1,109 @@
+"""What a sweep measured: a row per arm, and what follows from the rows."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lora_fast import LoraFastError
+from lora_fast.profiler.crossover import Crossover
+from lora_fast.profiler.workload import FULL
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Arm:
+    """One row. rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning,
+    paired.
+
+    status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is
+    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in
+    rounds."""
+
+    kind: str
+    rank: int | None
+    trainable: int
+    trainable_share: float
+    status: str = "ok"
+    error: str | None = None
+    requested_MiB: float | None = None
+    step_ms: float | None = None
+    forward_ms: float | None = None
+    backward_ms: float | None = None
+    optimizer_ms: float | None = None
+    tokens_per_s: float | None = None
+    ratio_to_full: float | None = None
+    ratio_ci: tuple[float, float] | None = None
+    cpu_ratio: float | None = None
+    cpu_ratio_ci: tuple[float, float] | None = None
+    peak_MiB: float | None = None
+    memory_ratio: float | None = None
+    peak_phase: str | None = None
+    by_category: dict[str, float] | None = None
+    phase_peaks_MiB: dict[str, float] | None = None
+    resident_peak_MiB: float | None = None
+    samples_ms: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return FULL if self.rank is None else f"r{self.rank}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Profile:
+    """What `profile_ranks` measured; `to_dict` is the content of run.json.
+
+    aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
+    crossover: "time" and "memory". folder: where the run was written, or None."""
+
+    environment: dict
+    workload: dict
+    arms: list[Arm]
+    aa: dict | None
+    crossover: dict[str, Crossover]
+    notes: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether any arm has a time or a peak."""
+        return any(arm.step_ms is not None or arm.peak_MiB is not None for arm in self.arms)
+
+    @property
+    def too_noisy(self) -> bool:
+        return self.aa is not None and self.aa["noise_floor"] > self.aa["limit"]
+
+    @property
+    def full(self) -> Arm:
+        return next(arm for arm in self.arms if arm.kind == "full")
+
+    @property
+    def lora(self) -> list[Arm]:
+        return [arm for arm in self.arms if arm.kind == "lora"]
+
+    def to_dict(self) -> dict:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "workload": self.workload,
+            "arms": [arm.to_dict() for arm in self.arms],
+            "aa": self.aa,
+            "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def from_dict(cls, run: dict) -> "Profile":
+        """From the content of a run.json. Raises LoraFastError for another schema_version."""
+        if run.get("schema_version") != SCHEMA_VERSION:
+            raise LoraFastError(f"schema_version={run.get('schema_version')!r}; this version reads {SCHEMA_VERSION}")
+        return cls(
+            environment=run["environment"],
+            workload=run["workload"],
+            arms=[Arm(**arm) for arm in run["arms"]],
+            aa=run["aa"],
+            crossover={name: Crossover(**value) for name, value in run["crossover"].items()},
+            notes=run["notes"],
+        )
