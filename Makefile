@@ -13,10 +13,10 @@ SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help profile test wheel clean
+.PHONY: help profile test bench-cpu readme wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 profile: $(VENV)/.installed ## what each LoRA rank costs on this machine (ARGS="--ranks 8,64" goes to lora-fast profile)
 	$(BIN)/lora-fast profile $(ARGS)
@@ -24,6 +24,12 @@ profile: $(VENV)/.installed ## what each LoRA rank costs on this machine (ARGS="
 test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 processes, ARGS="-k name" goes to pytest)
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's on the CPU, into benchmarks/results/cpu (keep the machine quiet)
+	$(BIN)/python benchmarks/bench_train_step.py $(ARGS)
+
+readme: $(VENV)/.installed ## write README's tables from benchmarks/results
+	$(BIN)/python benchmarks/readme.py
 
 # Without the rm, setuptools would pack what an earlier build left in build/.
 wheel: $(BIN)/python ## build the wheel into dist/

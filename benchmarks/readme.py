@@ -1,0 +1,87 @@
+"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--check].
+
+A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --check
+changes nothing and exits with 1 where README differs."""
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from lora_fast.profiler import Profile
+from lora_fast.profiler.table import print_profile
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE_WIDTH = 120
+
+
+def profile() -> str:
+    """What `make profile` printed, from the run.json that it wrote."""
+    run = json.loads((RESULTS / "cpu" / "profile.json").read_text(encoding="utf-8"))
+    text = io.StringIO()
+    print_profile(Profile.from_dict(run), Console(file=text, width=TABLE_WIDTH))
+    lines = (line.rstrip() for line in text.getvalue().splitlines())
+    return "```text\n" + "\n".join(lines).strip("\n") + "\n```"
+
+
+def train_step() -> str:
+    """Our training step against PEFT's, from the CSV of bench_train_step.py."""
+    with (RESULTS / "cpu" / "train_step.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cells: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in rows:
+        cells.setdefault((row["dtype"], row["dropout"], row["R"]), {})[row["provider"]] = row
+    first = rows[0]
+    lines = [
+        f"{first['model']}, {first['M']} tokens a step, all-linear, AdamW; {first['gpu']}, torch {first['torch']}, "
+        f"peft {first['peft']}; medians of {first['rounds']} paired rounds, [95% interval].",
+        "",
+        "| base | dropout | r | `apply_lora` / PEFT | `accelerate_peft` / PEFT | PEFT / PEFT (A/A) "
+        "| kept for backward, MiB: PEFT → ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (dtype, dropout, rank), of in cells.items():
+        ours, bridge, again, peft = (of[p] for p in ("lora_fast", "accelerate_peft", "peft again", "peft"))
+        ratios = " | ".join(
+            f"{row['ratio_to_peft']} [{row['ratio_low']}, {row['ratio_high']}]" for row in (ours, bridge, again)
+        )
+        lines.append(f"| {dtype} | {dropout} | {rank} | {ratios} | {peft['saved_MiB']} → {ours['saved_MiB']} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {"profile": profile, "train_step": train_step}
+
+
+def filled(text: str) -> str:
+    """README's text with every block as its file says."""
+    for name, block in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no block <!-- {name} --> … <!-- /{name} -->")
+        text = pattern.sub(lambda found, block=block: f"{found[1]}{block()}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where README differs")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = filled(old)
+    if args.check:
+        if new != old:
+            print("README.md differs from the files under benchmarks/results; run `make readme`", file=sys.stderr)
+        return int(new != old)
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
