@@ -2,11 +2,10 @@
 
 from lora_fast.checkpoint import load_adapter, save_adapter
 from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+from lora_fast.fusion import FusionReport, fusion_report
 from lora_fast.injection import (
-    FusionReport,
     apply_lora,
     disable_adapters,
-    fusion_report,
     lora_parameters,
     merge_lora,
     remove_lora,

@@ -2,7 +2,6 @@
 code."""
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from lora_fast.backend import check_backend, triton_unsupported
+from lora_fast.backend import check_backend
 from lora_fast.config import LoraConfig, LoraFastError, warn
-from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, lora_class
-from lora_fast.targets import saved_module_names, target_modules
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
+from lora_fast.targets import lora_class, saved_module_names, target_modules, unreached
 
 _STATE = "_lora_fast_state"
 
@@ -38,37 +37,6 @@ class LoraState:
     active: str | None = None
     disabled: bool = False
     merged_keep: str | None = None
-
-
-@dataclass(frozen=True)
-class FusionRow:
-    """One module: its dotted name, the path that its adapter takes, and why not the Triton path (None on it)."""
-
-    module: str
-    path: str
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class FusionReport:
-    """Module by module, which implementation runs. `counts` is modules per path; printing it groups modules by path and
-    reason."""
-
-    rows: tuple[FusionRow, ...]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return dict(Counter(row.path for row in self.rows))
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "lora-fast: no adapted module"
-        groups = Counter((row.path, row.reason) for row in self.rows)
-        lines = [f"lora-fast: {len(self.rows)} adapted modules"]
-        for (path, reason), count in groups.most_common():
-            example = next(row.module for row in self.rows if (row.path, row.reason) == (path, reason))
-            lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
-        return "\n".join(lines)
 
 
 class _CheckpointInput:
@@ -200,6 +168,11 @@ def inject(
     init = config.init_lora_weights if init is None else init
     specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
     _check_ranks(targets, specs, init)
+    if idle := unreached(model, targets):
+        warn(
+            f"in training a {model.config.model_type} reads the weight of {idle[0]} ({len(idle)} modules so) without "
+            "calling the module: an adapter there has no effect; name others in target_modules"
+        )
     if init in ("pissa", "olora"):
         _check_base_can_change(model, targets, init)
     state = model.__dict__.get(_STATE)
@@ -433,11 +406,3 @@ def remove_lora(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.trained_before)
     del model.__dict__[_STATE]
-
-
-def fusion_report(model: nn.Module) -> FusionReport:
-    """Which implementation runs each adapted module, and why not the Triton kernels where it is not they."""
-    reason = triton_unsupported("lora_linear")
-    return FusionReport(
-        tuple(FusionRow(name, "triton" if reason is None else "torch", reason) for name in lora_layers(model))
-    )

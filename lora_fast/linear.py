@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_fast.backend import triton_unsupported
 from lora_fast.config import LoraConfig, LoraFastError
 from lora_fast.ops import lora_linear
 
@@ -211,6 +212,11 @@ class LoraLayer(nn.Module):
             backend=self.backend,
         )
 
+    def fusion_path(self) -> tuple[str, str | None]:
+        """The path that the adapter takes, and why not Triton's."""
+        reason = triton_unsupported("lora_linear")
+        return "torch" if reason else "triton", reason
+
     def extra_repr(self) -> str:
         base = super().extra_repr()
         adapters = ", ".join(f"{name}: r={spec.r}" for name, spec in self.adapter_specs.items())
@@ -242,20 +248,6 @@ def _execution_device(module: nn.Module) -> torch.device:
     devices = (getattr(hook, "execution_device", None) for hook in _hooks(module))
     device = next(device for device in devices if device is not None)
     return torch.empty(0, device=device).device  # accelerate also writes a GPU as its number
-
-
-def lora_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
-
-    Only the exact classes: a subclass (quantized, parallel, a router) has a forward of its own that would be lost."""
-    if type(module) is nn.Linear:
-        return LoraLinear
-    # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
-    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
-        from lora_fast.conv1d import LoraConv1D
-
-        return LoraConv1D
-    return None
 
 
 def adapter_spec(config: LoraConfig, module_name: str, *, trainable: bool) -> AdapterSpec:

@@ -4,9 +4,8 @@ from collections import Counter
 
 from torch import nn
 
-from lora_fast.backend import triton_unsupported
 from lora_fast.config import LoraFastError
-from lora_fast.injection import FusionReport, FusionRow
+from lora_fast.fusion import FusionReport, FusionRow, calls_by_path
 
 
 def accelerate_peft(peft_model: nn.Module) -> FusionReport:
@@ -15,7 +14,7 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
     peft_model: a PeftModel, PEFT's LoraModel or PeftMixedModel, a Transformers model with add_adapter, or any module
     around one (DDP); also after a Trainer was built on it. The layers stay PEFT's in everything but forward, and a call
     that the fast path does not cover (adapters disabled, merged or several active, DoRA, mixed batches, hooks, …) runs
-    PEFT's own forward; `calls_by_path` says which calls did. Calling it again is harmless, and wanted after an adapter
+    PEFT's own forward; `fusion_report` says which calls did. Calling it again is harmless, and wanted after an adapter
     was added to layers that had none.
     Raises LoraFastError, with nothing changed, where peft is missing or no layer can be made fast."""
     if not isinstance(peft_model, nn.Module):
@@ -45,27 +44,12 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
         )
     for layer in swappable:
         make_fast(layer)
-    report = FusionReport(tuple(_row(name, layer, refusals[name]) for name, layer in layers.items()))
+    rows = tuple(_row(name, layer, refusals[name]) for name, layer in layers.items())
+    report = FusionReport(rows, calls_by_path(peft_model))
     print(report)
     return report
 
 
 def _row(name: str, layer: nn.Module, refusal: str | None) -> FusionRow:
     """The path that the layer takes as it stands now."""
-    from lora_fast.peft_layers import base_refusal, read_layer
-
-    adapter = refusal or read_layer(layer)
-    if isinstance(adapter, str):
-        return FusionRow(name, "peft", adapter)
-    base = base_refusal(layer.base_layer)
-    triton = triton_unsupported("lora_linear" if base is None else "lora_update")
-    return FusionRow(name, "torch" if triton else "triton", "; ".join(filter(None, (base, triton))) or None)
-
-
-def calls_by_path(peft_model: nn.Module) -> Counter[tuple[str, str | None]]:
-    """How many calls of the layers made fast took which path, and why: {(path, reason): calls}.
-
-    path: "lora_linear" (base and update in one op), "lora_update" (the base layer called as it is, the update fused)
-    or "peft". Calls inside a compiled graph are not counted."""
-    counters = (module.__dict__.get("calls_by_path", {}) for module in peft_model.modules())
-    return sum(map(Counter, counters), Counter())
+    return FusionRow(name, *(("peft", refusal) if refusal else layer.fusion_path()))

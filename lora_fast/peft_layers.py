@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
+from lora_fast.backend import triton_unsupported
 from lora_fast.ops import lora_linear, lora_update
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
@@ -166,6 +167,15 @@ class FastForward:
             return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p)
         self._count("lora_linear", None)
         return lora_linear(x, weight, lora_A, lora_B, scaling, base.bias, dropout_p=p)
+
+    def fusion_path(self) -> tuple[str, str | None]:
+        """The path that a call takes as the layer stands now, and why not Triton's."""
+        adapter = read_layer(self)
+        if isinstance(adapter, str):
+            return "peft", adapter
+        base = base_refusal(self.base_layer)
+        triton = triton_unsupported("lora_linear" if base is None else "lora_update")
+        return "torch" if triton else "triton", "; ".join(filter(None, (base, triton))) or None
 
     def _count(self, path: str, reason: str | None) -> None:
         if not torch.compiler.is_compiling():  # a counter would break the graph

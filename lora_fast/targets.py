@@ -7,13 +7,30 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError
-from lora_fast.linear import LoraLayer, lora_class
+from lora_fast.linear import LoraLayer, LoraLinear
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
 _CLASSIFIER_NAMES = ("score", "classifier")
 # These models hand out_proj's weight to a kernel instead of calling the module: an adapter on it would do nothing.
 _STATE_SPACE_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 _STATE_SPACE_UNREACHED = ("out_proj", "conv1d")
+# In training they read these weights directly too, on some paths or all: PEFT adapts them without effect, and so do we
+# (its adapters have to load), but not silently.
+_STATE_SPACE_SELDOM_REACHED = ("dt_proj", "x_proj")
+
+
+def lora_class(module: nn.Module) -> type[LoraLayer] | None:
+    """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
+
+    Only the exact classes: a subclass (quantized, parallel, a router) has a forward of its own that would be lost."""
+    if type(module) is nn.Linear:
+        return LoraLinear
+    # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
+    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+        from lora_fast.conv1d import LoraConv1D
+
+        return LoraConv1D
+    return None
 
 
 def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:
@@ -113,6 +130,12 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             f"{_near(model, missed)}"
         )
     return targets
+
+
+def unreached(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Those among `names` whose module the model seldom or never calls, because it reads the weight directly."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return [n for n in names if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(n, _STATE_SPACE_SELDOM_REACHED)]
 
 
 def _shown(value: str | Collection[str]) -> str:

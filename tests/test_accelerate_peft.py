@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import lora_fast
 from lora_fast import LoraFastError, accelerate_peft
-from lora_fast.peft_bridge import calls_by_path
+from lora_fast.fusion import calls_by_path
 from lora_fast.peft_layers import FastForward, read_adapter
 
 K, N = 33, 70  # sizes that no tile divides
@@ -751,7 +751,7 @@ BITSANDBYTES_CHECK = """
 import copy, pickle, bitsandbytes, peft, torch
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from lora_fast import accelerate_peft
-from lora_fast.peft_bridge import calls_by_path
+from lora_fast.fusion import calls_by_path
 
 for kind, base in ((Linear4bit, bitsandbytes.nn.Linear4bit), (Linear8bitLt, bitsandbytes.nn.Linear8bitLt)):
     stock = kind(base(33, 70), "default", peft.LoraConfig(lora_dropout=0.5), r=5).train()

@@ -259,6 +259,12 @@ def test_the_model_keeps_its_class_names_and_weights(family):
     assert [id(p) for p in lora_parameters(model)] == [id(p) for p in model.parameters() if p.requires_grad]
 
 
+def test_an_adapter_that_a_mamba_never_calls_is_announced():
+    model = build("mamba")
+    with pytest.warns(lora_fast.LoraFastWarning, match=r"layers\.0\.mixer\.x_proj \(\d+ modules so\) without calling"):
+        apply_lora(model, LoraConfig(target_modules=["in_proj", "x_proj"]))
+
+
 def test_fusion_report_names_every_module_and_the_reason():
     model = injected()
     report = fusion_report(model)

@@ -1,0 +1,69 @@
+"""What runs each adapted module of a model, and why not something faster: nothing is slow in silence.
+
+Layers answer for themselves: one with a method `fusion_path() -> (path, reason)` is a row of the report, and one with a
+counter `calls_by_path` says which way its calls really went."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from torch import nn
+
+NOT_ACCELERATED = "a LoRA layer of PEFT's; accelerate_peft(model) speeds it up"
+
+
+@dataclass(frozen=True)
+class FusionRow:
+    """One module: its dotted name, the path that its adapter takes as it stands, and why not the Triton path (None on
+    it). path: "triton", "torch" (our op in PyTorch) or "peft" (PEFT's own forward)."""
+
+    module: str
+    path: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """Module by module, which implementation runs; printing it groups the modules by path and reason.
+
+    counts: modules per path. calls: how many calls took which way so far, {(path, reason): calls}, of the layers that
+    count (those of accelerate_peft, outside compiled graphs)."""
+
+    rows: tuple[FusionRow, ...]
+    calls: Counter[tuple[str, str | None]] = field(default_factory=Counter, compare=False)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(row.path for row in self.rows))
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "lora-fast: no adapted module"
+        groups = Counter((row.path, row.reason) for row in self.rows)
+        lines = [f"lora-fast: {len(self.rows)} adapted modules"]
+        for (path, reason), count in groups.most_common():
+            example = next(row.module for row in self.rows if (row.path, row.reason) == (path, reason))
+            lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
+        for (path, reason), count in self.calls.most_common():
+            lines.append(f"  {count} calls so far took {path}" + (f": {reason}" if reason else ""))
+        return "\n".join(lines)
+
+
+def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
+    """How many calls of the layers that count took which path, and why: {(path, reason): calls}.
+
+    path: "lora_linear" (base and update in one op), "lora_update" (the base layer called as it is, the update fused)
+    or "peft"."""
+    counters = (module.__dict__.get("calls_by_path", {}) for module in model.modules())
+    return sum(map(Counter, counters), Counter())
+
+
+def fusion_report(model: nn.Module) -> FusionReport:
+    """Which implementation runs each adapted module, ours and PEFT's, and why not the Triton kernels where it is not
+    they."""
+    rows = []
+    for name, module in model.named_modules():
+        if hasattr(module, "fusion_path"):
+            rows.append(FusionRow(name, *module.fusion_path()))
+        elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            rows.append(FusionRow(name, "peft", NOT_ACCELERATED))
+    return FusionReport(tuple(rows), calls_by_path(model))
