@@ -247,8 +247,7 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
     except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ImportError) as error:
         raise LoraFastError(f"{source.name}: Transformers cannot make this model: {_first_line(error)}") from error
     except Exception as error:
-        # safetensors raises a class of its own, which derives from Exception alone.
-        if "safetensors" in type(error).__module__.lower() or "Safetensor" in type(error).__name__:
+        if type(error).__name__ == "SafetensorError":  # derives from Exception alone
             raise LoraFastError(f"{source.name}: a weight file is damaged: {_first_line(error)}") from error
         raise
     return model.train()

@@ -143,5 +143,5 @@ def _ratio(arm: Arm) -> str:
 
 def _peak(arm: Arm) -> str:
     if arm.peak_MiB is not None:
-        return f"{arm.peak_MiB:,.0f}"
+        return _number(arm.peak_MiB)
     return "OOM" if arm.status == "oom" else "–"

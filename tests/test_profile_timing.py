@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_fast import lora_parameters
-from lora_fast.profiler import models, process, timing
+from lora_fast.profiler import models, process, profile_ranks, timing
 from lora_fast.profiler.models import ModelSource
 from lora_fast.profiler.profile import Arm
 from lora_fast.profiler.sweep import _add_times, _crossovers, _timed_arms
@@ -115,8 +115,9 @@ def test_every_round_has_every_arm_in_an_order_of_its_own(sent, stepped):
 
 
 @pytest.mark.parametrize(("trouble", "status"), [("raise", "failed"), ("memory", "oom")])
-def test_an_arm_that_fails_is_a_row_and_the_others_go_on(sent, trouble, status):
+def test_an_arm_that_fails_is_a_row_and_the_others_go_on(sent, stepped, trouble, status):
     arms = time_arms(sent(trouble), WORK, ARMS, rounds=6)["arms"]
+    assert [adapter for adapter, _ in stepped.steps].count("r4") == 1  # not tried again
     assert arms["r4"]["status"] == status and "step_ms" not in arms["r4"]
     assert (arms["r4"]["requested_MiB"] == 2**40) is (trouble == "memory")
     assert all(len(arms[name]["step_ms"]) == 6 for name in ("r2", FULL, FULL_AGAIN))
@@ -137,6 +138,28 @@ def test_timing_that_is_killed_is_a_status(sent):
 def test_a_spent_budget_leaves_six_rounds(sent):
     arms = time_arms(sent(), WORK, ARMS, rounds=500, budget_s=1e-9)["arms"]
     assert {len(series["step_ms"]) for series in arms.values()} == {6}
+
+
+def test_a_sweep_writes_arms_as_they_end_and_leaves_the_model_alone(tmp_path):
+    model = TwoLinears().eval()
+    model.second.bias.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lines = []
+
+    def watch(stage, done, total, text):
+        written = tmp_path / "run" / "arms.jsonl"
+        lines.append(
+            (stage, [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else [])
+        )
+
+    profile = profile_ranks(model, [2], batch_size=2, seq_len=8, steps=6, out=tmp_path / "run", progress=watch)
+    memory = [[(arm["kind"], arm["status"]) for arm in arms] for stage, arms in lines if stage == "memory"]
+    assert memory == [[], [("lora", "ok")], [("lora", "ok"), ("full", "ok")]]
+    assert all(arm["peak_MiB"] > 0 and arm["step_ms"] is None for arm in lines[2][1])
+    assert len(profile.full.samples_ms) == 6 and profile.lora[0].trainable == 2 * (8 + 6 + 6 + 4)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training and [p.requires_grad for p in model.parameters()] == [True, True, True, False]
 
 
 def rows(*ranks):
