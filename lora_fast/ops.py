@@ -260,14 +260,11 @@ def lora_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
     x = _compute_input(x, weight.dtype)
-    if weight.requires_grad and torch.is_grad_enabled():
+    if _transformed() or (weight.requires_grad and torch.is_grad_enabled()):
         base = torch.nn.functional.linear(x, weight, bias)
         return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=dropout_p, training=training)
     mask, p = _draw(x, dropout_p, training)
-    if _transformed():
-        run = _linear_forward
-    else:
-        run = torch.ops.lora_fast.linear_forward if _observed() else _LinearFunction.apply
+    run = torch.ops.lora_fast.linear_forward if _observed() else _LinearFunction.apply
     return run(x, weight, bias, lora_A, lora_B, scaling, mask, p)[0]
 
 
@@ -291,9 +288,10 @@ def lora_update(
         raise LoraFastError(f"x is {tuple(x.shape)}, base is {tuple(base.shape)}; all sizes but the last must be equal")
     _check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
     x = _compute_input(x, None)
-    mask, p = _draw(x, dropout_p, training)
     if _transformed():
-        run = _update_forward
-    else:
-        run = torch.ops.lora_fast.update_forward if _observed() else _UpdateFunction.apply
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        update = torch.nn.functional.dropout(x, dropout_p, training) @ a.t() @ b.t()
+        return torch.add(base, update, alpha=scaling).to(base.dtype)
+    mask, p = _draw(x, dropout_p, training)
+    run = torch.ops.lora_fast.update_forward if _observed() else _UpdateFunction.apply
     return run(x, base, lora_A, lora_B, scaling, mask, p)[0]
