@@ -1,6 +1,6 @@
 """A training step of a Llama of 25M parameters with our layers, with PEFT's, and with PEFT's accelerated in place.
 
-    .venv/bin/python benchmarks/bench_train_step.py [--rounds 40] [--out benchmarks/results]
+    .venv/bin/python benchmarks/bench_train_step.py [--rounds 30] [--out benchmarks/results]
 
 Every arm trains the same adapter on the same base weights (forward, backward, AdamW on A and B) in one process, stepped
 in randomized rounds; only ratios within a round are compared, and a second copy of the baseline (the A/A arm) shows the
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--dropouts", default="0,0.05")
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu")
     args = parser.parse_args()
 

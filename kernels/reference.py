@@ -125,11 +125,15 @@ def lora_linear_backward(
     ds = (dy @ lora_B.to(x.dtype)) * factor
     m = None if mask is None else unpack_mask(mask, x)
     if needs_dx:
-        dx = ds @ lora_A.to(x.dtype)
-        if m is not None:
-            dx = dx.mul_(m)
-        if weight is not None:
-            dx = dx.addmm_(dy, weight.to(x.dtype))
+        a = lora_A.to(x.dtype)
+        if weight is None:
+            dx = ds @ a if m is None else (ds @ a).mul_(m)
+        elif m is None:
+            dx = (dy @ weight.to(x.dtype)).addmm_(ds, a)
+        else:
+            dx = (ds @ a).mul_(m).addmm_(dy, weight.to(x.dtype))
     if needs_dA:
-        dA = (ds.t() @ (x if m is None else m.mul_(x))).to(lora_A.dtype)
+        if m is not None:  # in m's memory, unless autograd keeps m for a second derivative
+            x = m * x if torch.is_grad_enabled() else m.mul_(x)
+        dA = (ds.t() @ x).to(lora_A.dtype)
     return dx, dA, dB

@@ -1,20 +1,26 @@
-"""lora-fast: LoRA layers in place of PEFT's, and the measured cost of every rank against full fine-tuning."""
+"""lora-fast: LoRA layers in place of PEFT's, and the measured cost of every rank against full fine-tuning.
 
-from lora_fast.checkpoint import load_adapter, save_adapter
-from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
-from lora_fast.fusion import FusionReport, fusion_report
-from lora_fast.injection import (
-    apply_lora,
-    disable_adapters,
-    lora_parameters,
-    merge_lora,
-    remove_lora,
-    set_adapter,
-    unmerge_lora,
-)
-from lora_fast.linear import LoraLinear
-from lora_fast.ops import lora_linear, lora_update
-from lora_fast.peft_bridge import accelerate_peft
+Names are imported on first use, so that `lora-fast --help` does not wait for torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lora_fast.checkpoint import load_adapter, save_adapter
+    from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+    from lora_fast.fusion import FusionReport, fusion_report
+    from lora_fast.injection import (
+        apply_lora,
+        disable_adapters,
+        lora_parameters,
+        merge_lora,
+        remove_lora,
+        set_adapter,
+        unmerge_lora,
+    )
+    from lora_fast.linear import LoraLinear
+    from lora_fast.ops import lora_linear, lora_update
+    from lora_fast.peft_bridge import accelerate_peft
 
 __version__ = "0.1.0"
 
@@ -38,3 +44,32 @@ __all__ = [
     "set_adapter",
     "unmerge_lora",
 ]
+
+_HOMES = {
+    "checkpoint": ("load_adapter", "save_adapter"),
+    "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
+    "fusion": ("FusionReport", "fusion_report"),
+    "injection": (
+        "apply_lora",
+        "disable_adapters",
+        "lora_parameters",
+        "merge_lora",
+        "remove_lora",
+        "set_adapter",
+        "unmerge_lora",
+    ),
+    "linear": ("LoraLinear",),
+    "ops": ("lora_linear", "lora_update"),
+    "peft_bridge": ("accelerate_peft",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name in _HOME_OF:
+        return getattr(import_module(f"lora_fast.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_fast import LoraFastError, lora_linear, lora_update
@@ -518,3 +519,55 @@ def test_update_refuses_too():
         lora_update(x, torch.zeros(32, 12), a, bb)
     with pytest.raises(LoraFastError, match=r"dropout_p=2"):
         lora_update(x, torch.zeros(33, 12), a, bb, dropout_p=2)
+
+
+class _Seen(TorchDispatchMode):
+    """Notes which ops of ours go through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "lora_fast":
+            self.ops.append(function._schema.name.removeprefix("lora_fast::"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_whoever_looks_on_sees_one_op_and_changes_no_bit(update):
+    values, dy = tensors((33,), 70, 12, 5)
+
+    def ours(x, weight, lora_A, lora_B, scaling, bias):
+        torch.manual_seed(3)
+        if update:
+            base = torch.nn.functional.linear(x, weight, bias)
+            return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=0.3)
+        return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=0.3)
+
+    unseen = run(ours, values, dy)
+    with _Seen() as seen:
+        observed = run(ours, values, dy)
+    assert seen.ops == ["dropout_mask", "update_forward" if update else "linear_forward", "linear_backward"]
+    assert unseen.keys() == observed.keys()
+    for name, value in unseen.items():
+        assert torch.equal(value, observed[name]), name
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_function_transforms_differentiate_and_batch(update):
+    values, _ = tensors((33,), 70, 12, 5, dtype=torch.float64)
+    x, w, b, a, bb = (values[n].detach() for n in ("x", "weight", "bias", "lora_A", "lora_B"))
+
+    def ours(x):
+        if update:
+            return lora_update(x, x @ w.T + b, a, bb, SCALING)
+        return lora_linear(x, w, a, bb, SCALING, b)
+
+    whole = w + SCALING * bb @ a
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    y, dy = torch.func.jvp(ours, (x,), (tangent,))
+    torch.testing.assert_close(y, x @ whole.T + b)
+    torch.testing.assert_close(dy, tangent @ whole.T)
+    torch.testing.assert_close(torch.func.vmap(ours)(x), x @ whole.T + b)
+    torch.testing.assert_close(torch.func.grad(lambda x: ours(x).sum())(x), whole.sum(0).expand_as(x))
