@@ -26,10 +26,11 @@ test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 process
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's on the CPU, into benchmarks/results/cpu (keep the machine quiet)
-	$(BIN)/python benchmarks/bench_train_step.py $(ARGS)
+	$(BIN)/python benchmarks/bench_train_step.py
+	$(BIN)/python benchmarks/bench_train_step.py --batch-size 4 --seq-len 512 --dtypes bf16 --rounds 10
 
-readme: $(VENV)/.installed ## write README's tables from benchmarks/results
-	$(BIN)/python benchmarks/readme.py
+readme: $(VENV)/.installed ## write README's tables from benchmarks/results (ARGS="--run runs/NAME" takes that profile)
+	$(BIN)/python benchmarks/readme.py $(ARGS)
 
 # Without the rm, setuptools would pack what an earlier build left in build/.
 wheel: $(BIN)/python ## build the wheel into dist/

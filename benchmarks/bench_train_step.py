@@ -1,6 +1,6 @@
 """A training step of a Llama of 25M parameters with our layers, with PEFT's, and with PEFT's accelerated in place.
 
-    .venv/bin/python benchmarks/bench_train_step.py [--rounds 30] [--out benchmarks/results]
+    .venv/bin/python benchmarks/bench_train_step.py [--rounds 30] [--batch-size 2 --seq-len 256]
 
 Every arm trains the same adapter on the same base weights (forward, backward, AdamW on A and B) in one process, stepped
 in randomized rounds; only ratios within a round are compared, and a second copy of the baseline (the A/A arm) shows the
@@ -178,7 +178,7 @@ def main() -> None:
         "model": args.model,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "train_step.csv"
+    path = args.out / f"train_step_{args.batch_size * args.seq_len}.csv"
     with path.open("w", newline="") as file:
         writer = None
         for dtype in args.dtypes.split(","):

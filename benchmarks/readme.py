@@ -1,14 +1,17 @@
-"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--check].
+"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--run runs/NAME] [--check].
 
-A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --check
-changes nothing and exits with 1 where README differs."""
+A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes a
+run of `lora-fast profile` as the one that README shows. --check changes nothing and exits with 1 where README differs.
+"""
 
 import argparse
 import csv
 import io
 import json
 import re
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -30,9 +33,9 @@ def profile() -> str:
     return "```text\n" + "\n".join(lines).strip("\n") + "\n```"
 
 
-def train_step() -> str:
-    """Our training step against PEFT's, from the CSV of bench_train_step.py."""
-    with (RESULTS / "cpu" / "train_step.csv").open(newline="", encoding="utf-8") as file:
+def train_step(tokens: int) -> str:
+    """Our training step against PEFT's at this many tokens a step, from the CSV of bench_train_step.py."""
+    with (RESULTS / "cpu" / f"train_step_{tokens}.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     cells: dict[tuple[str, str, str], dict[str, dict]] = {}
     for row in rows:
@@ -58,7 +61,11 @@ def _ratio(row: dict | None) -> str:
     return "" if row is None else f"{row['ratio_to_peft']} [{row['ratio_low']}, {row['ratio_high']}]"
 
 
-BLOCKS = {"profile": profile, "train_step": train_step}
+BLOCKS = {
+    "profile": profile,
+    "train_step_512": partial(train_step, 512),
+    "train_step_2048": partial(train_step, 2048),
+}
 
 
 def filled(text: str) -> str:
@@ -74,7 +81,12 @@ def filled(text: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where README differs")
+    parser.add_argument("--run", type=Path, help="a folder of lora-fast profile, to be the one that README shows")
     args = parser.parse_args()
+    if args.run:
+        (RESULTS / "cpu").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(args.run / "run.json", RESULTS / "cpu" / "profile.json")
+        shutil.copyfile(args.run / "rank_cost.png", RESULTS / "cpu" / "profile.png")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = filled(old)
