@@ -1,7 +1,8 @@
 """Writes README's tables from the files that commands wrote: benchmarks/readme.py [--run runs/NAME] [--check].
 
-A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes a
-run of `lora-fast profile` as the one that README shows. --check changes nothing and exits with 1 where README differs.
+A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes
+a run of `lora-fast profile` as the one that README shows.
+--check changes nothing; it exits with 1 where README differs.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR, LoraConfig, LoraFastError
-from lora_fast.injection import LoraState, check_injection, inject, lora_layers, lora_state
+from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
 from lora_fast.linear import LoraLayer
 from lora_fast.targets import saved_module_names, target_modules
 
@@ -241,6 +241,9 @@ def load_adapter(
     Raises LoraFastError, with the model unchanged, for all that `read_adapter` and `apply_lora` refuse, and for tensors
     that are missing, left over or of another shape than the model's."""
     check_backend(backend)
+    check_adapter_dtype(adapter_dtype)
+    if not isinstance(trainable, bool):
+        raise LoraFastError(f"trainable={trainable!r}; expected True or False")
     config, tensors = read_adapter(folder)
     targets = check_injection(model, config, adapter_name)
     _check_fit(model, config, targets, tensors, source=str(Path(folder) / WEIGHTS_NAME))
@@ -268,21 +271,27 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
         n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         shapes[f"{path}.lora_A.weight"] = torch.Size((rank, k))
         shapes[f"{path}.lora_B.weight"] = torch.Size((n, rank))
-    for path in saved_module_names(model, config):
+        if config.bias != "none" and module.bias is not None:
+            shapes[f"{path}.base_layer.bias"] = module.bias.shape
+    saved = saved_module_names(model, config)
+    for path in saved:
         shapes |= {f"{path}.{key}": value.shape for key, value in model.get_submodule(path).state_dict().items()}
+    if config.bias == "all":
+        elsewhere = tuple(f"{path}." for path in saved)
+        for path, parameter in model.named_parameters():
+            owner, _, leaf = path.rpartition(".")
+            if leaf == "bias" and owner not in targets and not path.startswith(elsewhere):
+                shapes[path] = parameter.shape
     return shapes
 
 
-def _optional(model: nn.Module, targets: dict[str, nn.Module], config: LoraConfig) -> dict[str, torch.Size]:
-    """{key: shape} of base tensors that PEFT may save along: trained biases, a targeted head's own weight, resized
-    embeddings."""
+def _optional(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, torch.Size]:
+    """{key: shape} of base tensors that PEFT may save along: a targeted head's own weight, resized embeddings."""
     shapes = {}
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")
         if owner in targets:
             shapes[f"{owner}.base_layer.{leaf}"] = parameter.shape
-        elif leaf == "bias" and config.bias == "all":
-            shapes[path] = parameter.shape
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         embedding = getattr(model, getter, lambda: None)()
         path = next((n for n, m in model.named_modules() if m is embedding), None) if embedding is not None else None
@@ -300,7 +309,7 @@ def _check_fit(
     source: str,
 ) -> None:
     expected = _expected(model, config, targets)
-    allowed = expected | {k: s for k, s in _optional(model, targets, config).items() if k not in expected}
+    allowed = expected | {k: s for k, s in _optional(model, targets).items() if k not in expected}
     if missing := [key for key in expected if key not in tensors]:
         raise LoraFastError(f"{source} lacks {_few(missing)}; was it saved for another model, or other target_modules?")
     if strange := [key for key in tensors if key not in allowed]:
@@ -328,4 +337,9 @@ def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, T
         # modules_to_save stand in their original's place while their adapter is active, so their keys lead there.
         path = key.replace(".base_layer.", ".")
         owner, _, leaf = path.rpartition(".")
-        getattr(model.get_submodule(owner), leaf).copy_(value)
+        tensor = getattr(model.get_submodule(owner), leaf)
+        if path not in state.biases and not path.startswith(tuple(f"{saved}." for saved in state.originals)):
+            if torch.equal(tensor.detach().cpu(), value.to(tensor.dtype)):
+                continue
+            state.replaced.setdefault(path, tensor.detach().to("cpu", copy=True))
+        tensor.copy_(value)

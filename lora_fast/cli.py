@@ -226,7 +226,8 @@ def main(arguments: list[str] | None = None) -> int:
         # Imported here and not above: `lora-fast --help` does without torch.
         from lora_fast import LoraFastError
 
-        if not isinstance(error, LoraFastError):
+        # A file or folder that the system refuses is bad input too, and its error names it.
+        if not isinstance(error, (LoraFastError, OSError)):
             raise
         _say(f"error: {error}")
         return BAD_INPUT

@@ -34,7 +34,6 @@ _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "megatron_config": (None, {}),
-    "eva_config": (None, {}),
     "corda_config": (None, {}),
     "lora_ga_config": (None, {}),
     "loftq_config": (None, {}),
@@ -47,9 +46,9 @@ _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
     "monteclora_config": (None, {}),
     "ensure_weight_tying": (False, None),
 }
-# Fields that say where an adapter comes from, or that act only together with an unsupported one.
+# Fields that say where an adapter comes from or how it started, or that act only together with an unsupported one.
 _INERT_PEFT_FIELDS = frozenset(
-    {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode"}
+    {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode", "eva_config"}
 )
 # Heads that PEFT adds to modules_to_save for a task, because they start untrained: those of these names that exist.
 HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = {
@@ -141,12 +140,25 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(getattr(self, name), name)
+        for name in ("use_rslora", "fan_in_fan_out"):
+            if not isinstance(getattr(self, name), bool):
+                raise LoraFastError(f"{name}={getattr(self, name)!r}; expected True or False")
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
             pattern = getattr(self, name) or {}
+            if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+                raise LoraFastError(f"{name}={pattern!r}; expected a mapping from regular expressions to numbers")
             for key, value in pattern.items():
                 _check_regex(key, name)
                 check(value, f"{name}[{key!r}]")
             set_(name, MappingProxyType(dict(pattern)))
+        patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        for name, values in (("layers_pattern", patterns), ("modules_to_save", self.modules_to_save or ())):
+            for value in values:
+                _check_regex(value, name)
+        if self.init_lora_weights == "pissa" and min(self.lora_alpha, *self.alpha_pattern.values(), 1) <= 0:
+            raise LoraFastError(
+                "init_lora_weights='pissa' splits the weight by the scaling; lora_alpha must be above 0"
+            )
         indices = self.layers_to_transform
         if indices is not None:
             listed = (indices,) if isinstance(indices, int) else indices

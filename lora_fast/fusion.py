@@ -14,7 +14,7 @@ NOT_ACCELERATED = "a LoRA layer of PEFT's; accelerate_peft(model) speeds it up"
 @dataclass(frozen=True)
 class FusionRow:
     """One module: its dotted name, the path that its adapter takes as it stands, and why not the Triton path (None on
-    it). path: "triton", "torch" (our op in PyTorch) or "peft" (PEFT's own forward)."""
+    it). path: "triton", "torch" (our op in PyTorch), "base" (no adapter runs) or "peft" (PEFT's own forward)."""
 
     module: str
     path: str

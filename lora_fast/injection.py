@@ -24,13 +24,14 @@ class LoraState:
     model.
 
     trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter
-    trains, as they were.
+    trains, as they were. replaced: other weights of the base that an adapter's file brought along, as they were.
     originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name."""
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
     trained_before: frozenset[str] = frozenset()
     biases: dict[str, Tensor] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
     copies: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
     hooks: list = field(default_factory=list)
@@ -83,6 +84,13 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
     """The modules that apply_lora would adapt, having changed nothing. Raises LoraFastError where it could not."""
     if not isinstance(model, nn.Module):
         raise LoraFastError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(config, LoraConfig):
+        remedy = "; LoraConfig.from_peft(config.to_dict()) makes one of PEFT's" if hasattr(config, "peft_type") else ""
+        kind = f"{type(config).__module__}.{type(config).__name__}"
+        raise LoraFastError(f"config is a {kind}; expected a lora_fast.LoraConfig{remedy}")
+    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
+    if inner is not None:
+        raise LoraFastError(f"model is wrapped in a {type(model).__name__}; work on the model inside: model.{inner}")
     if hasattr(model, "peft_config"):
         raise LoraFastError(f"{type(model).__name__} already carries PEFT adapters; call accelerate_peft(model) on it")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
@@ -95,6 +103,12 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
         if state.merged_keep is not None:
             raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before adding another")
+        changed = [n for n, c in state.configs.items() if c.init_lora_weights in ("pissa", "olora")]
+        if changed or config.init_lora_weights in ("pissa", "olora"):
+            raise LoraFastError(
+                "an adapter that started with PiSSA or OLoRA changes the base weight and must be the only one; here "
+                f"would be {', '.join(map(repr, (*state.configs, adapter_name)))}"
+            )
         if config.bias != "none" and state.biases:
             raise LoraFastError(
                 "two adapters can't both train the base's biases: there is one set of them; use bias='none'"
@@ -118,6 +132,12 @@ def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool
     """Whether this attribute of the instance is just its class's forward, bound: what accelerate leaves when it takes a
     hook off."""
     return getattr(module.__dict__.get(attribute), "__func__", None) is type(module).forward
+
+
+def check_adapter_dtype(adapter_dtype: torch.dtype) -> None:
+    """Raises LoraFastError where adapter_dtype can't hold master copies."""
+    if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
+        raise LoraFastError(f"adapter_dtype={adapter_dtype!r}; expected a floating-point torch.dtype")
 
 
 def _become(module: nn.Module, cls: type) -> None:
@@ -146,8 +166,7 @@ def apply_lora(
     backend: "auto", "torch" or "triton" (raises where Triton can't run). Returns `model`.
     Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
     check_backend(backend)
-    if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
-        raise LoraFastError(f"adapter_dtype={adapter_dtype!r}; expected a floating-point torch.dtype")
+    check_adapter_dtype(adapter_dtype)
     targets = check_injection(model, config, adapter_name)
     inject(model, config, targets, adapter_name, backend=backend, adapter_dtype=adapter_dtype, trainable=True)
     return model
@@ -185,11 +204,12 @@ def inject(
         if not isinstance(module, LoraLayer):
             _become(module, lora_class(module))
             module.start(backend)
+        module.adapters_disabled = state.disabled
         module.add_adapter(adapter_name, specs[name], init, adapter_dtype)
     for name in saved_module_names(model, config):
         original = state.originals.setdefault(name, model.get_submodule(name))
         state.copies.setdefault(adapter_name, {})[name] = _trained_copy(original)
-    _train_biases(model, state, config)
+    _train_biases(model, state, config, targets)
     state.configs[adapter_name] = config
     state.trainable[adapter_name] = trainable
     set_adapter(model, adapter_name)
@@ -256,16 +276,16 @@ def _watch_checkpointing(model: nn.Module, state: LoraState) -> None:
     state.hooks = [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
 
 
-def _train_biases(model: nn.Module, state: LoraState, config: LoraConfig) -> None:
+def _train_biases(model: nn.Module, state: LoraState, config: LoraConfig, targets: dict[str, nn.Module]) -> None:
+    """Keeps the biases that `config` trains, as they are; set_adapter lets them have gradients."""
     if config.bias == "none":
         return
-    adapted = {f"{name}.bias" for name in lora_layers(model)}
+    adapted = {f"{name}.bias" for name in targets}
     saved = tuple(f"{name}." for name in state.originals)  # their copies are trained whole
     for name, parameter in model.named_parameters():
         wanted = name in adapted if config.bias == "lora_only" else name.rpartition(".")[2] == "bias"
         if wanted and not name.startswith(saved):
             state.biases[name] = parameter.detach().to("cpu", copy=True)
-            parameter.requires_grad_(True)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -303,6 +323,9 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
     state.active = adapter_name
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name)
+    for name in state.biases:
+        trained = state.configs[adapter_name].bias != "none" and state.trainable[adapter_name]
+        model.get_parameter(name).requires_grad_(trained)
     _arrange_saved_modules(model, state)
 
 
@@ -327,9 +350,11 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
-    state.disabled = disabled
     for layer in lora_layers(model).values():
+        if disabled != state.disabled:
+            layer.swap_start()
         layer.adapters_disabled = disabled
+    state.disabled = disabled
     _arrange_saved_modules(model, state)
 
 
@@ -352,6 +377,8 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
         raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
     if state.merged_keep is not None:
         raise LoraFastError(f"adapter {state.active!r} is merged already; unmerge_lora(model) first")
+    if state.disabled:
+        raise LoraFastError("adapters are disabled; merge_lora after the disable_adapters block")
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active_adapter is not None}
     tied = tied_weights(model, layers)
     for name, layer in layers.items():
@@ -389,6 +416,8 @@ def remove_lora(model: nn.Module) -> None:
     modules_to_save and biases stay)."""
     state = lora_state(model)
     merged = state.merged_keep is not None
+    if state.disabled:
+        _set_disabled(model, state, False)
     for layer in lora_layers(model).values():
         if not merged:
             layer.restore_base()
@@ -398,9 +427,9 @@ def remove_lora(model: nn.Module) -> None:
     if not merged:
         state.copies = {}
         _arrange_saved_modules(model, state)
-        for name, bias in state.biases.items():
+        for name, value in (state.biases | state.replaced).items():
             with torch.no_grad():
-                model.get_parameter(name).copy_(bias)
+                model.get_parameter(name).copy_(value)
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():

@@ -190,6 +190,14 @@ class LoraLayer(nn.Module):
             self.weight.copy_(self._weight_before_init)
             self._weight_before_init = None
 
+    @torch.no_grad()
+    def swap_start(self) -> None:
+        """Exchanges the weight with the one of before PiSSA or OLoRA changed it, where they did."""
+        if self._weight_before_init is not None:
+            current = self.weight.detach().to("cpu", copy=True)
+            self.weight.copy_(self._weight_before_init)
+            self._weight_before_init = current
+
     def adapter_runs(self) -> bool:
         """Whether forward adds an update: there is an active adapter, neither disabled nor merged."""
         return self.active_adapter is not None and not self.adapters_disabled and self.merged_adapter is None
@@ -213,7 +221,9 @@ class LoraLayer(nn.Module):
         )
 
     def fusion_path(self) -> tuple[str, str | None]:
-        """The path that the adapter takes, and why not Triton's."""
+        """The path that a call takes as the layer stands now, and why not Triton's."""
+        if not self.adapter_runs():
+            return "base", "the base layer alone: its adapter is merged, disabled or not the active one"
         reason = triton_unsupported("lora_linear")
         return "torch" if reason else "triton", reason
 

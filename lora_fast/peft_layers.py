@@ -4,8 +4,8 @@ Only the class of a live module changes: parameters, adapters, merging, saving a
 
 How the numbers differ from PEFT's: on an fp32 base by the rounding of the last addition. On a bf16 or fp16 base with
 fp32 adapters PEFT copies x to fp32 for every layer and runs the adapter there; here the fp32 adapters are rounded to
-x's dtype (autocast's where it is on), products accumulate in fp32, and x is never copied. The same seed drops the same
-elements in all cases."""
+x's dtype (autocast's where it is on), products accumulate in fp32, and x is never copied. On a CPU the same seed
+drops the same elements in all cases; on a GPU that has not been tried."""
 
 from collections import Counter
 from typing import NamedTuple

@@ -65,9 +65,9 @@ def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int
     """The first numbered segment of a dotted name, behind one of `layers_pattern` where given."""
     patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern or (None,)
     for pattern in patterns:
-        expression = r".*?\.[^.]*\.(\d+)\." if pattern is None else rf"(?:^|.*?\.){pattern}\.(\d+)\."
+        expression = r".*?\.[^.]*\.(?P<idx>\d+)\." if pattern is None else rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
         if match := re.match(expression, name):
-            return int(match[1])
+            return int(match["idx"])
     return None
 
 
@@ -119,10 +119,15 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
         if not isinstance(module, LoraLayer) and lora_class(module) is None:
             raise LoraFastError(
                 f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear "
-                "and Transformers' Conv1D. For a quantized layer make the adapter with PEFT and call accelerate_peft; "
-                "otherwise exclude_modules it"
+                "and Transformers' Conv1D themselves, no subclasses with a forward of their own. Make the adapter "
+                "with PEFT and call accelerate_peft, or exclude_modules it"
             )
         targets[name] = module
+    if not targets and any(_matches_pattern(wanted, name) for name, _ in model.named_modules()):
+        raise LoraFastError(
+            f"target_modules={_shown(config.target_modules)} matches modules of {type(model).__name__}, and "
+            "exclude_modules, layers_to_transform or modules_to_save takes all of them away"
+        )
     if not targets:
         missed = config.target_modules if not isinstance(config.target_modules, str) else (config.target_modules,)
         raise LoraFastError(

@@ -128,7 +128,11 @@ def _resolve_folder(folder: Path, name: str) -> ModelSource:
 
 def _missing_weights(folder: Path) -> str | None:
     """Why the folder's weights cannot be complete, or None."""
-    for index in sorted([*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]):
+    # Transformers takes safetensors where there are any; what another format's index lists need not be there.
+    chosen = next(
+        (p for p in ("*.safetensors", "*.bin") if [*folder.glob(p), *folder.glob(f"{p}.index.json")]), "*.bin"
+    )
+    for index in sorted(folder.glob(f"{chosen}.index.json")):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -247,6 +251,8 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
     except (OSError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ImportError) as error:
         raise LoraFastError(f"{source.name}: Transformers cannot make this model: {_first_line(error)}") from error
     except Exception as error:
+        if str(device) == "meta":  # no memory was asked for: the config's numbers make no model
+            raise LoraFastError(f"{source.name}: no model has these sizes: {_first_line(error)}") from error
         if type(error).__name__ == "SafetensorError":  # derives from Exception alone
             raise LoraFastError(f"{source.name}: a weight file is damaged: {_first_line(error)}") from error
         raise

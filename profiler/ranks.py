@@ -26,8 +26,8 @@ def parse_ranks(ranks: str | int | Sequence[int]) -> list[int] | None:
     if not values:
         raise LoraFastError("ranks is empty; expected at least one, such as 8,64,256")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LoraFastError(f"rank {value!r} in ranks; a rank is a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise LoraFastError(f"rank {value!r} in ranks; a rank is a whole number from 1 to 2**31 - 1")
     return sorted(set(values))
 
 

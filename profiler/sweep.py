@@ -69,7 +69,7 @@ def profile_ranks(
 
     Raises LoraFastError for wrong input, before anything is written."""
     wanted = parse_ranks(ranks)
-    if time_budget_s is not None and not time_budget_s > 0:
+    if time_budget_s is not None and not 0 < time_budget_s < float("inf"):
         raise LoraFastError(f"time_budget_s={time_budget_s!r}; expected a positive number of seconds")
     if steps is None:
         steps, time_budget_s = ROUNDS, BUDGET_S if time_budget_s is None else time_budget_s
@@ -77,7 +77,7 @@ def profile_ranks(
         raise LoraFastError(
             f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval"
         )
-    if memory_limit_MiB is not None and not memory_limit_MiB > 0:
+    if memory_limit_MiB is not None and not 0 < memory_limit_MiB < float("inf"):
         raise LoraFastError(f"memory_limit_MiB={memory_limit_MiB!r}; expected a positive number")
     folder = None if out in (None, AUTO) else RunFolder(out)
     given = model if isinstance(model, nn.Module) else None

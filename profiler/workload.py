@@ -35,6 +35,8 @@ class Workload:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise LoraFastError(f"{name}={value!r}; expected a whole number of at least {least}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise LoraFastError(f"seed={self.seed!r}; expected a whole number from 0 to 2**63 - 1")
         if self.dtype not in DTYPES:
             raise LoraFastError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
@@ -66,6 +68,8 @@ class Workload:
         longest = max_positions(model)
         if longest is not None and self.seq_len > longest:
             raise LoraFastError(f"seq_len={self.seq_len} exceeds the model's max_position_embeddings={longest}")
+        if not vocab_size(model):
+            raise LoraFastError("the model's config.vocab_size is 0; expected at least one token to draw")
         generator = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(0, vocab_size(model), (self.batch_size, self.seq_len), generator=generator).to(self.device)
         return {"input_ids": ids, "labels": ids}

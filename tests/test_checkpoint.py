@@ -117,7 +117,7 @@ def test_wrong_shapes(saved):
 
 def test_another_models_adapter(saved):
     refused(saved, "target_modules", model=build("gpt2"))
-    refused(saved, "(4, 32)", "(4, 16)", model=build("llama", hidden_size=16, head_dim=8))
+    refused(saved, "(32, 4)", "(16, 4)", model=build("llama", hidden_size=16, head_dim=8))
 
 
 def test_missing_and_left_over_tensors(saved):
@@ -155,6 +155,45 @@ def test_fields_that_change_nothing(saved):
         saved, peft_version="9.9", a_field_of_tomorrow=None, another=[], use_dora=False, megatron_core="megatron.core"
     )
     load_adapter(build("llama"), saved)
+
+
+def test_missing_trained_biases(tmp_path):
+    save_adapter(trained(build("llama", attention_bias=True), bias="lora_only"), tmp_path / "adapter")
+    edit_tensors(tmp_path / "adapter", lambda t: [t.pop(k) for k in list(t) if k.endswith("q_proj.base_layer.bias")])
+    refused(tmp_path / "adapter", "lacks", "q_proj.base_layer.bias", model=build("llama", attention_bias=True))
+
+
+def test_a_second_adapters_biases_are_its_own(tmp_path):
+    model = trained(build("llama", attention_bias=True), target_modules=["q_proj"])
+    apply_lora(model, LoraConfig(target_modules=["v_proj"], bias="lora_only"), adapter_name="second")
+    biases = {n for n, p in model.named_parameters() if n.endswith(".bias") and p.requires_grad}
+    assert biases == {n for n, _ in model.named_parameters() if n.endswith("v_proj.bias")}
+    save_adapter(model, tmp_path / "adapter")
+    loaded = load_adapter(build("llama", attention_bias=True), tmp_path / "adapter", trainable=False)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    set_adapter(model, "default")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith(".bias"))
+
+
+@pytest.mark.parametrize("wrong", [{"adapter_dtype": torch.int8}, {"adapter_dtype": "float32"}, {"trainable": "no"}])
+def test_wrong_arguments_of_load_adapter(saved, wrong):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(LoraFastError, match=next(iter(wrong))):
+        load_adapter(model, saved, **wrong)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig(), {"r": 8}, LoraConfig])
+def test_a_config_of_another_kind(config):
+    with pytest.raises(LoraFastError, match=r"expected a lora_fast\.LoraConfig"):
+        apply_lora(build("llama"), config)
+    apply_lora(build("llama"), LoraConfig.from_peft(peft.LoraConfig(target_modules=["q_proj"]).to_dict()))
+
+
+def test_a_wrapped_model():
+    with pytest.raises(LoraFastError, match=r"model\.module"):
+        apply_lora(torch.nn.DataParallel(build("llama")), LoraConfig())
 
 
 def test_an_adapter_name_twice(saved):
@@ -307,8 +346,7 @@ def test_everything_that_is_trained_goes_through_pefts_files(tmp_path, lora):
         assert_close(logits(loaded), expected)
         remove_lora(loaded)
         for name, value in build("llama", attention_bias=True).state_dict().items():
-            if "lm_head" not in name:  # PEFT saves a targeted head's base weight along, and loading puts it back
-                assert torch.equal(loaded.state_dict()[name], value), name
+            assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def test_pefts_half_precision_adapter_becomes_an_fp32_master(tmp_path):

@@ -117,6 +117,8 @@ def here(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "odd.json").write_text('{"model_type": "nonesuch"}')
+    for name, size in (("hidden_size", 0), ("intermediate_size", -3), ("vocab_size", 0)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(CONFIG | {name: size}))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     return tmp_path
@@ -141,6 +143,15 @@ def here(folder, tmp_path, monkeypatch):
         (["config.json", "--device", "meta"], "device='meta'"),
         (["config.json", "--target-modules", "q_prj"], "q_proj"),
         (["config.json", "--target-modules", "(q"], "regular expression"),
+        (["config.json", "--seed", "-1"], "seed=-1"),
+        (["config.json", "--seed", "99999999999999999999999"], "seed=99999999999999999999999"),
+        (["config.json", "--time-budget", "inf"], "time_budget_s=inf"),
+        (["config.json", "--memory-limit", "inf"], "memory_limit_MiB=inf"),
+        (["config.json", "--ranks", "2,100000000000000000000000"], "rank 100000000000000000000000"),
+        (["hidden_size.json"], "hidden_size: no model has these sizes"),
+        (["intermediate_size.json"], "negative dimension -3"),
+        (["vocab_size.json"], "vocab_size"),
+        (["config.json", "--out", "x" * 300], "File name too long"),
         (["odd.json"], "unknown model type 'nonesuch'"),
         (["nowhere/config.json"], "no such file"),
         (["llama-9b"], "built-in shapes are llama-5m"),

@@ -286,10 +286,33 @@ def test_remove_puts_everything_back(family, init, dtype):
     before = snapshot(base)
     lora = {"init_lora_weights": init, "target_modules": ["q_proj", "down_proj", "c_attn"]}
     injected(family, model=base, lora=lora)
-    injected(family, model=base, lora=lora, name="second", seed=6)
+    if init is False:
+        injected(family, model=base, lora=lora, name="second", seed=6)
     assert init is False or any(not torch.equal(v, before["values"].get(n, v)) for n, v in base.state_dict().items())
     remove_lora(base)
     assert_unchanged(base, before)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_stays_alone_and_is_disabled_whole(init):
+    base = logits(build("llama"))
+    model = injected(lora={"init_lora_weights": init})
+    adapted_logits = logits(model)
+    with torch.no_grad():
+        for parameter in lora_parameters(model):
+            parameter.mul_(1.5)
+    changed = logits(model)
+    assert (changed - adapted_logits).norm() > 1e-3 * changed.norm()
+    with disable_adapters(model):
+        assert torch.equal(logits(model), base)
+        with disable_adapters(model):
+            assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), changed)
+    with pytest.raises(LoraFastError, match="must be the only one; here would be 'default', 'second'"):
+        apply_lora(model, LoraConfig(), adapter_name="second")
+    with disable_adapters(model):
+        remove_lora(model)
+        assert torch.equal(logits(model), base)
 
 
 def test_remove_takes_back_trained_biases_and_modules():
@@ -696,6 +719,7 @@ def test_accelerate_hooks_keep_working():
     assert gradients(offloaded).keys() == gradients(injected()).keys()
     with pytest.raises(LoraFastError, match=r"weight is offloaded by accelerate; move the model"):
         merge_lora(offloaded)
+    remove_lora(offloaded)
     for lora, sentence in (
         ({"init_lora_weights": "pissa"}, r"init_lora_weights='pissa' changes .*offloaded"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: lm_head is offloaded"),
@@ -704,7 +728,6 @@ def test_accelerate_hooks_keep_working():
         with pytest.raises(LoraFastError, match=sentence):
             apply_lora(offloaded, LoraConfig(**lora), adapter_name="second")
         assert before == {name: id(module) for name, module in offloaded.named_modules()}
-    remove_lora(offloaded)
     assert torch.equal(logits(offloaded), plain)
 
 
@@ -774,8 +797,8 @@ def test_low_precision_training_is_as_exact_as_peft(dtype, autocast):
         ),
         ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module.*did you mean q_proj"),
         ({"target_modules": ["nonsense_xyz"]}, r"its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj"),
-        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"matches no module"),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"matches no module"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"matches modules .*takes all of them away"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"matches modules .*takes all of them away"),
         (
             {"target_modules": ["embed_tokens"]},
             r"model.embed_tokens is a torch.nn.modules.sparse.Embedding; lora-fast",

@@ -119,6 +119,9 @@ def test_weights_that_are_missing_or_damaged(folder):
     (saved / "model-1-of-2.safetensors").write_bytes(whole)
     with pytest.raises(LoraFastError, match="1 of 2 weight files are missing"):
         models.resolve(str(saved))
+    (saved / "model.safetensors.index.json").unlink()
+    (saved / "pytorch_model.bin.index.json").write_text(json.dumps(index))  # another format's, not downloaded
+    assert models.resolve(str(saved)).kind == "folder"
     (saved / "model.safetensors.index.json").write_text("{")
     with pytest.raises(LoraFastError, match="cannot be read"):
         models.resolve(str(saved))
