@@ -244,6 +244,9 @@ class LoraConfig:
                 f"{source}: {name}={value!r} is not supported by lora-fast and would change the result; "
                 f"load this adapter with PEFT, or set {name} to {neutral[0]!r} if it is not meant"
             )
+        for name in ("r", "lora_alpha"):
+            if name in peft_config and peft_config[name] is None:
+                raise LoraFastError(f"{source}: {name} is null; expected a number")
         values = {name: peft_config[name] for name in known if name in peft_config and peft_config[name] is not None}
         if peft_config.get("target_modules") is None:
             raise LoraFastError(f"{source}: target_modules is missing; write the names of the adapted modules into it")

@@ -143,6 +143,8 @@ def test_missing_and_left_over_tensors(saved):
         ("a_field_of_tomorrow", 0.5),
         ("r", 0),
         ("r", "8"),
+        ("r", None),
+        ("lora_alpha", None),
     ],
 )
 def test_fields_that_would_change_the_result(saved, field, value):
