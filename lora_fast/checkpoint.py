@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import ALL_LINEAR, LoraConfig, LoraFastError
+from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
 from lora_fast.linear import LoraLayer
 from lora_fast.targets import saved_module_names, target_modules
@@ -82,16 +82,7 @@ def _portable(
             raise LoraFastError(
                 f"portable=True: {field} can't be served by vLLM, llama.cpp or SGLang; save without portable"
             )
-    changed_base = [n for n, c in state.configs.items() if c.init_lora_weights in ("pissa", "olora")]
-    if len(changed_base) > 1:
-        raise LoraFastError(
-            f"portable=True: adapters {changed_base} changed the base weight one after the other; keep one of them"
-        )
     factors = {path: layer.plain_factors(name, config.init_lora_weights) for path, layer in layers.items()}
-    if changed_base not in ([], [name]):
-        raise LoraFastError(
-            f"portable=True: adapter {changed_base[0]!r} changed the base weight; {name!r} would not fit the original"
-        )
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors = {}
     for path, (a, b) in factors.items():
@@ -247,7 +238,7 @@ def load_adapter(
     config, tensors = read_adapter(folder)
     targets = check_injection(model, config, adapter_name)
     _check_fit(model, config, targets, tensors, source=str(Path(folder) / WEIGHTS_NAME))
-    init = config.init_lora_weights if config.init_lora_weights in ("pissa", "olora") else False
+    init = config.init_lora_weights if config.init_lora_weights in BASE_CHANGING_INITS else False
     inject(
         model,
         config,

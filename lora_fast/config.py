@@ -23,7 +23,9 @@ class LoraFastWarning(UserWarning):
     """Something that lora-fast does as told, but that is seldom meant."""
 
 
-INITS = (True, False, "gaussian", "pissa", "olora")
+# These take their start off the base weight; the others set A and B alone.
+BASE_CHANGING_INITS = ("pissa", "olora")
+INITS = (True, False, "gaussian", *BASE_CHANGING_INITS)
 
 # Fields that PEFT's config has and that change nothing at these values, and are refused at any other: ignoring one
 # would silently compute something else.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import LoraConfig, LoraFastError, warn
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, warn
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.targets import lora_class, saved_module_names, target_modules, unreached
 
@@ -103,8 +103,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
         if state.merged_keep is not None:
             raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before adding another")
-        changed = [n for n, c in state.configs.items() if c.init_lora_weights in ("pissa", "olora")]
-        if changed or config.init_lora_weights in ("pissa", "olora"):
+        changed = [n for n, c in state.configs.items() if c.init_lora_weights in BASE_CHANGING_INITS]
+        if changed or config.init_lora_weights in BASE_CHANGING_INITS:
             raise LoraFastError(
                 "an adapter that started with PiSSA or OLoRA changes the base weight and must be the only one; here "
                 f"would be {', '.join(map(repr, (*state.configs, adapter_name)))}"
@@ -192,7 +192,7 @@ def inject(
             f"in training a {model.config.model_type} reads the weight of {idle[0]} ({len(idle)} modules so) without "
             "calling the module: an adapter there has no effect; name others in target_modules"
         )
-    if init in ("pissa", "olora"):
+    if init in BASE_CHANGING_INITS:
         _check_base_can_change(model, targets, init)
     state = model.__dict__.get(_STATE)
     if state is None:
@@ -221,7 +221,7 @@ def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -
         return
     name, rank = next(iter(too_large.items()))
     smallest = min(targets[name].weight.shape)
-    if init in ("pissa", "olora"):
+    if init in BASE_CHANGING_INITS:
         raise LoraFastError(f"init_lora_weights={init!r} takes at most r=min(N, K)={smallest} for {name}; r={rank}")
     warn(
         f"r={rank} exceeds min(N, K)={smallest} of {name} ({len(too_large)} modules so): the update is never of higher "

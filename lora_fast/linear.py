@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import triton_unsupported
-from lora_fast.config import LoraConfig, LoraFastError
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.ops import lora_linear
 
 
@@ -86,7 +86,7 @@ class LoraLayer(nn.Module):
         make = "meta" if device.type == "meta" else "cpu"
         a = nn.Linear(k, spec.r, bias=False, device=make, dtype=torch.float32)
         b = nn.Linear(spec.r, n, bias=False, device=make, dtype=torch.float32)
-        if init in ("pissa", "olora"):
+        if init in BASE_CHANGING_INITS:
             a_start, b_start = self._factors_of(self.matrix(), spec, init)
             a.weight.copy_(a_start)
             b.weight.copy_(b_start)
@@ -99,7 +99,7 @@ class LoraLayer(nn.Module):
         elif init is True:
             nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
             nn.init.zeros_(b.weight)
-        if init not in ("pissa", "olora") and self.weight.is_floating_point():
+        if init not in BASE_CHANGING_INITS and self.weight.is_floating_point():
             # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16
             # too.
             a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
@@ -137,7 +137,7 @@ class LoraLayer(nn.Module):
         R' is R, or 2 R where `init` took s · B₀ A₀ off the base weight at the start: then B A = s (B A − B₀ A₀)."""
         spec = self.adapter_specs[name]
         a, b = self.lora_A[name].weight.float(), spec.scaling * self.lora_B[name].weight.float()
-        if init not in ("pissa", "olora"):
+        if init not in BASE_CHANGING_INITS:
             return a, b
         before = self._weight_before_init.to(self.weight.device)
         a_start, b_start = self._factors_of(before.t() if self.fan_in_fan_out else before, spec, init)
