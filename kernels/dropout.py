@@ -1,8 +1,8 @@
 """Dropout masks inside a kernel: one Philox call draws eight elements, which are one byte of the mask.
 
 A mask of x (M, K) is uint8 (M, ⌈K / 8⌉): bit i of byte j of a row says whether element 8 j + i is kept. The element's
-place and the seed decide it, nothing else, so that any kernel can redraw any part of it. Each element gets 16 of Philox'
-128 bits and is kept where they reach p · 2¹⁶: the probability is p to within 2⁻¹⁷.
+place and the seed decide it, nothing else, so that any kernel can redraw any part of it. Each element gets 16 of the
+128 bits of a call and is kept where they reach p · 2¹⁶: the probability is p to within 2⁻¹⁷.
 
 Seven rounds of Philox pass BigCrush (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2); ten
 would make a pass over x bound by arithmetic instead of memory."""
