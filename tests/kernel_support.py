@@ -1,0 +1,56 @@
+"""What every kernel test shares: where kernels run here, in which dtypes, and how their errors are judged."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+# On a GPU the same tests run there, in bf16 too; the interpreter's bf16 arithmetic is wrong (triton issue 11584).
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if DEVICE.type == "cuda" else ()))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Standard normal numbers, the same on every device, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+
+def error(result: Tensor, exact: Tensor) -> float:
+    """‖result − exact‖_F / ‖exact‖_F in float64; NaN anywhere gives NaN, and all zeros give 1."""
+    result, exact = result.double().cpu(), exact.double().cpu()
+    assert result.shape == exact.shape, f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    return float((result - exact).norm() / exact.norm().clamp_min(1e-300))
+
+
+def assert_as_exact_as(result: Tensor, eager: Tensor, exact: Tensor, *, factor: float = 2.0) -> None:
+    """The kernel's error against float64 is at most `factor` times the error of the same-dtype PyTorch path."""
+    # Where PyTorch happens to be exact, one rounding of the result is allowed.
+    bound = factor * max(error(eager, exact), torch.finfo(result.dtype).eps / 4)
+    actual = error(result, exact)
+    assert actual <= bound, f"relative error {actual:.3g}, allowed {bound:.3g}"
+
+
+@contextlib.contextmanager
+def nan_filled() -> Iterator[None]:
+    """Inside the block torch.empty and its like hand out floating-point memory full of NaN, integers full of 0x55: what
+    a kernel forgets to write shows."""
+
+    def filling(make):
+        def filled(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.device.type == "meta":
+                return tensor
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 0x55)
+
+        return filled
+
+    new_empty = Tensor.new_empty
+    with (
+        mock.patch.object(torch, "empty", filling(torch.empty)),
+        mock.patch.object(torch, "empty_like", filling(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", filling(new_empty)),
+    ):
+        yield
