@@ -1,5 +1,7 @@
 """Tiny Transformers models with random weights, one per family, and what tests ask of our model and PEFT's alike."""
 
+import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -198,6 +200,35 @@ def peft_model(model: nn.Module, **lora: Any) -> nn.Module:
     import peft
 
     return peft.get_peft_model(model, peft.LoraConfig(**lora))
+
+
+def pair(family, lora, *, seed=5, dtype=torch.float32, **config):
+    """Our model and PEFT's on the same weights, with the same config, started under the same seed."""
+    import lora_fast
+
+    base = build(family, dtype=dtype, **config)
+    ours, theirs = copy.deepcopy(base), copy.deepcopy(base)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lora_fast.LoraFastWarning)
+        lora_fast.apply_lora(ours, lora_fast.LoraConfig(**lora))
+    torch.manual_seed(seed)
+    return ours, peft_model(theirs, **lora)
+
+
+def injected(family="llama", *, seed=5, dtype=torch.float32, lora=None, model=None, name="default", **config):
+    """A model with an adapter whose update is not zero."""
+    import lora_fast
+
+    model = build(family, dtype=dtype, **config) if model is None else model
+    torch.manual_seed(seed)
+    lora = {"r": 4, "lora_alpha": 8, "init_lora_weights": False} | (lora or {})
+    return lora_fast.apply_lora(model, lora_fast.LoraConfig(**lora), adapter_name=name)
+
+
+@torch.no_grad()
+def logits(model, inputs=CAUSAL_LM):
+    return model.eval()(**inputs).logits
 
 
 def plain_name(name: str) -> str:
