@@ -80,7 +80,7 @@ class LoraConfig:
     lora_alpha: scaling = lora_alpha / R, or lora_alpha / √R with use_rslora (arXiv:2312.03732).
     lora_dropout: probability p in [0, 1) of the dropout on the input of lora_A.
     target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted
-        name, or "all-linear" (the default): every nn.Linear and Conv1D but the output head.
+        name, or "all-linear" (the default): every nn.Linear, subclasses too, and Conv1D but the output head.
     exclude_modules: the same forms, taken away.
     layers_to_transform, layers_pattern: only layers of these indices (with names only).
     rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first wins.

@@ -187,10 +187,10 @@ def inject(
     init = config.init_lora_weights if init is None else init
     specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
     _check_ranks(targets, specs, init)
-    if idle := unreached(model, targets):
+    for reader, idle in unreached(model, targets).items():
         warn(
-            f"in training a {model.config.model_type} reads the weight of {idle[0]} ({len(idle)} modules so) without "
-            "calling the module: an adapter there has no effect; name others in target_modules"
+            f"{reader} reads the weight of {idle[0]} ({len(idle)} modules so) without calling the module: an adapter "
+            "there has no effect; name others in target_modules"
         )
     if init in BASE_CHANGING_INITS:
         _check_base_can_change(model, targets, init)

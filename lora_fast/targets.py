@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError
 from lora_fast.linear import LoraLayer, LoraLinear
+from lora_fast.subclass import has_plain_weight, lora_subclass
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -22,7 +23,7 @@ _STATE_SPACE_SELDOM_REACHED = ("dt_proj", "x_proj")
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
 
-    Only the exact classes: a subclass (quantized, parallel, a router) has a forward of its own that would be lost."""
+    A subclass of nn.Linear keeps a forward of its own; one whose weight is quantized or sharded carries none."""
     if type(module) is nn.Linear:
         return LoraLinear
     # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
@@ -30,6 +31,8 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         from lora_fast.conv1d import LoraConv1D
 
         return LoraConv1D
+    if isinstance(module, nn.Linear) and not isinstance(module, LoraLayer) and has_plain_weight(module):
+        return lora_subclass(type(module))
     return None
 
 
@@ -87,8 +90,8 @@ def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
 def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """{dotted name: module} of every module that `config` adapts, in the model's order.
 
-    Raises LoraFastError where nothing matches (naming near names), or where something matches that is neither nn.Linear
-    nor Conv1D."""
+    Raises LoraFastError where nothing matches (naming near names), or where something matches that `lora_class` has no
+    class for."""
     every = config.target_modules == ALL_LINEAR or (
         isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     )
@@ -118,9 +121,9 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             )
         if not isinstance(module, LoraLayer) and lora_class(module) is None:
             raise LoraFastError(
-                f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear "
-                "and Transformers' Conv1D themselves, no subclasses with a forward of their own. Make the adapter "
-                "with PEFT and call accelerate_peft, or exclude_modules it"
+                f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear, "
+                "its subclasses whose weight is a plain floating-point matrix (out_features, in_features), and "
+                "Transformers' Conv1D. Make the adapter with PEFT and call accelerate_peft, or exclude_modules it"
             )
         targets[name] = module
     if not targets and any(_matches_pattern(wanted, name) for name, _ in model.named_modules()):
@@ -137,10 +140,21 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     return targets
 
 
-def unreached(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Those among `names` whose module the model seldom or never calls, because it reads the weight directly."""
+def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
+    """{who: those among `names` whose module is seldom or never called, because who reads its weight directly}."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return [n for n in names if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(n, _STATE_SPACE_SELDOM_REACHED)]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        forward = type(model.get_submodule(owner_name)).forward
+        if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_SELDOM_REACHED):
+            found.setdefault(f"in training a {model_type}", []).append(name)
+        elif forward is nn.MultiheadAttention.forward and leaf == "out_proj":
+            found.setdefault("torch.nn.MultiheadAttention", []).append(name)
+        elif forward is nn.TransformerEncoderLayer.forward and leaf in ("linear1", "linear2"):
+            # Its fused path, which it takes outside training where its own weights are frozen.
+            found.setdefault("in evaluation torch.nn.TransformerEncoderLayer", []).append(name)
+    return found
 
 
 def _shown(value: str | Collection[str]) -> str:

@@ -92,6 +92,12 @@ FAMILIES = {
         lora={"target_modules": "all-linear", "r": 4, "lora_dropout": 0.05, "bias": "all", "fan_in_fan_out": True},
     ),
     "gpt_neox": Family("GPTNeoXForCausalLM", "GPTNeoXConfig", _SIZES),
+    "falcon": Family(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {k: v for k, v in _SIZES.items() if k != "intermediate_size"} | {"bias": True},
+        lora={"target_modules": "all-linear", "r": 4, "lora_dropout": 0.1, "bias": "lora_only"},
+    ),
     "opt": Family(
         "OPTForCausalLM",
         "OPTConfig",

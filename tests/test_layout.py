@@ -30,7 +30,7 @@ FLOORS = """
 kernels
 config backend tuning fusion
 ops
-linear conv1d peft_layers mlp spectrum delta rank_rules
+linear conv1d subclass peft_layers mlp spectrum delta rank_rules
 targets injection
 peft_bridge checkpoint resize
 rank_search decision

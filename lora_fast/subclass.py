@@ -1,0 +1,87 @@
+"""LoRA on subclasses of nn.Linear (Falcon's linear layers, the out_proj of nn.MultiheadAttention): classes made on
+demand.
+
+A subclass that keeps nn.Linear's forward is adapted as nn.Linear is. One with a forward of its own is called as it is
+and the update added to what it returns, as PEFT does."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.backend import triton_unsupported
+from lora_fast.config import LoraFastError
+from lora_fast.linear import LoraLayer
+from lora_fast.ops import lora_update
+
+# Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def has_plain_weight(module: nn.Linear) -> bool:
+    """Whether the weight is a matrix (out_features, in_features) of plain numbers, so that an update can be merged into
+    it: not quantized, packed, sharded, computed from other parameters or not there yet."""
+    weight = module._parameters.get("weight")
+    shape = (module.out_features, module.in_features)
+    return type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.shape == shape
+
+
+class LoraSubclass(LoraLayer):
+    """A LoRA layer over `base_class`, a subclass of nn.Linear with nn.Linear's own forward: base and update in one op.
+
+    No module holds the classes that `lora_subclass` makes, so that copies and pickles name `base_class` instead."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (self.base_class,), *state
+
+
+class LoraCalledBase(LoraSubclass):
+    """A LoRA layer over a `base_class` with a forward of its own: y = forward(x) + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
+
+    Raises LoraFastError where that forward returns anything but one tensor (..., N), as a router's does."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_class.forward(self, x, *args, **kwargs)
+        if not self.adapter_runs():
+            return base
+        if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
+            found = f"a tensor {tuple(base.shape)}" if isinstance(base, Tensor) else f"a {type(base).__name__}"
+            raise LoraFastError(
+                f"{self.base_class.__name__}.forward returned {found}; an update can be added only to one tensor "
+                f"{(*x.shape[:-1], self.out_features)}: name its modules in exclude_modules"
+            )
+        name = self.active_adapter
+        spec = self.adapter_specs[name]
+        y = lora_update(
+            x,
+            base,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            spec.scaling,
+            dropout_p=spec.dropout_p,
+            training=self.training,
+        )
+        # Falcon adds to its linear layers' outputs in place, which autograd refuses on the view that the op returns.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    def fusion_path(self) -> tuple[str, str | None]:
+        if not self.adapter_runs():
+            return super().fusion_path()
+        triton = triton_unsupported("lora_update")
+        called = f"the base layer is a {self.base_class.__name__}: it is called as it is"
+        return "torch" if triton else "triton", "; ".join(filter(None, (called, triton)))
+
+
+@cache
+def lora_subclass(base: type[nn.Linear]) -> type[LoraSubclass]:
+    """The one LoRA class over `base`."""
+    kind = LoraSubclass if base.forward is nn.Linear.forward else LoraCalledBase
+    return type(f"Lora{base.__name__}", (kind, base), {"__module__": __name__, "base_class": base})
+
+
+def _empty(base: type[nn.Linear]) -> LoraSubclass:
+    """What a copy or a pickle of such a layer starts from."""
+    kind = lora_subclass(base)
+    return kind.__new__(kind)
