@@ -16,7 +16,8 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
     that the fast path does not cover (adapters disabled, merged or several active, DoRA, mixed batches, hooks, …) runs
     PEFT's own forward; `fusion_report` says which calls did. Calling it again is harmless, and wanted after an adapter
     was added to layers that had none.
-    Raises LoraFastError, with nothing changed, where peft is missing or no layer can be made fast."""
+    Raises LoraFastError, with nothing changed, where peft is missing, no layer can be made fast, or all that could be
+    are merged."""
     if not isinstance(peft_model, nn.Module):
         inner = isinstance(getattr(peft_model, "model", None), nn.Module)
         raise LoraFastError(
@@ -34,10 +35,16 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
     refusals = {name: swap_refusal(layer) for name, layer in layers.items()}
     swappable = [layer for name, layer in layers.items() if refusals[name] is None]
     # One usable adapter is enough: it may be active later, and what is refused now is asked again at each call.
-    adapters = [read_adapter(layer, name) for layer in swappable for name in layer.lora_A]
-    usable = any(not isinstance(adapter, str) for adapter in adapters)
-    if not usable and not any(isinstance(layer, FastForward) for layer in swappable):
-        found = Counter([*adapters, *filter(None, refusals.values())])
+    adapters = [(layer, read_adapter(layer, name)) for layer in swappable for name in layer.lora_A]
+    usable = [layer for layer, adapter in adapters if not isinstance(adapter, str)]
+    again = any(isinstance(layer, FastForward) for layer in swappable)
+    if usable and not again and all(layer.merged_adapters for layer in usable):
+        raise LoraFastError(
+            f"the adapters of this {type(peft_model).__name__} are merged into the base weights: there is no work of "
+            "theirs left to make fast; unmerge them first, with peft_model.unmerge_adapter()"
+        )
+    if not usable and not again:
+        found = Counter([*(adapter for _, adapter in adapters), *filter(None, refusals.values())])
         raise LoraFastError(
             f"no layer of this {type(peft_model).__name__} can be made fast: "
             + ("; ".join(f"{n} times: {why}" for why, n in found.most_common()) or "it holds no PEFT layer")

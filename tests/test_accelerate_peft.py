@@ -692,6 +692,12 @@ def ia3():
     return peft.get_peft_model(support.build("llama"), config)
 
 
+def merged():
+    model = llama()
+    model.merge_adapter()
+    return model
+
+
 def replaced_forwards():
     model = llama()
     for module in model.modules():
@@ -708,6 +714,7 @@ REFUSED = {
     "DoRA alone": (lambda: llama(use_dora=True), "14 times: the adapter is a LoRA variant, DoraLinearVariant"),
     "embedding alone": (lambda: llama(target_modules=["embed_tokens"]), "lora.layer.Embedding has no fast path"),
     "own forward": (replaced_forwards, "replaced on the instance"),
+    "merged": (merged, "of this PeftModelForCausalLM are merged into the base weights: .*unmerge them first"),
 }
 
 
@@ -720,6 +727,19 @@ def test_raises_where_nothing_can_be_made_fast(case):
         accelerate_peft(model)
     if before:
         assert before == [type(module) for module in model.modules()]
+
+
+def test_merging_and_disabling_one_layer_or_one_time_are_no_reason_to_refuse():
+    model = llama()
+    layers = [module for module in model.modules() if isinstance(module, PeftLinear)]
+    for layer in layers[1:]:
+        layer.merge()
+    assert accelerate_peft(model).counts == {"torch": 1, "peft": len(layers) - 1}
+    model.merge_adapter()
+    assert accelerate_peft(model).counts == {"peft": len(layers)}  # fast already, once it is unmerged
+    disabled = llama()
+    disabled.base_model.disable_adapter_layers()
+    assert accelerate_peft(disabled).counts == {"peft": len(layers)}
 
 
 def test_says_that_peft_is_missing(monkeypatch):
