@@ -185,6 +185,10 @@ class LoraConfig:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
 
+    def __hash__(self) -> int:  # nor hashed, and equal mappings may differ in order
+        values = (getattr(self, f.name) for f in fields(self))
+        return hash(tuple(frozenset(v.items()) if isinstance(v, MappingProxyType) else v for v in values))
+
     def rank_of(self, module_name: str) -> int:
         """R of the module of this dotted name."""
         return self.rank_pattern.get(_matching_key(self.rank_pattern, module_name), self.r)

@@ -653,6 +653,16 @@ def test_bad_configs_are_refused(config, sentence):
         LoraConfig(**config)
 
 
+def test_equal_configs_have_equal_hashes():
+    fields = {"r": 4, "rank_pattern": {"q_proj": 2, "v_proj": 3}, "alpha_pattern": {"q_proj": 1}}
+    turned = fields | {"rank_pattern": {"v_proj": 3, "q_proj": 2}, "target_modules": {"v_proj", "q_proj"}}
+    one, two = LoraConfig(**fields, target_modules=["q_proj", "v_proj"]), LoraConfig(**turned)
+    assert one == two and hash(one) == hash(two)
+    assert len({one, two, copy.deepcopy(one), LoraConfig(), LoraConfig(), LoraConfig(r=4)}) == 3
+    listed = LoraConfig(target_modules=["q"], layers_to_transform=[1], layers_pattern=["h"], modules_to_save=["head"])
+    assert isinstance(hash(listed), int)
+
+
 def test_refusals_of_a_model_that_carries_adapters():
     model = injected("qwen2", lora={"bias": "lora_only"})
     before = snapshot(model)
