@@ -54,6 +54,10 @@ def profile(
     target_modules: Annotated[
         str, typer.Option(help="all-linear, names such as q_proj,v_proj, or a regular expression over module paths.")
     ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None,
+        typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +113,7 @@ def profile(
             seq_len=seq_len,
             dtype=dtype,
             target_modules=target_modules,
+            exclude_modules=exclude_modules,
             steps=steps,
             time_budget_s=time_budget,
             device=device,

@@ -113,8 +113,9 @@ def child() -> None:
     answer = Path(sys.argv[2])
     torch.set_num_threads(request["threads"])
     fields = request["workload"]
-    if not isinstance(fields["target_modules"], str):
-        fields["target_modules"] = tuple(fields["target_modules"])
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(fields[name], list):
+            fields[name] = tuple(fields[name])
     source, workload = ModelSource(**request["source"]), Workload(**fields)
     try:
         if request["task"] == "memory":

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -16,13 +16,13 @@ def parse_ranks(ranks: str | int | Sequence[int]) -> list[int] | None:
     """Ranks in ascending order, each once; None for "auto".
 
     Text is a list of numbers and of ranges START:STOP:xFACTOR: "1,2,4", "4:1024:x2", "8,64:256:x2".
-    Raises LoraFastError for anything that is not a whole number of at least 1."""
+    Raises LoraFastError for anything else than whole numbers of at least 1."""
     if isinstance(ranks, str):
         if ranks.strip().lower() == "auto":
             return None
         values = [value for part in ranks.split(",") for value in _parse_part(part.strip(), ranks)]
     else:
-        values = [ranks] if isinstance(ranks, int) else list(ranks)
+        values = list(ranks) if isinstance(ranks, Iterable) else [ranks]
     if not values:
         raise LoraFastError("ranks is empty; expected at least one, such as 8,64,256")
     for value in values:

@@ -21,7 +21,7 @@ from lora_fast.profiler.ranks import auto_ranks, parse_ranks
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, environment
 from lora_fast.profiler.timing import WARM_UP_ROUNDS
-from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_targets
+from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_modules
 
 # The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
 # it.
@@ -47,6 +47,7 @@ def profile_ranks(
     seq_len: int | None = None,
     dtype: str | None = None,
     target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
     steps: int | None = None,
     time_budget_s: float | None = None,
     device: str = "auto",
@@ -60,6 +61,7 @@ def profile_ranks(
     model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model. The last
     is not touched: copies of it are measured, in its dtype and on its device.
     ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers.
+    target_modules, exclude_modules: "q_proj,v_proj", names, or a regex over module paths; "all-linear" for the first.
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
     timed); without both, 30 rounds or 90 seconds.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
@@ -91,7 +93,8 @@ def profile_ranks(
         batch_size=defaults["batch_size"] if batch_size is None else batch_size,
         seq_len=defaults["seq_len"] if seq_len is None else seq_len,
         dtype=dtype or defaults["dtype"],
-        target_modules=parse_targets(target_modules),
+        target_modules=parse_modules(target_modules),
+        exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
         device=device,
         seed=seed,
     )

@@ -65,8 +65,13 @@ def si(value: float) -> str:
 
 
 def _targets(work: dict) -> str:
-    targets = work["target_modules"]
-    return targets if isinstance(targets, str) else "+".join(targets)
+    """all-linear, or q_proj+v_proj, or all-linear except lm_head."""
+    shown = [
+        value if isinstance(value, str) else "+".join(value)
+        for value in (work["target_modules"], work.get("exclude_modules"))
+        if value
+    ]
+    return " except ".join(shown)
 
 
 def _table(profile: Profile, console: Console) -> Table:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import LoraConfig, LoraFastError
+from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +30,7 @@ class Workload:
     target_modules: str | tuple[str, ...]
     device: str
     seed: int
+    exclude_modules: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("seq_len", 2)):
@@ -51,8 +53,12 @@ class Workload:
 
     def lora_config(self, rank: int) -> LoraConfig:
         """scaling 2, as most recipes have it; no dropout."""
-        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+        )
 
     def to_dict(self) -> dict:
         return {
@@ -75,23 +81,25 @@ class Workload:
         return {"input_ids": ids, "labels": ids}
 
 
-def parse_targets(text: str | Iterable[str]) -> str | tuple[str, ...]:
-    """--target-modules: "all-linear", a name or comma-separated names, or else a regular expression over module
-    paths."""
-    if not isinstance(text, str):
-        return tuple(text)
-    if text == "all-linear":
-        return text
-    if re.fullmatch(r"[\w.\-]+(,[\w.\-]+)*", text):
-        return tuple(text.split(","))
+def parse_modules(value: str | Iterable[str], argument: str = "target_modules") -> str | tuple[str, ...]:
+    """--target-modules and --exclude-modules: a name or comma-separated names, or else a regular expression over module
+    paths; "all-linear" for the first. Raises LoraFastError for anything else."""
+    if not isinstance(value, str):
+        names = tuple(value) if isinstance(value, Iterable) else (value,)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise LoraFastError(f"{argument}={value!r}; expected module names such as q_proj,v_proj, or a regex")
+        return names
+    if argument == "target_modules" and value.strip().lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    if re.fullmatch(r"\s*[\w.\-]+\s*(,\s*[\w.\-]+\s*)*", value):
+        return tuple(name.strip() for name in value.split(","))
     try:
-        re.compile(text)
+        re.compile(value)
     except re.error as error:
         raise LoraFastError(
-            f"target_modules={text!r} is neither all-linear, nor names such as q_proj,v_proj, nor a regular "
-            f"expression: {error}"
+            f"{argument}={value!r} is neither names such as q_proj,v_proj nor a regular expression: {error}"
         ) from error
-    return text
+    return value
 
 
 def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:

@@ -40,7 +40,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    arguments = ["profile", "tiny/config.json", "--ranks", "2,16", *SMALL, "--out", "run", "--json", "-"]
+    modules = ["--target-modules", "q_proj, k_proj,v_proj ,o_proj,gate_proj,up_proj,down_proj,lm_head"]
+    modules += ["--exclude-modules", "lm_head, layers.9"]
+    arguments = ["profile", "tiny/config.json", "--ranks", "2,16", *SMALL, *modules, "--out", "run", "--json", "-"]
     return run(arguments, folder)
 
 
@@ -65,6 +67,8 @@ def test_the_document_holds_every_arm(finished):
     work = document["workload"]
     assert (work["model"], work["weights"], work["dtype"]) == ("tiny", "random", "fp32")
     assert (work["batch_size"], work["seq_len"], work["rounds"]) == (2, 16, 6)
+    assert work["target_modules"][:3] == ["q_proj", "k_proj", "v_proj"]
+    assert work["exclude_modules"] == ["lm_head", "layers.9"]
     low, high, full = document["arms"]
     assert [(arm["kind"], arm["rank"], arm["status"]) for arm in document["arms"]] == [
         ("lora", 2, "ok"),
@@ -143,6 +147,8 @@ def here(folder, tmp_path, monkeypatch):
         (["config.json", "--device", "meta"], "device='meta'"),
         (["config.json", "--target-modules", "q_prj"], "q_proj"),
         (["config.json", "--target-modules", "(q"], "regular expression"),
+        (["config.json", "--exclude-modules", "(q"], "exclude_modules='(q'"),
+        (["config.json", "--exclude-modules", ".*"], "takes all of them away"),
         (["config.json", "--seed", "-1"], "seed=-1"),
         (["config.json", "--seed", "99999999999999999999999"], "seed=99999999999999999999999"),
         (["config.json", "--time-budget", "inf"], "time_budget_s=inf"),
@@ -186,7 +192,19 @@ def test_help_names_what_can_be_given(capsys):
     assert main(["profile", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(shape in text for shape in SHAPES)
-    for flag in ("ranks", "batch-size", "seq-len", "dtype", "target-modules", "steps", "device", "seed", "out", "json"):
+    for flag in (
+        "ranks",
+        "batch-size",
+        "seq-len",
+        "dtype",
+        "target-modules",
+        "exclude-modules",
+        "steps",
+        "device",
+        "seed",
+        "out",
+        "json",
+    ):
         assert f"--{flag}" in text
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler import models
-from lora_fast.profiler.workload import Workload, parse_targets
+from lora_fast.profiler.workload import Workload, parse_modules
 
 CONFIG = {
     "model_type": "llama",
@@ -175,11 +175,24 @@ def test_sizes_that_make_no_batch(wrong):
         Workload(**{**vars(WORK), **wrong})
 
 
-def test_targets_are_names_or_an_expression():
-    assert parse_targets("all-linear") == "all-linear"
-    assert parse_targets("q_proj") == ("q_proj",)
-    assert parse_targets("q_proj,v_proj") == ("q_proj", "v_proj")
-    assert parse_targets(["q_proj"]) == ("q_proj",)
-    assert parse_targets(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
-    with pytest.raises(LoraFastError, match="regular expression"):
-        parse_targets("(q_proj")
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("all-linear", "all-linear"),
+        (" All-Linear", "all-linear"),
+        ("q_proj", ("q_proj",)),
+        ("q_proj,v_proj", ("q_proj", "v_proj")),
+        (" q_proj, mlp.up_proj ,v_proj ", ("q_proj", "mlp.up_proj", "v_proj")),
+        (["q_proj"], ("q_proj",)),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+    ],
+)
+def test_modules_are_names_or_an_expression(value, meant):
+    assert parse_modules(value) == meant
+
+
+@pytest.mark.parametrize("value", [5, None, [5], [], "(q_proj"])
+@pytest.mark.parametrize("argument", ["target_modules", "exclude_modules"])
+def test_what_names_no_modules_is_refused(value, argument):
+    with pytest.raises(LoraFastError, match=f"{argument}=.*expression|{argument}=.*regex"):
+        parse_modules(value, argument)

@@ -208,3 +208,9 @@ def test_default_folders_are_new_and_safe(tmp_path, monkeypatch):
     (tmp_path / "runs" / "m-20260101-000000").mkdir(parents=True)
     assert default_folder("m").name == "m-20260101-000000-2"
     assert default_folder("../..").name == "model-20260101-000000"
+
+
+def test_the_title_names_what_was_left_out(profile):
+    assert "tokens, all-linear, AdamW" in printed(profile, 160)
+    profile.workload = WORKLOAD | {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0"]}
+    assert "tokens, q_proj+v_proj except layers.0, AdamW" in printed(profile, 160)

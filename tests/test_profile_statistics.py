@@ -36,7 +36,7 @@ def test_ranks_are_read(text, expected):
 @pytest.mark.parametrize(
     "text",
     ["", "0", "-4", "4,0", "2.5", "eight", "4:", "4:64", "4:64:2", "64:4:x2", "4:64:x1", "0:8:x2", "1;2", "²"]
-    + [[], [0], [2.0], [True], [None]],
+    + [[], [0], [2.0], [True], [None], 8.5, None],
 )
 def test_what_is_no_rank_is_refused(text):
     with pytest.raises(LoraFastError, match="rank"):
