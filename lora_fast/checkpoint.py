@@ -1,11 +1,13 @@
 """Adapters on disk, in PEFT's folder format, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-A file is read and checked whole before the model is touched, and a folder is replaced whole or not at all."""
+A file is read and checked whole before the model is touched, and a folder is replaced whole or not at all (the current
+one: whole, or left without its config, which nothing loads)."""
 
 import ctypes
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,8 +38,10 @@ def save_adapter(
     portable=True writes it for servers that read only one global rank and alpha (vLLM, llama.cpp, SGLang): scaling is
     folded into B, every factor is padded with zeros to one rank, lora_alpha = r, no patterns, no rsLoRA; an update that
     changed the base weight at its start (PiSSA, OLoRA) becomes one of rank 2 R on the original base.
-    A folder that holds an earlier adapter is replaced whole or, in a crash, not at all. Raises LoraFastError, with
-    nothing written, where the folder holds anything else, or where portable=True can't carry the adapter."""
+    A folder that holds an earlier adapter is replaced whole or, in a crash, not at all, and keeps its permissions; the
+    current folder stays itself, and a crash may leave it without adapter_config.json, so that nothing loads it. Raises
+    LoraFastError, with nothing written, where the folder holds anything else, or where portable=True can't carry the
+    adapter."""
     state = lora_state(model)
     name = state.active if adapter_name is None else adapter_name
     if name not in state.configs:
@@ -129,23 +133,26 @@ def check_output_folder(folder: Path) -> None:
 
 def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Writes config and tensors (keyed by module path in the base model) into `folder`, replacing an adapter there
-    whole or not at all."""
+    as `save_adapter` says."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         on_cpu = {_PREFIX + key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         save_file(on_cpu, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
         text = json.dumps(config.to_peft(), indent=2, sort_keys=True)
         (fresh / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         if (folder / "README.md").is_file():
             shutil.copy2(folder / "README.md", fresh / "README.md")
+        # mkdtemp makes it private
+        fresh.chmod(stat.S_IMODE(folder.stat().st_mode) if folder.exists() else 0o777 & ~_umask())
         for path in (*fresh.iterdir(), fresh):
             _to_disk(path)
-        if folder.exists():
-            _exchange(fresh, folder)  # the old adapter is now `fresh`, and goes below
-        else:
+        if not folder.exists():
             fresh.rename(folder)
+        elif folder.samefile(os.curdir):
+            _move_files(fresh, folder)
+        else:
+            _exchange(fresh, folder)  # the old adapter is now `fresh`, and goes below
         _to_disk(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -163,6 +170,17 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _move_files(fresh: Path, folder: Path) -> None:
+    """Moves the files of an adapter over those in `folder`, which a process works in: swapped for another, it would
+    leave that process in a deleted folder. Without a config meanwhile, so that no mixture of old and new ever loads."""
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    _to_disk(folder)
+    os.replace(fresh / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    _to_disk(folder)
+    os.replace(fresh / CONFIG_NAME, folder / CONFIG_NAME)
+    _to_disk(folder)
 
 
 def _exchange(one: Path, other: Path) -> None:

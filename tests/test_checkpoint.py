@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -233,6 +235,55 @@ def test_saving_replaces_an_adapter_and_keeps_its_readme(tmp_path):
     assert (folder / "README.md").read_text() == "notes"
     assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
     assert torch.equal(logits(load_adapter(build("llama"), folder)), expected)
+
+
+def test_the_current_folder_stays_the_current_folder(tmp_path, monkeypatch):
+    """Swapped by its name, a folder in which a shell sits would be gone from under it."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    inode = folder.stat().st_ino
+    model = trained(build("llama"))
+    for adapter in ({}, {"r": 7, "target_modules": ["q_proj"]}):
+        if adapter:
+            (folder / "README.md").write_text("notes")
+            remove_lora(model)
+            trained(model, **adapter)
+        save_adapter(model, ".")
+        assert folder.stat().st_ino == inode == os.stat(".").st_ino
+        assert {CONFIG_NAME, WEIGHTS_NAME} <= set(os.listdir("."))
+        assert torch.equal(logits(load_adapter(build("llama"), ".")), logits(model))
+    assert (folder / "README.md").read_text() == "notes" and len(os.listdir(".")) == 3
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_a_save_killed_in_the_current_folder_leaves_nothing_that_loads(tmp_path, monkeypatch, moves):
+    monkeypatch.chdir(tmp_path)
+    model = trained(build("llama"))
+    save_adapter(model, ".")
+    done, move = [], os.replace
+
+    def die(source, target):
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, ".")
+    refused(tmp_path, f"holds no {CONFIG_NAME}")
+    monkeypatch.setattr(os, "replace", move)
+    save_adapter(model, ".")
+    load_adapter(build("llama"), ".")
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o750, 0o2775])
+def test_a_replaced_folder_keeps_its_permissions(saved, mode):
+    saved.chmod(mode)
+    save_adapter(trained(build("llama")), saved)
+    assert stat.S_IMODE(saved.stat().st_mode) == mode
 
 
 _SAVE_FOREVER = """
