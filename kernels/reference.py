@@ -1,18 +1,20 @@
-"""What every op of lora-fast means, in plain PyTorch: the path taken on a CPU, and the oracle of every kernel test.
+"""What every kernel of lora-fast means, in plain PyTorch: the path taken on a CPU, and the oracle of every kernel test.
 
-Sizes: M rows (batch × sequence), K in_features, N out_features, R rank. Matrices are two-dimensional here; ops.py
-flattens.
+Sizes: M rows (batch × sequence), K in_features, N out_features, R rank; I intermediate size of a SwiGLU MLP. Matrices
+are two-dimensional here; ops.py flattens. G linear layers that read the same x (q/k/v, gate/up) form a group; with g
+its members,
 
-    y  = x Wᵀ + bias + s' · S Bᵀ,    S = (x ∘ m) Aᵀ,    s' = scaling / (1 − p)
-    dS = s' · dy B,    dx = dy W + m ∘ (dS A),    dA = dSᵀ (x ∘ m),    dB = s' · dyᵀ S
+    y_g  = x W_gᵀ + bias_g + S_g b_gᵀ,    S_g = (x ∘ m_g) a_gᵀ,    b_g = s'_g · lora_B_g,    s' = scaling / (1 − p)
+    dS_g = dy_g b_g,    dx = Σ_g dy_g W_g + m_g ∘ (dS_g a_g),    dA_g = dS_gᵀ (x ∘ m_g),    dB_g = s'_g · dy_gᵀ S_g
 
-with m the dropout mask (all ones without dropout) and p its probability. Source: Hu et al. 2021, arXiv:2106.09685,
-section 4.1; dropout where PEFT has it, on the input of A.
+with m_g the dropout mask (all ones without dropout) and p its probability. Source: Hu et al. 2021, arXiv:2106.09685,
+section 4.1; dropout where PEFT has it, on the input of A, one mask per adapter.
 
 All products run in x's dtype (fp32 accumulation inside the matrix product); weight, bias, lora_A and lora_B are cast to
-it.
-What backward needs of the forward pass is x, S (M, R) and the mask in bits: never a second copy of x.
+it. What backward needs of the forward pass is x, S (M, ΣR) and the masks in bits: never a second copy of x.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,19 +39,18 @@ def _factors(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def pack_mask(mask: Tensor) -> Tensor:
-    """Booleans of any shape → uint8 (⌈numel / 8⌉,): element i is bit i mod 8 of byte i div 8; the last byte is padded
-    with 0."""
-    flat = mask.reshape(-1)
-    if padding := -flat.numel() % 8:
-        flat = torch.cat([flat, flat.new_zeros(padding)])
-    return ((flat.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
+    """Booleans (M, K) → uint8 (M, ⌈K / 8⌉): element k of a row is bit k mod 8 of its byte k div 8; a row's last byte is
+    padded with 0."""
+    if padding := -mask.shape[-1] % 8:
+        mask = torch.nn.functional.pad(mask, (0, padding))
+    return ((mask.contiguous().view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, x: Tensor) -> Tensor:
     """m from `pack_mask` as factors 0 and 1, a new tensor of x's shape and dtype."""
     # A row of eight factors per byte: on a CPU three times as fast as unpacking to booleans and selecting.
     factors = torch.nn.functional.embedding(packed.to(torch.int32), _factors(x.device, x.dtype))
-    return factors.view(-1)[: x.numel()].view(x.shape)
+    return factors.view(packed.shape[0], 8 * packed.shape[1])[:, : x.shape[1]]
 
 
 def apply_mask(x: Tensor, packed: Tensor) -> Tensor:
@@ -59,81 +60,124 @@ def apply_mask(x: Tensor, packed: Tensor) -> Tensor:
 
 
 def dropout_mask(x: Tensor, p: float) -> Tensor:
-    """Draws which elements of x are kept, each with probability 1 − p, and packs it: uint8 (⌈numel / 8⌉,).
+    """Draws which elements of x (..., K) are kept, each with probability 1 − p, and packs it: uint8 (M, ⌈K / 8⌉).
 
     Takes the same numbers from torch's generator as `torch.nn.functional.dropout(x, p)`, so that a run with the same
     seed keeps the same elements as PEFT's `nn.Dropout`."""
     if x.is_cuda:
-        return pack_mask(torch.native_dropout(x, p, True)[1])
-    return pack_mask(torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p))
+        kept = torch.native_dropout(x, p, True)[1]
+    else:
+        kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    return pack_mask(kept.reshape(-1, x.shape[-1]))
 
 
-def lora_linear_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    mask: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """x (M, K), weight (N, K), bias (N,), lora_A (R, K), lora_B (N, R) → y (M, N), S (M, R) in x's dtype."""
+def cast_factors(
+    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """lora_A_g (R_g, K), lora_B_g (N_g, R_g), s'_g → a (ΣR, K), all lora_A_g stacked, and every b_g = s'_g · lora_B_g,
+    in `dtype`."""
+    a = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
+    bs = [b if scale == 1 else b * scale for b, scale in zip(lora_Bs, scales)]
+    return a.to(dtype), [b.to(dtype) for b in bs]
+
+
+def shrink(x: Tensor, a: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
+    """x (M, K), a (ΣR, K), mask (G, M, ⌈K / 8⌉) → S (M, ΣR) with S_g = (x ∘ m_g) a_gᵀ side by side."""
+    if mask is None:
+        return x @ a.t()
+    parts = [apply_mask(x, m) @ part.t() for m, part in zip(mask, a.split(list(ranks)))]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y (M, N) = x Wᵀ + bias + s bᵀ: x (M, K), weight (N, K), s (M, R), b (N, R), bias (N,)."""
     y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    s = (x if mask is None else apply_mask(x, mask)) @ lora_A.to(x.dtype).t()
-    y.addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling / (1 - dropout_p))
-    return y, s
+    return y.addmm_(s, b.t())
 
 
-def lora_update_forward(
-    x: Tensor, base: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, mask: Tensor | None, dropout_p: float
-) -> tuple[Tensor, Tensor]:
-    """The same with the base layer's output given: base (M, N) in any dtype → base + s' · S Bᵀ (M, N) in base's dtype,
-    S (M, R)."""
-    s = (x if mask is None else apply_mask(x, mask)) @ lora_A.to(x.dtype).t()
-    factor = scaling / (1 - dropout_p)
-    if base.dtype == x.dtype:
-        return torch.addmm(base, s, lora_B.to(x.dtype).t(), alpha=factor), s
-    return torch.add(base, s @ lora_B.to(x.dtype).t(), alpha=factor).to(base.dtype), s
+def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    """The same with the base layer's output given: base (M, N) in any dtype → base + s bᵀ in base's dtype."""
+    if base.dtype == s.dtype:
+        return torch.addmm(base, s, b.t())
+    return torch.add(base, s @ b.t()).to(base.dtype)
 
 
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    s: Tensor,
+def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """dy (M, N), b (N, R) with s' in it, s (M, R) → dS = dy b (M, R) in dy's dtype, dB = s' · dyᵀ s (N, R), unless s is
+    None."""
+    return dy @ b, None if s is None else grad_b(dy, s, scale)
+
+
+def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
+    """dB (N, R) = s' · dyᵀ s alone, for an adapter whose lora_A and input need no gradient."""
+    return (dy.t() @ s) * scale
+
+
+def grad_x(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    ds: Tensor,
+    a: Tensor,
+    ranks: Sequence[int],
     mask: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs_dx: bool,
-    needs_dA: bool,
-    needs_dB: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (M, N) → dx (M, K) in x's dtype, dA (R, K) and dB (N, R) in their factor's dtype; what isn't needed comes back
-    empty.
+) -> Tensor:
+    """dx (M, K) = Σ_g dy_g W_g + m_g ∘ (dS_g a_g): dy_g (M, N_g), W_g (N_g, K) or None, ds (M, ΣR), a (ΣR, K).
 
-    Without `weight`, dx is the adapter's part alone (the base layer's own backward supplies the rest)."""
-    dy = dy.to(x.dtype)
-    factor = scaling / (1 - dropout_p)
-    dx, dA, dB = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if needs_dB:
-        dB = (dy.t() @ s).to(lora_B.dtype) * factor
-    if not (needs_dx or needs_dA):
-        return dx, dA, dB
-    ds = (dy @ lora_B.to(x.dtype)) * factor
-    m = None if mask is None else unpack_mask(mask, x)
-    if needs_dx:
-        a = lora_A.to(x.dtype)
-        if weight is None:
-            dx = ds @ a if m is None else (ds @ a).mul_(m)
-        elif m is None:
-            dx = (dy @ weight.to(x.dtype)).addmm_(ds, a)
-        else:
-            dx = (ds @ a).mul_(m).addmm_(dy, weight.to(x.dtype))
-    if needs_dA:
-        if m is not None:  # in m's memory, unless autograd keeps m for a second derivative
-            x = m * x if torch.is_grad_enabled() else m.mul_(x)
-        dA = (ds.t() @ x).to(lora_A.dtype)
-    return dx, dA, dB
+    Without W_g that part is left out: a base layer that ran by itself has a backward of its own."""
+    pairs = [(dy, weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None]
+    if mask is not None:
+        dx = None
+        for ds_g, a_g, m in zip(ds.split(list(ranks), dim=1), a.split(list(ranks)), mask):
+            update = ds_g @ a_g
+            update.mul_(unpack_mask(m, update))
+            dx = update if dx is None else dx.add_(update)
+    elif pairs:
+        (dy, weight), *pairs = pairs
+        dx = (dy @ weight).addmm_(ds, a)
+    else:
+        dx = ds @ a
+    for dy, weight in pairs:
+        dx.addmm_(dy, weight)
+    return dx
+
+
+def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
+    """ds (M, ΣR), x (M, K), mask (G, M, ⌈K / 8⌉) → dA (ΣR, K) with dA_g = dS_gᵀ (x ∘ m_g) stacked."""
+    if mask is None:
+        return ds.t() @ x
+    parts = [ds_g.t() @ apply_mask(x, m) for ds_g, m in zip(ds.split(list(ranks), dim=1), mask)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def swiglu(g: Tensor, u: Tensor) -> Tensor:
+    """h = silu(g) ∘ u with silu(g) = g σ(g): g, u, h (M, I). Source: Shazeer 2020, arXiv:2002.05202."""
+    return torch.nn.functional.silu(g).mul_(u)
+
+
+def grad_swiglu(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """dg = dh ∘ u ∘ σ(g) (1 + g (1 − σ(g))), du = dh ∘ silu(g): all (M, I)."""
+    return torch.ops.aten.silu_backward(dh * u, g), torch.nn.functional.silu(g).mul_(dh)
+
+
+def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h = silu(g) ∘ u (M, I) and S = (h ∘ m) aᵀ (M, R) for the down projection: a (R, I), mask (1, M, ⌈I / 8⌉)."""
+    h = swiglu(g, u)
+    return h, shrink(h, a, (a.shape[0],), mask)
+
+
+def swiglu_backward(
+    dh: Tensor,
+    g: Tensor,
+    u: Tensor,
+    ds_down: Tensor,
+    s_gate: Tensor,
+    s_up: Tensor,
+    scale_gate: float,
+    scale_up: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dh (M, I) → dg, du (M, I), and of the adapters what needs no other pass over (M, I): dA_down (R, I) =
+    dS_downᵀ (h ∘ m), dB_gate (I, R) = s'_gate · dgᵀ S_gate, dB_up (I, R) = s'_up · duᵀ S_up."""
+    dg, du = grad_swiglu(dh, g, u)
+    dA_down = grad_a(ds_down, swiglu(g, u), (ds_down.shape[1],), mask)
+    return dg, du, dA_down, (dg.t() @ s_gate) * scale_gate, (du.t() @ s_up) * scale_up

@@ -1,23 +1,88 @@
 """Which implementation of an op runs, and why not the other: one function, a sentence for every refusal."""
 
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
 from lora_fast.config import LoraFastError
 
 BACKENDS = ("auto", "triton", "torch")
+# Beyond it a rank's factors no longer fit beside a tile of the matrix product, and an update of that rank is hardly
+# cheaper than a dense one.
+MAX_RANK = 512
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# Ops that have a Triton kernel. Everything else runs in PyTorch, and fusion_report says so.
-_TRITON_OPS: frozenset[str] = frozenset()
 
-
-def triton_unsupported(op: str) -> str | None:
-    """None where Triton kernels can run `op`, else the reason as a sentence."""
-    if op not in _TRITON_OPS:
-        return f"{op} has no Triton kernel in this version of lora-fast; it runs in PyTorch"
+@cache
+def _triton_reason() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
     return None
 
 
-def check_backend(backend: str, op: str = "lora_linear") -> None:
-    """Raises LoraFastError where `backend` is unknown, or asks for Triton where Triton can't run `op`."""
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    if _triton_reason() is not None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA GPU, (0, 0) for the interpreter and for AMD's GPUs, whose numbers mean something
+    else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """None where Triton kernels can run `op` on tensors of this device and dtype with this rank, else the reason as a
+    sentence.
+
+    A CPU tensor can run in Triton's interpreter only, and never by itself: backend="auto" leaves CPU tensors to
+    PyTorch."""
+    if reason := _triton_reason():
+        return reason
+    if device.type not in ("cuda", "cpu"):
+        return f"Triton kernels run on a GPU, the tensors are on {device.type}"
+    if device.type == "cpu":
+        if not interpreted():
+            return "the tensors are on the CPU"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bf16 wrongly"
+    elif torch.version.hip is None and capability(device) < (8, 0):
+        return f"the GPU has compute capability {'.'.join(map(str, capability(device)))}; 8.0 or newer is needed"
+    if dtype not in _DTYPES:
+        return f"{op} computes in {dtype}; the kernels take bf16, fp16 and fp32"
+    if rank > MAX_RANK:
+        return f"r={rank} is above {MAX_RANK}"
+    return None
+
+
+def check_backend(backend: str) -> None:
+    """Raises LoraFastError where `backend` is unknown."""
     if backend not in BACKENDS:
         raise LoraFastError(f"backend={backend!r}; expected one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "triton" and (reason := triton_unsupported(op)):
+
+
+def why_not_triton(backend: str, op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """None where a call with this `backend` takes the Triton kernels, else why it takes PyTorch."""
+    if backend == "torch":
+        return "backend='torch' was asked for"
+    if backend == "auto" and device.type == "cpu":
+        return "the tensors are on the CPU"
+    return triton_unsupported(op, device, dtype, rank)
+
+
+def runs_triton(backend: str, op: str, x: Tensor, rank: int) -> bool:
+    """Whether this call takes the Triton kernels. Raises LoraFastError with the reason where backend='triton' and they
+    can't run it."""
+    reason = why_not_triton(backend, op, x.device, x.dtype, rank)
+    if reason and backend == "triton":
         raise LoraFastError(f"backend='triton': {reason}; use backend='auto'")
+    return reason is None

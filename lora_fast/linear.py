@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_fast.backend import triton_unsupported
+from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.ops import lora_linear
 
@@ -224,8 +224,13 @@ class LoraLayer(nn.Module):
         """The path that a call takes as the layer stands now, and why not Triton's."""
         if not self.adapter_runs():
             return "base", "the base layer alone: its adapter is merged, disabled or not the active one"
-        reason = triton_unsupported("lora_linear")
+        reason = self.why_not_triton("lora_linear")
         return "torch" if reason else "triton", reason
+
+    def why_not_triton(self, op: str) -> str | None:
+        """None where this layer's calls of `op` take the Triton kernels, else the reason, outside autocast."""
+        rank = self.adapter_specs[self.active_adapter].r
+        return why_not_triton(self.backend, op, self.weight.device, self.weight.dtype, rank)
 
     def extra_repr(self) -> str:
         base = super().extra_repr()

@@ -1,16 +1,23 @@
 """The ops of lora-fast as PyTorch sees them: checked, flattened to matrices, registered with torch.library.
 
+Each op is a short composition of the steps that kernels/reference.py defines; `steps` is that module (plain PyTorch) or
+fused.py (the same steps as Triton kernels and cuBLAS calls).
+
 Registered (fake implementation, autograd and FLOP formula), so that torch.compile, FakeTensor, selective checkpointing
 and the FLOP counter each see one op. Where nobody looks on, the same functions run under a plain autograd.Function: the
 dispatcher's way into Python and back costs 70 µs more per forward and backward, which small models feel.
 """
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from lora_fast.backend import check_backend
+from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.kernels import reference
 
@@ -18,18 +25,26 @@ _library = torch.library.Library("lora_fast", "DEF")
 
 # Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
 _library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+# biases: one per layer, empty where there is none. With `seed` the op draws the masks and returns them last.
 _library.define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask, "
-    "float dropout_p) -> (Tensor, Tensor)"
+    "linears_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "float[] scalings, Tensor? mask, Tensor? seed, float dropout_p, bool triton) -> Tensor[]"
 )
 _library.define(
-    "update_forward(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask, float dropout_p) "
-    "-> (Tensor, Tensor)"
+    "linears_backward(Tensor?[] dys, Tensor x, Tensor?[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor s, "
+    "Tensor? mask, float[] scalings, float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB, bool triton) "
+    "-> Tensor[]"
 )
 _library.define(
-    "linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor? mask, "
-    "float scaling, float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB) -> (Tensor, Tensor, Tensor)"
+    "update_forward(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask, Tensor? seed, "
+    "float dropout_p, bool triton) -> Tensor[]"
 )
+
+
+def _steps(triton: bool) -> ModuleType:
+    if not triton:
+        return reference
+    return import_module("lora_fast.fused")  # not at the top: without Triton there is none
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -37,113 +52,249 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _linear_forward(x, weight, bias, lora_A, lora_B, scaling, mask, dropout_p):
-    y, s = reference.lora_linear_forward(_rows(x), weight, bias, lora_A, lora_B, scaling, mask, dropout_p)
-    return y.view(*x.shape[:-1], y.shape[-1]), s
+def _reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y in this shape and no view of anything: models may change a layer's output in place, which autograd refuses on a
+    view that a function returns."""
+    return torch.ops.aten._unsafe_view(y, shape)
 
 
-def _update_forward(x, base, lora_A, lora_B, scaling, mask, dropout_p):
-    y, s = reference.lora_update_forward(_rows(x), _rows(base), lora_A, lora_B, scaling, mask, dropout_p)
-    return y.view(base.shape), s
+def _scales(scalings: Sequence[float], dropout_p: float) -> list[float]:
+    """s' = scaling / (1 − p): the part of dropout that is the same for every element."""
+    return [scaling / (1 - dropout_p) for scaling in scalings]
 
 
-def _linear_backward(dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout_p, needs_dx, needs_dA, needs_dB):
-    dx, dA, dB = reference.lora_linear_backward(
-        _rows(dy), _rows(x), weight, lora_A, lora_B, s, mask, scaling, dropout_p, needs_dx, needs_dA, needs_dB
-    )
-    return dx.view(x.shape) if needs_dx else dx, dA, dB
+def _ranks(lora_As: Sequence[Tensor]) -> list[int]:
+    return [a.shape[0] for a in lora_As]
+
+
+def _shrink(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
+    if seed is None:
+        return steps.shrink(rows, a, ranks, mask), mask
+    return steps.shrink_and_draw(rows, a, ranks, seed, dropout_p)
+
+
+def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
+    """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
+    steps, rows, ranks = _steps(triton), _rows(x), _ranks(lora_As)
+    a, bs = steps.cast_factors(lora_As, lora_Bs, _scales(scalings, dropout_p), x.dtype)
+    s, drawn = _shrink(steps, rows, a, ranks, mask, seed, dropout_p)
+    ys = []
+    for weight, bias, s_g, b in zip(weights, biases, s.split(ranks, dim=1), bs):
+        y = steps.linear_lora(rows, weight, s_g, b, bias if bias.numel() else None)
+        ys.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
+    return [*ys, s] if seed is None else [*ys, s, drawn]
+
+
+def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
+    """[base + update, S (M, R), and the mask if it was drawn here]."""
+    steps, ranks = _steps(triton), _ranks([lora_A])
+    a, (b,) = steps.cast_factors([lora_A], [lora_B], _scales([scaling], dropout_p), x.dtype)
+    s, drawn = _shrink(steps, _rows(x), a, ranks, mask, seed, dropout_p)
+    y = _reshaped(steps.update_lora(_rows(base), s, b), base.shape)
+    return [y, s] if seed is None else [y, s, drawn]
+
+
+def _linears_backward(
+    dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton
+):
+    """[dx, every dA, every dB], empty where not needed, or where dy is None (that output was not used)."""
+    steps, rows, ranks = _steps(triton), _rows(x), _ranks(lora_As)
+    dx, dAs, dBs = x.new_empty(0), [x.new_empty(0) for _ in dys], [x.new_empty(0) for _ in dys]
+    scales = _scales(scalings, dropout_p)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    part = lambda values: [values[i] for i in used]  # noqa: E731 - read three lines below
+    dys = [_rows(dy).to(x.dtype) for dy in part(dys)]
+    a, bs = steps.cast_factors(part(lora_As), part(lora_Bs), part(scales), x.dtype)
+    s_parts = part(s.split(ranks, dim=1))
+    dss = []
+    for i, dy, b, s_g in zip(used, dys, bs, s_parts):
+        if needs_dx or needs_dA:
+            ds, dB = steps.grad_s_and_b(dy, b, s_g if needs_dB else None, scales[i])
+            dss.append(ds)
+        else:
+            dB = steps.grad_b(dy, s_g, scales[i])
+        if needs_dB:
+            dBs[i] = dB.to(lora_Bs[i].dtype)
+    if dss:
+        ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
+        if mask is not None and len(used) < len(ranks):
+            mask = mask[used]
+        if needs_dx:
+            dx = steps.grad_x(dys, part(weights), ds, a, part(ranks), mask).view(x.shape)
+        if needs_dA:
+            dA = steps.grad_a(ds, rows, part(ranks), mask)
+            for i, part_of_dA in zip(used, dA.split(part(ranks))):
+                dAs[i] = part_of_dA.to(lora_As[i].dtype, copy=len(used) > 1)
+    return [dx, *dAs, *dBs]
 
 
 for _name, _function in {
     "dropout_mask": reference.dropout_mask,
-    "linear_forward": _linear_forward,
+    "linears_forward": _linears_forward,
     "update_forward": _update_forward,
-    "linear_backward": _linear_backward,
+    "linears_backward": _linears_backward,
 }.items():
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
+def _fake_mask(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, x.shape[:-1].numel(), (x.shape[-1] + 7) // 8, dtype=torch.uint8)
+
+
 @torch.library.register_fake("lora_fast::dropout_mask", lib=_library)
 def _(x, p):
-    return x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    return _fake_mask(x, 1)[0]
 
 
-@torch.library.register_fake("lora_fast::linear_forward", lib=_library)
-def _(x, weight, bias, lora_A, lora_B, scaling, mask, dropout_p):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
+@torch.library.register_fake("lora_fast::linears_forward", lib=_library)
+def _(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
+    s = x.new_empty(x.shape[:-1].numel(), sum(_ranks(lora_As)))
+    return [*ys, s] if seed is None else [*ys, s, _fake_mask(x, len(weights))]
 
 
 @torch.library.register_fake("lora_fast::update_forward", lib=_library)
-def _(x, base, lora_A, lora_B, scaling, mask, dropout_p):
-    return base.new_empty(base.shape), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
+def _(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
+    y, s = base.new_empty(base.shape), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
+    return [y, s] if seed is None else [y, s, _fake_mask(x, 1)]
 
 
-@torch.library.register_fake("lora_fast::linear_backward", lib=_library)
-def _(dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout_p, needs_dx, needs_dA, needs_dB):
+@torch.library.register_fake("lora_fast::linears_backward", lib=_library)
+def _(dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton):
+    def gradients(needed, factors):
+        return [x.new_empty(0) if dy is None or not needed else f.new_empty(f.shape) for dy, f in zip(dys, factors)]
+
+    return [x.new_empty(x.shape if needs_dx else 0), *gradients(needs_dA, lora_As), *gradients(needs_dB, lora_Bs)]
+
+
+def _plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
+    """scaling · drop(x) Aᵀ Bᵀ (M, N) in steps that autograd can follow."""
+    rows = _rows(x) if mask is None else _rows(x) * reference.unpack_mask(mask, _rows(x))
+    return (rows @ lora_A.to(x.dtype).t() @ lora_B.to(x.dtype).t()) * (scaling / (1 - dropout_p))
+
+
+def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_dA, needs_dB):
+    """(dx, dAs, dBs) of a group of layers; weights are None where the base layer ran by itself."""
+    if torch.is_grad_enabled():
+        return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
+    backward = torch.ops.lora_fast.linears_backward if _observed() else _linears_backward
+    flags = needs_dx, needs_dA, needs_dB, ctx.triton
+    dx, *rest = backward(dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p, *flags)
+    dAs, dBs = rest[: len(dys)], rest[len(dys) :]
     return (
-        x.new_empty(x.shape if needs_dx else 0),
-        lora_A.new_empty(lora_A.shape) if needs_dA else x.new_empty(0),
-        lora_B.new_empty(lora_B.shape) if needs_dB else x.new_empty(0),
+        dx if needs_dx else None,
+        [dA if needs_dA and dy is not None else None for dA, dy in zip(dAs, dys)],
+        [dB if needs_dB and dy is not None else None for dB, dy in zip(dBs, dys)],
     )
 
 
-def _save_linear(ctx, inputs, output):
-    x, weight, bias, lora_A, lora_B, ctx.scaling, mask, ctx.dropout_p = inputs
-    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], mask)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB):
+    """The same under create_graph=True: autograd's own gradients of the formula, whose derivative it knows."""
+    outputs, dys_used = [], []
+    for i, (dy, weight) in enumerate(zip(dys, weights)):
+        if dy is not None:
+            m = None if mask is None else mask[i]
+            y = _plain_update(x, lora_As[i], lora_Bs[i], ctx.scalings[i], m, ctx.dropout_p)
+            outputs.append(y if weight is None else y + _rows(x) @ weight.to(x.dtype).t())
+            dys_used.append(_rows(dy).to(x.dtype))
+    inputs = [x] * needs_dx + list(lora_As) * needs_dA + list(lora_Bs) * needs_dB
+    found = list(torch.autograd.grad(outputs, inputs, dys_used, create_graph=True, allow_unused=True))
+    dx = found.pop(0) if needs_dx else None
+    none = [None] * len(dys)
+    dAs = [found.pop(0) for _ in lora_As] if needs_dA else none
+    return dx, dAs, found if needs_dB else none
+
+
+def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s) -> None:
+    ctx.save_for_backward(x, s, mask, *weights, *lora_As, *lora_Bs)
+    ctx.scalings, ctx.dropout_p, ctx.triton = scalings, dropout_p, triton
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
 
 
-def _save_update(ctx, inputs, output):
-    x, _, lora_A, lora_B, ctx.scaling, mask, ctx.dropout_p = inputs
-    ctx.save_for_backward(x, None, lora_A, lora_B, output[1], mask)
-    ctx.set_materialize_grads(False)
+def _saved(ctx):
+    x, s, mask, *rest = ctx.saved_tensors
+    count = len(ctx.scalings)
+    return x, s, mask, rest[:count], rest[count : 2 * count], rest[2 * count :]
 
 
-def _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB):
-    x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
-    backward = torch.ops.lora_fast.linear_backward if _observed() else _linear_backward
-    if torch.is_grad_enabled():  # create_graph=True: plain PyTorch, S included, whose derivative autograd knows
-        backward = _linear_backward
-        s = (_rows(x) if mask is None else reference.apply_mask(_rows(x), mask)) @ lora_A.to(x.dtype).t()
-    gradients = backward(
-        dy, x, weight, lora_A, lora_B, s, mask, ctx.scaling, ctx.dropout_p, needs_dx, needs_dA, needs_dB
-    )
-    return (g if needed else None for g, needed in zip(gradients, (needs_dx, needs_dA, needs_dB), strict=True))
+def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
+    """(dx, dbiases, dAs, dBs); needs_dbias, needs_dA, needs_dB: a flag per layer."""
+    x, s, mask, weights, lora_As, lora_Bs = _saved(ctx)
+    flags = needs_dx, any(needs_dA), any(needs_dB)
+    dx, dAs, dBs = _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, *flags)
+    dbiases = [
+        _rows(dy).sum(0).to(dtype) if needed and dy is not None else None
+        for dy, needed, dtype in zip(dys, needs_dbias, ctx.bias_dtypes)
+    ]
+    dAs = [dA if needed else None for dA, needed in zip(dAs, needs_dA)]
+    dBs = [dB if needed else None for dB, needed in zip(dBs, needs_dB)]
+    return dx, dbiases, dAs, dBs
 
 
-def _backward_linear(ctx, dy, _):
-    if dy is None:
-        return (None,) * 8
+def _setup_linears(ctx, inputs, output):
+    x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton = inputs
+    s = output[len(weights)]
+    mask = mask if seed is None else output[-1]
+    _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s)
+
+
+def _backward_linears(ctx, grads):
+    count = len(ctx.scalings)
     needs_dx, _, needs_dbias, needs_dA, needs_dB, *_ = ctx.needs_input_grad
-    dx, dA, dB = _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB)
-    dbias = _rows(dy).sum(0).to(ctx.bias_dtype) if needs_dbias else None
-    return dx, None, dbias, dA, dB, None, None, None
+    if all(dy is None for dy in grads[:count]):
+        dx, dbiases, dAs, dBs = None, *([None] * count for _ in range(3))
+    else:
+        dx, dbiases, dAs, dBs = _linears_gradients(ctx, grads[:count], needs_dx, needs_dbias, needs_dA, needs_dB)
+    return dx, [None] * count, dbiases, dAs, dBs, None, None, None, None, None
 
 
-def _backward_update(ctx, dy, _):
+def _setup_update(ctx, inputs, output):
+    x, _, lora_A, lora_B, scaling, mask, seed, dropout_p, triton = inputs
+    mask = mask if seed is None else output[2]
+    _save(ctx, x, [None], [], [lora_A], [lora_B], [scaling], mask, dropout_p, triton, output[1])
+
+
+def _backward_update(ctx, grads):
+    dy = grads[0]
     if dy is None:
-        return (None,) * 7
+        return (None,) * 9
     needs_dx, needs_dbase, needs_dA, needs_dB, *_ = ctx.needs_input_grad
-    dx, dA, dB = _adapter_gradients(ctx, dy, needs_dx, needs_dA, needs_dB)
-    return dx, dy if needs_dbase else None, dA, dB, None, None, None
+    dx, _, (dA,), (dB,) = _linears_gradients(ctx, [dy], needs_dx, (), (needs_dA,), (needs_dB,))
+    return dx, dy if needs_dbase else None, dA, dB, None, None, None, None, None
 
 
-torch.library.register_autograd("lora_fast::linear_forward", _backward_linear, setup_context=_save_linear, lib=_library)
-torch.library.register_autograd("lora_fast::update_forward", _backward_update, setup_context=_save_update, lib=_library)
+torch.library.register_autograd(
+    "lora_fast::linears_forward", _backward_linears, setup_context=_setup_linears, lib=_library
+)
+torch.library.register_autograd(
+    "lora_fast::update_forward", _backward_update, setup_context=_setup_update, lib=_library
+)
 
 
 # Both save inside forward: with a setup_context, torch inspects forward's signature at each call, for 70 µs.
-class _LinearFunction(torch.autograd.Function):
-    """linear_forward with its autograd formula, without the dispatcher."""
+class _LinearsFunction(torch.autograd.Function):
+    """linears_forward with its autograd formula, without the dispatcher; only tensors of the top level count here."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _linear_forward(*inputs)
-        _save_linear(ctx, inputs, output)
-        return output
+    def forward(ctx, scalings, mask, seed, dropout_p, triton, x, *tensors):
+        count = len(scalings)
+        weights, biases, lora_As, lora_Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
+        inputs = x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton
+        output = _linears_forward(*inputs)
+        _setup_linears(ctx, inputs, output)
+        return tuple(output[:count])
 
-    backward = staticmethod(_backward_linear)
+    @staticmethod
+    def backward(ctx, *dys):
+        count = len(ctx.scalings)
+        nothing = (None,) * 5
+        if all(dy is None for dy in dys):
+            return (*nothing, None, *((None,) * (4 * count)))
+        needs_dx, *needs = ctx.needs_input_grad[5:]
+        _, needs_dbias, needs_dA, needs_dB = (needs[i * count : (i + 1) * count] for i in range(4))
+        dx, dbiases, dAs, dBs = _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB)
+        return (*nothing, dx, *((None,) * count), *dbiases, *dAs, *dBs)
 
 
 class _UpdateFunction(torch.autograd.Function):
@@ -152,10 +303,12 @@ class _UpdateFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = _update_forward(*inputs)
-        _save_update(ctx, inputs, output)
-        return output
+        _setup_update(ctx, inputs, output)
+        return output[0]
 
-    backward = staticmethod(_backward_update)
+    @staticmethod
+    def backward(ctx, dy):
+        return _backward_update(ctx, (dy,))
 
 
 def _observed() -> bool:
@@ -175,9 +328,9 @@ def _rows_of(shape) -> int:
     return rows
 
 
-@register_flop_formula(torch.ops.lora_fast.linear_forward)
-def _linear_forward_flops(x, weight, bias, lora_A, *args, **kwargs) -> int:
-    return 2 * _rows_of(x) * (weight[0] * weight[1] + lora_A[0] * (weight[0] + weight[1]))
+@register_flop_formula(torch.ops.lora_fast.linears_forward)
+def _linears_forward_flops(x, weights, biases, lora_As, *args, **kwargs) -> int:
+    return 2 * _rows_of(x) * sum(n * k + a[0] * (n + k) for (n, k), a in zip(weights, lora_As))
 
 
 @register_flop_formula(torch.ops.lora_fast.update_forward)
@@ -185,14 +338,18 @@ def _update_forward_flops(x, base, lora_A, *args, **kwargs) -> int:
     return 2 * _rows_of(x) * lora_A[0] * (x[-1] + base[-1])
 
 
-@register_flop_formula(torch.ops.lora_fast.linear_backward)
-def _linear_backward_flops(
-    dy, x, weight, lora_A, lora_B, s, mask, scaling, dropout_p, needs_dx, needs_dA, needs_dB, **kwargs
+@register_flop_formula(torch.ops.lora_fast.linears_backward)
+def _linears_backward_flops(
+    dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, *args, **kwargs
 ) -> int:
-    rank, k, n = lora_A[0], x[-1], dy[-1]
-    base = n * k if needs_dx and weight is not None else 0
-    adapter = needs_dB * n * rank + (needs_dx or needs_dA) * n * rank + needs_dA * rank * k + needs_dx * rank * k
-    return 2 * _rows_of(dy) * (base + adapter)
+    total, k = 0, x[-1]
+    for dy, weight, (rank, _) in zip(dys, weights, lora_As):
+        if dy is not None:
+            n = dy[-1]
+            base = n * k if needs_dx and weight is not None else 0
+            adapter = needs_dB * n + (needs_dx or needs_dA) * n + needs_dA * k + needs_dx * k
+            total += base + rank * adapter
+    return 2 * _rows_of(x) * total
 
 
 def _compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
@@ -218,15 +375,38 @@ def _check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p:
         raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
 
 
-def _draw(x: Tensor, dropout_p: float, training: bool) -> tuple[Tensor | None, float]:
-    if not training or dropout_p == 0:
-        return None, 0.0
+def _check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+        raise LoraFastError(
+            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
+            "x's last size is in_features"
+        )
+    _check_factors(x, lora_A, lora_B, weight.shape[0], p)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
+    devices = {str(t.device) for t in (x, weight, lora_A, lora_B)}
+    if len(devices) > 1:
+        raise LoraFastError(
+            f"x is on {x.device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
+            "expected one device"
+        )
+
+
+def _draw(x: Tensor, count: int, dropout_p: float, triton: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(the masks of `count` adapters that read x, or None, a seed for kernels that draw them, or None)."""
+    if dropout_p == 0:
+        return None, None
+    if triton:
+        # A tensor from torch's generator: a replayed CUDA graph draws anew, recomputed activations draw the same.
+        return None, torch.randint(0, 2**63 - 1, (1,), device=x.device)
     if torch.compiler.is_compiling():
         # In aten's own random ops: the compiler's common-subexpression pass knows those by name and ignores the tag, so
         # that it would merge the draws of all layers that read one x (q, k and v) into one mask.
-        return reference.dropout_mask(x, dropout_p), dropout_p
-    draw = torch.ops.lora_fast.dropout_mask if _observed() else reference.dropout_mask
-    return draw(x.detach(), dropout_p), dropout_p
+        draw = reference.dropout_mask
+    else:
+        draw = torch.ops.lora_fast.dropout_mask if _observed() else reference.dropout_mask
+    masks = [draw(x.detach(), dropout_p) for _ in range(count)]
+    return masks[0][None] if count == 1 else torch.stack(masks), None
 
 
 def lora_linear(
@@ -248,24 +428,59 @@ def lora_linear(
     frozen: where it requires a gradient, the base product is left to torch and only the update is ours. dropout_p acts
     where `training`.
     Kept for backward: x, x's product with lora_A (M, R) and, with dropout, one bit per element of x.
-    Raises LoraFastError for sizes or dtypes that do not fit, or a backend that can't run. Source: arXiv:2106.09685,
-    section 4.1."""
+    Raises LoraFastError for sizes, dtypes or devices that do not fit, or a backend that can't run. Source:
+    arXiv:2106.09685, section 4.1."""
+    biases = [bias]
+    return lora_linears(
+        x, [weight], [lora_A], [lora_B], [scaling], biases, dropout_p=dropout_p, training=training, backend=backend
+    )[0]
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Several LoRA linears that read the same x (q/k/v, gate/up): y_g = x W_gᵀ + bias_g + scaling_g · drop_g(x) A_gᵀ
+    B_gᵀ, each with a dropout mask of its own.
+
+    x (..., K); of each layer weight (N_g, K), lora_A (R_g, K), lora_B (N_g, R_g), bias (N_g,) or None → a tuple of
+    (..., N_g). The same values as `lora_linear` for each, with x read once for all A_g, once for all dA_g, and dx
+    summed without a tensor per layer. Kept for backward: what lora_linear keeps, x once.
+    Raises LoraFastError as lora_linear does, and where the lists differ in length."""
     check_backend(backend)
-    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+    biases = [None] * len(weights) if biases is None else biases
+    lengths = {len(values) for values in (weights, lora_As, lora_Bs, scalings, biases)}
+    if len(lengths) > 1 or not weights:
         raise LoraFastError(
-            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
-            "x's last size is in_features"
+            f"{len(weights)} weights, {len(lora_As)} lora_As, {len(lora_Bs)} lora_Bs, {len(scalings)} scalings, "
+            f"{len(biases)} biases; expected one of each per layer"
         )
-    _check_factors(x, lora_A, lora_B, weight.shape[0], dropout_p)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
-    x = _compute_input(x, weight.dtype)
-    if _transformed() or (weight.requires_grad and torch.is_grad_enabled()):
-        base = torch.nn.functional.linear(x, weight, bias)
-        return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=dropout_p, training=training)
-    mask, p = _draw(x, dropout_p, training)
-    run = torch.ops.lora_fast.linear_forward if _observed() else _LinearFunction.apply
-    return run(x, weight, bias, lora_A, lora_B, scaling, mask, p)[0]
+    for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases):
+        _check_linear(x, weight, lora_A, lora_B, bias, dropout_p)
+    x = _compute_input(x, weights[0].dtype)
+    p = dropout_p if training else 0.0
+    if _transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        return tuple(
+            lora_update(x, torch.nn.functional.linear(x, w, bias), a, b, s, dropout_p=p, backend=backend)
+            for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
+        )
+    triton = runs_triton(backend, "lora_linear", x, max(_ranks(lora_As)))
+    mask, seed = _draw(x, len(weights), p, triton)
+    biases = [x.new_empty(0) if bias is None else bias for bias in biases]
+    scalings = [float(scaling) for scaling in scalings]
+    if _observed():
+        op = torch.ops.lora_fast.linears_forward
+        arguments = list(weights), biases, list(lora_As), list(lora_Bs), scalings, mask, seed, p, triton
+        return tuple(op(x, *arguments)[: len(weights)])
+    return _LinearsFunction.apply(scalings, mask, seed, p, triton, x, *weights, *biases, *lora_As, *lora_Bs)
 
 
 def lora_update(
@@ -277,6 +492,7 @@ def lora_update(
     *,
     dropout_p: float = 0.0,
     training: bool = True,
+    backend: str = "auto",
 ) -> Tensor:
     """The low-rank update on top of a base layer that runs by itself (quantized, offloaded): y = base + scaling ·
     drop(x) Aᵀ Bᵀ.
@@ -284,14 +500,18 @@ def lora_update(
     x (..., K), base (..., N), lora_A (R, K), lora_B (N, R) → y like base; the products run in x's dtype (autocast's
     where it is on).
     Raises LoraFastError for sizes that do not fit."""
+    check_backend(backend)
     if x.dim() < 1 or x.shape[:-1] != base.shape[:-1]:
         raise LoraFastError(f"x is {tuple(x.shape)}, base is {tuple(base.shape)}; all sizes but the last must be equal")
     _check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
     x = _compute_input(x, None)
+    p = dropout_p if training else 0.0
     if _transformed():
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        update = torch.nn.functional.dropout(x, dropout_p, training) @ a.t() @ b.t()
+        update = torch.nn.functional.dropout(x, p, True) @ a.t() @ b.t()
         return torch.add(base, update, alpha=scaling).to(base.dtype)
-    mask, p = _draw(x, dropout_p, training)
-    run = torch.ops.lora_fast.update_forward if _observed() else _UpdateFunction.apply
-    return run(x, base, lora_A, lora_B, scaling, mask, p)[0]
+    triton = runs_triton(backend, "lora_update", x, lora_A.shape[0])
+    mask, seed = _draw(x, 1, p, triton)
+    if _observed():
+        return torch.ops.lora_fast.update_forward(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)[0]
+    return _UpdateFunction.apply(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
-from lora_fast.backend import triton_unsupported
+from lora_fast.backend import why_not_triton
 from lora_fast.ops import lora_linear, lora_update
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
@@ -174,7 +174,9 @@ class FastForward:
         if isinstance(adapter, str):
             return "peft", adapter
         base = base_refusal(self.base_layer)
-        triton = triton_unsupported("lora_linear" if base is None else "lora_update")
+        op = "lora_linear" if base is None else "lora_update"
+        weight = adapter.lora_A if base else self.base_layer.weight
+        triton = why_not_triton("auto", op, weight.device, weight.dtype, adapter.lora_A.shape[0])
         return "torch" if triton else "triton", "; ".join(filter(None, (base, triton))) or None
 
     def _count(self, path: str, reason: str | None) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_fast.backend import triton_unsupported
 from lora_fast.config import LoraFastError
 from lora_fast.linear import LoraLayer
 from lora_fast.ops import lora_update
@@ -54,7 +53,7 @@ class LoraCalledBase(LoraSubclass):
             )
         name = self.active_adapter
         spec = self.adapter_specs[name]
-        y = lora_update(
+        return lora_update(
             x,
             base,
             self.lora_A[name].weight,
@@ -62,14 +61,13 @@ class LoraCalledBase(LoraSubclass):
             spec.scaling,
             dropout_p=spec.dropout_p,
             training=self.training,
+            backend=self.backend,
         )
-        # Falcon adds to its linear layers' outputs in place, which autograd refuses on the view that the op returns.
-        return torch.ops.aten._unsafe_view(y, y.shape)
 
     def fusion_path(self) -> tuple[str, str | None]:
         if not self.adapter_runs():
             return super().fusion_path()
-        triton = triton_unsupported("lora_update")
+        triton = self.why_not_triton("lora_update")
         called = f"the base layer is a {self.base_class.__name__}: it is called as it is"
         return "torch" if triton else "triton", "; ".join(filter(None, (called, triton)))
 
