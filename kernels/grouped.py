@@ -194,11 +194,12 @@ def pick_expand_tile(block_rows: int, width: int, dtype: torch.dtype, capability
 
 
 def pick_outer_tile(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """Bound by the read of x: 64 rows by 128 columns under way three times over. A (128, 128) sum wants 8 warps."""
+    """Bound by the read of x, 48 KB of it under way: row numbers come a stage earlier than rows, so that 8 stages hold
+    half as many tiles of x. A (128, 128) sum wants 8 warps."""
     ranks = _padded_rank(width, 128)
     rows, columns = (64, 128) if dtype.itemsize == 2 else (32, 64)
-    tile = Tile(rows, columns, ranks, 8 if ranks == 128 else 4, 4)
-    return _pipelined(tile, rows * (columns + ranks), dtype, capability)
+    tile = Tile(rows, columns, ranks, 8 if ranks == 128 else 4, 8)
+    return _pipelined(tile, rows * (columns + ranks) // 2, dtype, capability)
 
 
 def pick_gemm_tile(block_rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
@@ -352,9 +353,11 @@ def _gemm_kernel(
     columns = first_column + tl.arange(0, COLUMNS)
     depth = tl.arange(0, DEPTH)
     rows_in = rows < end
-    # Rows and columns outside load a neighbour's, which is cheaper than a mask in the loop; they are not stored.
+    columns_in = columns < N
+    # Rows outside load the last one's numbers, which is cheaper than a mask in the loop; they are not stored. Not so
+    # for columns: where W comes transposed they are the contiguous dimension, and a clamp would break up its loads.
     x_ptrs = x_ptr + tl.minimum(rows, end - 1)[:, None] * stride_xm + depth[None, :]
-    w_ptrs = w_ptr + tl.minimum(columns, N - 1).to(tl.int64)[None, :] * stride_wn + depth[:, None] * stride_wk
+    w_ptrs = w_ptr + columns.to(tl.int64)[None, :] * stride_wn + depth[:, None] * stride_wk
 
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if HAS_MASK:  # the mask covers the adapter's part alone, which therefore comes first
@@ -364,7 +367,7 @@ def _gemm_kernel(
         acc = tl.where(_mask_tile(mask_ptr, rows, rows_in, first_column, mask_bytes, ROWS, COLUMNS), acc, 0.0)
     for k in range(0, tl.where(start < end, K, 0), DEPTH):
         x = tl.load(x_ptrs, mask=depth[None, :] < K - k, other=0.0)  # (ROWS, DEPTH)
-        w = tl.load(w_ptrs, mask=depth[:, None] < K - k, other=0.0)  # (DEPTH, COLUMNS)
+        w = tl.load(w_ptrs, mask=(depth[:, None] < K - k) & columns_in[None, :], other=0.0)  # (DEPTH, COLUMNS)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += DEPTH
         w_ptrs += DEPTH * stride_wk
@@ -373,9 +376,9 @@ def _gemm_kernel(
             acc, s_ptr, b_ptr, rows, rows_in, columns, N, offset, rank, stride_sm, stride_br, stride_bn, RANKS
         )
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + columns, mask=columns_in, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * stride_ym + columns[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=rows_in[:, None] & (columns < N)[None, :])
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=rows_in[:, None] & columns_in[None, :])
 
 
 @triton.jit
@@ -404,7 +407,7 @@ def _outer_kernel(
     columns_in = columns < K
     s_ranks_in = ranks < (rank + 15) // 16 * 16  # as in _low_rank
 
-    acc = tl.zeros((COLUMNS, RANKS), tl.float32)
+    acc = tl.zeros((RANKS, COLUMNS), tl.float32)
     for at in range(first, tl.where(first_rank < rank, last, first), ROWS):
         places = at + tl.arange(0, ROWS)
         rows_in = places < last
@@ -415,15 +418,15 @@ def _outer_kernel(
         s = tl.load(s_ptrs, mask=rows_in[:, None] & s_ranks_in[None, :], other=0.0)  # (ROWS, RANKS)
         if HAS_MASK:
             x = tl.where(_mask_tile(mask_ptr, rows, rows_in, first_column, mask_bytes, ROWS, COLUMNS), x, 0.0)
-        acc = tl.dot(tl.trans(x), s, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(s), x, acc, input_precision="ieee")
 
     if HAS_SCALES:
         acc *= tl.load(scales_ptr + adapter)
     if PARTIAL:
         out_ptr += chunk * stride_oc
         offset = 0
-    out_ptrs = out_ptr + (offset + ranks).to(tl.int64)[None, :] * stride_or + columns.to(tl.int64)[:, None] * stride_ok
-    tl.store(out_ptrs, acc, mask=columns_in[:, None] & (ranks < rank)[None, :])
+    out_ptrs = out_ptr + (offset + ranks).to(tl.int64)[:, None] * stride_or + columns.to(tl.int64)[None, :] * stride_ok
+    tl.store(out_ptrs, acc, mask=(ranks < rank)[:, None] & columns_in[None, :])
 
 
 @triton.jit
@@ -446,10 +449,12 @@ def _add_chunks_kernel(
     ranks = ((pid // column_tiles) % rank_tiles) * RANKS + tl.arange(0, RANKS)
     inside = (ranks < rank)[:, None] & (columns < K)[None, :]
     partial_ptrs = partial_ptr + ranks.to(tl.int64)[:, None] * stride_pr + columns[None, :]
+    partial_ptrs += first_chunk.to(tl.int64) * stride_pc
 
     acc = tl.zeros((RANKS, COLUMNS), tl.float32)
-    for chunk in range(first_chunk, last_chunk):
-        acc += tl.load(partial_ptrs + chunk.to(tl.int64) * stride_pc, mask=inside, other=0.0)  # (RANKS, COLUMNS)
+    for _ in range(first_chunk, last_chunk):
+        acc += tl.load(partial_ptrs, mask=inside, other=0.0)  # (RANKS, COLUMNS)
+        partial_ptrs += stride_pc
     if HAS_SCALES:
         acc *= tl.load(scales_ptr + adapter)
     out_ptrs = out_ptr + (offset + ranks).to(tl.int64)[:, None] * stride_or + columns.to(tl.int64)[None, :] * stride_ok
