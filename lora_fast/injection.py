@@ -370,8 +370,8 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
     in forward any more.
 
     The weights of before are kept for `unmerge_lora`, on the CPU, or on the weights' device with keep="device".
-    Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, or sits on a tied
-    weight."""
+    Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, sits on a tied
+    weight, or would make a finite weight overflow its dtype."""
     state = lora_state(model)
     if keep not in ("cpu", "device"):
         raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
@@ -391,9 +391,29 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
         for factor in (layer.lora_A, layer.lora_B):
             if not torch.isfinite(factor[layer.active_adapter].weight).all():
                 raise LoraFastError(f"adapter {state.active!r} holds NaN or inf in {name}; nothing was merged")
+    for name, layer in layers.items():
+        if _overflows(layer):
+            raise LoraFastError(
+                f"merging adapter {state.active!r} into {name}.weight exceeds what {layer.weight.dtype} holds "
+                f"(±{torch.finfo(layer.weight.dtype).max:.4g}); nothing was merged: merge in torch.bfloat16 or "
+                "torch.float32, or leave it unmerged"
+            )
     for layer in layers.values():
         layer.merge(keep=keep)
     state.merged_keep = keep
+
+
+@torch.no_grad()
+def _overflows(layer: LoraLayer) -> bool:
+    """Whether a merge would turn finite weights into inf. One layer's merged weight lives at a time, and only where a
+    bound on it, max|W| + max|update|, does not settle the question: it costs as much as the merge."""
+    name = layer.active_adapter
+    a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    # |(B A)ₙₖ| ≤ ‖Bₙ‖ ‖A₌ₖ‖, Cauchy-Schwarz; compared so that a NaN in the base counts as unsettled.
+    update = abs(layer.adapter_specs[name].scaling) * b.norm(dim=1).max() * a.norm(dim=0).max()
+    if layer.weight.abs().max() + update < torch.finfo(layer.weight.dtype).max / 2:
+        return False
+    return bool((~torch.isfinite(layer.merged_weight()) & torch.isfinite(layer.weight)).any())
 
 
 def unmerge_lora(model: nn.Module) -> None:

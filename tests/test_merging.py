@@ -128,6 +128,39 @@ def test_merging_nan_is_refused(value):
         assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merge_that_overflows_is_refused_whole(family, dtype):
+    model = injected(family, dtype=dtype)
+    *_, (name, last) = ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
+    top = torch.finfo(dtype).max
+    with torch.no_grad():  # scaling 2; the update is 0.75 of the range, on a weight of 0.75
+        a, b = last.lora_A["default"].weight.zero_(), last.lora_B["default"].weight.zero_()
+        a[0, 0], b[0, 0] = 1.0, 0.375 * top
+        last.weight[0, 0] = -0.75 * top
+    before = snapshot(model)
+    merge_lora(model)  # within the range, though neither the bound nor either part alone shows it
+    assert torch.isfinite(last.weight).all()
+    unmerge_lora(model)
+    assert_unchanged(model, before)
+    with torch.no_grad():
+        last.weight[0, 0] = 0.75 * top
+    before = snapshot(model)
+    sentence = rf"adapter 'default' into {name}.weight exceeds what {dtype} holds .*nothing was merged"
+    with pytest.raises(LoraFastError, match=sentence):
+        merge_lora(model)
+    assert_unchanged(model, before)
+
+
+def test_infinities_that_the_base_already_holds_are_no_overflow():
+    model = injected(dtype=torch.float16)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[1, 2], weight[3, 4] = torch.inf, torch.nan
+    merge_lora(model)
+    assert torch.isinf(weight[1, 2]) and torch.isnan(weight[3, 4]) and (~torch.isfinite(weight)).sum() == 2
+
+
 # ------------------------------------------------------------------------------------------- several adapters, and none
 
 
