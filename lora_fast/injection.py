@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, warn
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
-from lora_fast.targets import lora_class, saved_module_names, target_modules, unreached
+from lora_fast.targets import lora_class, saved_module_names, target_modules, unmatched, unreached
 
 _STATE = "_lora_fast_state"
 
@@ -187,6 +187,8 @@ def inject(
     init = config.init_lora_weights if init is None else init
     specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
     _check_ranks(targets, specs, init)
+    if missed := unmatched(model, config):
+        warn(f"target_modules: no module of {type(model).__name__} is named {missed}")
     for reader, idle in unreached(model, targets).items():
         warn(
             f"{reader} reads the weight of {idle[0]} ({len(idle)} modules so) without calling the module: an adapter "

@@ -74,6 +74,13 @@ def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int
     return None
 
 
+def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{dotted name: module} of the model's own modules, without those of adapters."""
+    modules = {name: module for name, module in model.named_modules() if name}
+    inside = tuple(f"{n}.lora_{factor}" for n, m in modules.items() if isinstance(m, LoraLayer) for factor in "AB")
+    return {name: module for name, module in modules.items() if not name.startswith(inside)}
+
+
 def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     linears = {
         name: module
@@ -96,14 +103,9 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
         isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     )
     wanted = _all_linear_names(model, config) if every else config.target_modules
-    inside_adapters = tuple(
-        f"{name}.lora_{factor}" for name, m in model.named_modules() if isinstance(m, LoraLayer) for factor in "AB"
-    )
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     targets = {}
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside_adapters):
-            continue
+    for name, module in _base_modules(model).items():
         if config.exclude_modules and _matches_pattern(config.exclude_modules, name):
             continue
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
@@ -140,6 +142,16 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     return targets
 
 
+def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
+    """The entries of a list of target_modules that no module's name ends in, with near names; None where there is
+    none."""
+    if isinstance(config.target_modules, str):
+        return None
+    every = _base_modules(model)
+    missed = [w for w in config.target_modules if not any(_ends_with_one_of(name, (w,)) for name in every)]
+    return f"{', '.join(map(repr, missed))}{_near(model, missed)}" if missed else None
+
+
 def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
     """{who: those among `names` whose module is seldom or never called, because who reads its weight directly}."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -163,10 +175,9 @@ def _shown(value: str | Collection[str]) -> str:
 
 def _near(model: nn.Module, wanted: Collection[str]) -> str:
     """What to write instead: the nearest names that exist, else the names of the linear layers."""
-    last = list(
-        dict.fromkeys(name.rpartition(".")[2] for name, m in model.named_modules() if lora_class(m) is not None)
-    )
-    every = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in model.named_modules() if name))
+    ends = [(name.rpartition(".")[2], module) for name, module in _base_modules(model).items()]
+    last = list(dict.fromkeys(n for n, m in ends if isinstance(m, LoraLayer) or lora_class(m) is not None))
+    every = list(dict.fromkeys(name for name, _ in ends))
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], every, n=3, cutoff=0.6)]
     if near:
         return f"; did you mean {', '.join(dict.fromkeys(near))}? Its linear layers are {', '.join(last) or 'none'}"

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import peft
 import pytest
@@ -218,7 +219,7 @@ def test_adapter_dtype():
 
 def test_rank_above_the_layers_size_warns_and_works():
     with pytest.warns(lora_fast.LoraFastWarning, match=r"r=40 exceeds min\(N, K\)=32 of .*q_proj") as record:
-        model = injected(lora={"r": 40, "target_modules": ["q_proj"]})
+        model = apply_lora(build("llama"), LoraConfig(r=40, target_modules=["q_proj"], init_lora_weights=False))
     assert record[0].filename == __file__  # the warning points at the caller
     gradients(model)
 
@@ -270,7 +271,8 @@ def test_remove_puts_everything_back(family, init, dtype):
     base = build(family, dtype=dtype)
     base.get_input_embeddings().weight.requires_grad_(False)
     before = snapshot(base)
-    lora = {"init_lora_weights": init, "target_modules": ["q_proj", "down_proj", "c_attn"]}
+    targets = ["c_attn"] if family == "gpt2" else ["q_proj", "down_proj"]
+    lora = {"init_lora_weights": init, "target_modules": targets}
     injected(family, model=base, lora=lora)
     if init is False:
         injected(family, model=base, lora=lora, name="second", seed=6)
@@ -653,6 +655,39 @@ def test_a_refused_injection_changes_nothing(config, sentence):
 def test_bad_configs_are_refused(config, sentence):
     with pytest.raises(LoraFastError, match=sentence):
         LoraConfig(**config)
+
+
+def test_a_misspelt_name_beside_a_good_one_is_announced(tmp_path):
+    model = build("llama")
+    wanted = ["q_proj", "v_prj", "layers.7.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+    said = r"no module of LlamaForCausalLM is named 'v_prj', 'layers.7.mlp.up_proj'; did you mean v_proj"
+    with pytest.warns(lora_fast.LoraFastWarning, match=said) as record:
+        apply_lora(model, LoraConfig(target_modules=wanted))
+    assert [warning.filename for warning in record] == [__file__]
+    with pytest.warns(lora_fast.LoraFastWarning, match="linear layers are q_proj, k_proj, .*, down_proj, lm_head$"):
+        apply_lora(model, LoraConfig(target_modules=["q_proj", "xyz"]), adapter_name="second")
+    # PEFT writes the names into its file as they were given, and is silent.
+    peft_model(build("llama"), target_modules=wanted).save_pretrained(tmp_path)
+    with pytest.warns(lora_fast.LoraFastWarning, match="is named .*'v_prj'.*did you mean .*v_proj"):
+        loaded = lora_fast.load_adapter(build("llama"), tmp_path)
+    assert adapted(loaded) == adapted(model)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "exclude_modules": ["v_prj"]},
+        {"target_modules": r".*\.q_proj|v_prj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "layers.0.mlp.up_proj"], "layers_to_transform": [1]},
+    ],
+)
+def test_only_a_name_that_no_module_has_is_announced(lora):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lora_fast.LoraFastWarning)
+        apply_lora(build("llama"), LoraConfig(**lora))
 
 
 def test_equal_configs_have_equal_hashes():
