@@ -101,8 +101,10 @@ def test_the_forward_of_a_subclass_is_kept_as_in_peft(targets, dropout):
     assert not isinstance(ours[1], LoraCalledBase) and "called as it is" not in (reasons["1"] or "")
 
 
-def test_an_output_may_be_changed_in_place():
-    model = apply_lora(nn.Sequential(Doubled(4, 4)), LoraConfig(r=2, init_lora_weights=False))
+@pytest.mark.parametrize("kind", [nn.Linear, Renamed, Doubled])
+def test_an_output_may_be_changed_in_place(kind):
+    """Falcon adds to the outputs of its linear layers in place."""
+    model = apply_lora(nn.Sequential(kind(4, 4)), LoraConfig(r=2, init_lora_weights=False))
     y = model(torch.randn(3, 4))
     y += 1
     y.sum().backward()
