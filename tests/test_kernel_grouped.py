@@ -231,6 +231,19 @@ def test_long_adapters_are_summed_in_chunks(dtype, monkeypatch):
     assert torch.equal(Case(MIXED, MIXED_ROWS, dtype, p=0.3).run().dB[:, ours], case.dB[:, ours])
 
 
+def test_the_mask_depends_on_seed_and_place_alone():
+    case = Case(MIXED, MIXED_ROWS, torch.float32)
+
+    def mask(table, a_all, seed):
+        return grouped.grouped_shrink(case.x, a_all, table, seed=torch.tensor([seed], device=DEVICE), dropout_p=0.5)[1]
+
+    one = grouped.block_table([(0, MIXED_ROWS, 0)], (1,), MIXED_ROWS, DEVICE, block_rows=32)
+    whole, covered = mask(one, case.lora_A[0], 1), case.owner >= 0
+    assert torch.equal(mask(case.table, case.a_all, 1)[:, covered], whole[:, covered])
+    assert not torch.equal(mask(one, case.lora_A[0], 2), whole)
+    assert not torch.equal(mask(one, case.lora_A[0], 1 + 2**32), whole)
+
+
 def test_twice_the_same_bits():
     first, second = (Case(MIXED, MIXED_ROWS, torch.float16, p=0.3).run().outputs() for _ in range(2))
     assert len(first) == 9
@@ -244,11 +257,12 @@ def test_inputs_stay_and_out_is_written_in_place():
     kept = base.clone()
     fresh = grouped.grouped_expand(base, case.s, case.b_all, case.table)
     assert torch.equal(base, kept)
-    # In place a row without an adapter is not touched: NaN stays there and comes from nowhere else.
+    # In place a row without an adapter is not touched: −0 + 0 would be 0.
     none = case.owner < 0
-    base[none] = float("nan")
+    base[none] = -0.0
     assert grouped.grouped_expand(base, case.s, case.b_all, case.table, out=base) is base
-    assert torch.equal(base[~none], fresh[~none]) and base[none].isnan().all()
+    assert torch.equal(base[~none], fresh[~none])
+    assert base[none].eq(0).all() and base[none].signbit().all()
     other = torch.empty_like(base)
     assert grouped.grouped_expand(kept, case.s, case.b_all, case.table, out=other) is other
     assert torch.equal(other, fresh)
