@@ -1,0 +1,412 @@
+"""Matrix product plus low-rank update in one pass over the result: y = x w + mask ∘ (s b) + bias + accumulate.
+
+    forward   y  = x Wᵀ + S (s'·lora_B)ᵀ + bias            w = weight.t(), s = S (M, R), b = (s'·lora_B).t()
+    backward  dx = dy W + m ∘ (dS lora_A)                  x = dy, w = weight, s = dS (M, R), b = lora_A
+    q, k, v   dx = Σᵢ dyᵢ Wᵢ + Σᵢ mᵢ ∘ (dSᵢ lora_Aᵢ)       the K-loops follow one another on one accumulator
+
+All in fp32, rounded once to x's dtype. Bytes: x, w, s, b and what is optional are read, y is written; programs that
+run together share rows of x and columns of w in L2. Added to the plain product are R / K of its FLOPs, and for a mask
+M·N / 8 bytes; a second pass over y (cuBLAS with beta = 1) would read and write M·N elements instead.
+
+Where the update stands. Without a mask it follows the K-loop, on the loop's own accumulator: nothing of it is live in
+the loop, which keeps the registers and the shared memory of a plain product. With a mask it comes first: dot → mask →
+loop, since a product that is to be masked needs an accumulator of its own, and before the loop there is no other. bias
+and accumulate start the accumulator too. No loop holds a condition, which would undo its pipeline.
+
+Two ways to memory. Tensor descriptors (TMA) from sm_90 on, where every base and row is a multiple of 16 bytes; pointers
+elsewhere. s, b, bias and the masks are small and have any rank or stride: always pointers."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_fast.kernels.dropout import spread_bytes
+
+# --- Tiles ------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """A program computes block_m × block_n of y, block_k of the sum a step; if persistent, one tile after another."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    persistent: bool = False
+
+
+# Tiles worth timing, from large to small. A large tile reads each element of x and w less often; a small one gives
+# every SM something to do when M is small. tests/test_offline_compile.py holds each to its chip's registers and
+# shared memory.
+TILES = {
+    # wgmma needs 64 rows. 128 × 256 on 8 warps is 128 accumulators a thread, and three stages of it leave room for
+    # storing y by TMA while the next tile's loads are on their way. The last two stream w for decoding: M ≤ 64.
+    "sm_90": (
+        Tile(128, 256, 64, 8, 3, persistent=True),
+        Tile(128, 128, 64, 8, 4, persistent=True),
+        Tile(64, 128, 64, 4, 4, persistent=True),
+        Tile(64, 64, 128, 4, 4, persistent=True),
+        Tile(64, 32, 128, 4, 5, persistent=True),
+    ),
+    # The accumulator lies in tensor memory. The loop over tiles costs some 30 registers, which spill beside a mask in
+    # the largest tile.
+    "sm_100": (
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4, persistent=True),
+        Tile(64, 128, 64, 4, 4, persistent=True),
+        Tile(64, 64, 128, 4, 4, persistent=True),
+        Tile(64, 32, 128, 4, 5, persistent=True),
+    ),
+    # Consumer Blackwell: TMA, but mma.sync, and 99 KiB of shared memory.
+    "sm_120": (
+        Tile(128, 128, 64, 8, 2, persistent=True),
+        Tile(64, 128, 64, 4, 2, persistent=True),
+        Tile(64, 64, 64, 4, 3, persistent=True),
+        Tile(64, 32, 128, 4, 2, persistent=True),
+    ),
+    # Operands of mma.sync pass through registers: 128 accumulators a thread leave no room for a mask.
+    "sm_80": (
+        Tile(128, 256, 32, 8, 3),
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(16, 64, 128, 4, 4),
+    ),
+    # As before within 99 KiB.
+    "sm_89": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 64, 64, 4, 4),
+        Tile(16, 64, 128, 4, 4),
+    ),
+    # 64 KiB, and AMD's pipeliner knows two stages.
+    "gfx942": (
+        Tile(128, 128, 64, 8, 2),
+        Tile(64, 64, 64, 4, 2),
+        Tile(32, 64, 128, 4, 2),
+    ),
+    # fp32 products are exact, on the plain arithmetic units: registers hold both operands.
+    "fp32": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+    # Rows that are no multiple of 16 bytes are loaded by the element, through registers, on every chip.
+    "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 32, 64, 4, 2)),
+    # Without a product the kernel is bound by reading and writing y.
+    "update": (Tile(64, 128, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
+}
+SMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
+AMD = (9, 4)  # what torch says for gfx942, and what every AMD GPU counts as here
+GROUP_M = 8  # so many tiles downwards before the next column of tiles
+BLOCK_R = 32  # adapters of larger rank are summed in blocks of this
+
+
+def uses_descriptors(capability: tuple[int, int]) -> bool:
+    return capability >= (9, 0) and capability != AMD
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The key of TILES for a GPU; (0, 0), the interpreter, counts as the smallest."""
+    if capability == AMD:
+        return "gfx942"
+    if uses_descriptors(capability):
+        return {9: "sm_90", 10: "sm_100"}.get(capability[0], "sm_120")
+    return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_89"
+
+
+def candidates(
+    dtype: torch.dtype, capability: tuple[int, int], *, pairs: int = 1, masks: int = 0, aligned: bool = True
+) -> tuple[Tile, ...]:
+    """The tiles that `pick_tile` and the tuner choose from, for so many products and masks."""
+    name = architecture(capability)
+    if not pairs:
+        return TILES["update"]
+    if dtype == torch.float32:
+        return TILES["fp32"]
+    if not aligned:
+        return TILES["unaligned"]
+    # A masked update is an accumulator of its own. One can be the start of the loop's; a second one is live beside it.
+    most = 128 if masks == 0 or (masks == 1 and name in ("sm_90", "sm_100")) else 64
+    return tuple(tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
+
+
+def pick_tile(
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    pairs: int = 1,
+    masks: int = 0,
+    aligned: bool = True,
+) -> Tile:
+    """The tile with the least modelled time: rounds of tiles over the SMs, times a tile's time per step of the sum."""
+
+    def cost(tile: Tile) -> int:
+        rounds = triton.cdiv(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), SMS[architecture(capability)])
+        # Arithmetic goes with the area, loads with the edges; on an H100 an element of the edge, out of L2 at 42 GB/s
+        # an SM and ns, costs as much as 180 multiply-adds at 3.7 TFLOP/s an SM.
+        return rounds * (tile.block_m * tile.block_n + 180 * (tile.block_m + tile.block_n))
+
+    return min(candidates(dtype, capability, pairs=pairs, masks=masks, aligned=aligned), key=cost)
+
+
+# --- Kernel -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Number of a tile → its row and column among the tiles: GROUP_M downwards, then one to the right."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * tiles_n)
+    within = tile % (GROUP_M * tiles_n)
+    height = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)  # the last group may be lower
+    return group * GROUP_M + within % height, within // height
+
+
+@triton.jit
+def _load_w(w, k, column, W_IS_NK: tl.constexpr):
+    """w[k:, column:] by its descriptor, which is of w or of w transposed: whichever has contiguous rows."""
+    return w.load([column, k]).T if W_IS_NK else w.load([k, column])
+
+
+@triton.jit
+def _add_product(
+    acc, x, w, sizes, row, column, M, N, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr
+):
+    """acc + x[rows] w[:, columns]: the main loop."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    K, stride_xm, stride_wk, stride_wn = sizes
+    if DESCRIPTORS:
+        for k in range(0, K, BLOCK_K):
+            x_tile = x.load([row, k])  # (BLOCK_M, BLOCK_K)
+            w_tile = _load_w(w, k, column, W_IS_NK)  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+    else:
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        x_pointers = x + rows[:, None] * stride_xm + ks[None, :]
+        w_pointers = w + ks[:, None] * stride_wk + columns[None, :] * stride_wn
+        for k in range(0, K, BLOCK_K):
+            inside = ks < K - k
+            x_tile = tl.load(x_pointers, (rows < M)[:, None] & inside[None, :], 0.0)  # (BLOCK_M, BLOCK_K)
+            w_tile = tl.load(w_pointers, inside[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_K, BLOCK_N)
+            acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
+            x_pointers += BLOCK_K
+            w_pointers += BLOCK_K * stride_wk
+    return acc
+
+
+@triton.jit
+def _add_update(
+    acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr
+):
+    """acc + s[rows, first:last] b[first:last, columns]."""
+    stride_sm, stride_br, stride_bn = strides
+    for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
+        r = start + tl.arange(0, BLOCK_R).to(tl.int64)
+        s_pointers = s + rows[:, None] * stride_sm + r[None, :]
+        b_pointers = b + r[:, None] * stride_br + columns[None, :] * stride_bn
+        s_tile = tl.load(s_pointers, (rows < M)[:, None] & (r < last)[None, :], 0.0)  # (BLOCK_M, BLOCK_R)
+        b_tile = tl.load(b_pointers, (r < last)[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_R, BLOCK_N)
+        acc = tl.dot(s_tile, b_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def gemm_lora_kernel(
+    x0, x1, x2,  # up to three x (M, K) and w (K, N): descriptors or pointers (triton 3.6 takes no tuple of descriptors)
+    w0, w1, w2,
+    sizes,  # for each pair K, stride_xm, stride_wk, stride_wn
+    s,  # (M, ΣR)
+    b,  # (ΣR, N)
+    update_strides,  # stride_sm, stride_br, stride_bn
+    ranks,  # how ΣR is divided among the masks; the whole without masks
+    masks,  # of uint8 (M, stride_mask), a bit for each column of y
+    stride_mask,
+    bias,  # (N,) or None
+    accumulate,  # as y, or None
+    stride_accumulate,
+    y,  # (M, N), contiguous
+    M, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0)
+    stop = start + 1  # without PERSISTENT a loop of one turn, which the compiler removes
+    step = 1
+    if PERSISTENT:
+        stop = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        step = tl.num_programs(0)
+    for tile in tl.range(start, stop, step):
+        tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        first = 0
+        # Side by side, the pipelines of several short loops take more registers than there are.
+        STAGES: tl.constexpr = 1 if len(masks) > 1 else 2
+        for i in tl.static_range(len(masks)):
+            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            last = first + ranks[i]
+            part = _add_update(part, s, b, update_strides, rows, columns, M, N, first, last, BLOCK_R, STAGES)
+            mask_columns = tile_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+            mask_pointers = masks[i] + rows[:, None] * stride_mask + mask_columns[None, :]
+            # A row's bytes are bounded by the stride, whose divisors Triton knows: 16-byte loads.
+            kept = tl.load(mask_pointers, (rows < M)[:, None] & (mask_columns < stride_mask)[None, :], 0)
+            acc += tl.where(spread_bytes(kept, BLOCK_M, BLOCK_N), part, 0.0)
+            first = last
+        if bias is not None:
+            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
+        if accumulate is not None:
+            if DESCRIPTORS:
+                acc += accumulate.load([row, column]).to(tl.float32)
+            else:
+                pointers = accumulate + rows[:, None] * stride_accumulate + columns[None, :]
+                acc += tl.load(pointers, inside, 0.0).to(tl.float32)
+
+        if len(sizes) > 0:
+            acc = _add_product(acc, x0, w0, sizes[0], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
+        if len(sizes) > 1:
+            acc = _add_product(acc, x1, w1, sizes[1], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
+        if len(sizes) > 2:
+            acc = _add_product(acc, x2, w2, sizes[2], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
+
+        if len(masks) == 0:
+            acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2)
+        if DESCRIPTORS:
+            y.store([row, column], acc.to(y.dtype))
+        else:
+            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def gemm_lora(
+    x: Tensor | None,
+    w: Tensor | None,
+    s: Tensor,
+    b: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    accumulate: Tensor | None = None,
+    tile: Tile | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Tensor:
+    """x (M, K), w (K, N), s (M, R), b (R, N), bias (N,), mask uint8 (M, ⌈N / 8⌉), accumulate (M, N) → y (M, N), new.
+
+    All of one dtype but the mask. The last dimension of x, s and accumulate is contiguous; w and b have any strides.
+    Without x and w: the update alone, mask ∘ (s b) + bias + accumulate."""
+    return gemm_lora_sum(
+        () if x is None else (x,),
+        () if w is None else (w,),
+        s,
+        b,
+        masks=() if mask is None else (mask,),
+        bias=bias,
+        accumulate=accumulate,
+        tile=tile,
+        capability=capability,
+    )
+
+
+def gemm_lora_sum(
+    xs: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    s: Tensor,
+    b: Tensor,
+    *,
+    ranks: Sequence[int] | None = None,
+    masks: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+    accumulate: Tensor | None = None,
+    tile: Tile | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Tensor:
+    """y = Σᵢ xᵢ wᵢ + Σⱼ maskⱼ ∘ (sⱼ bⱼ) + bias + accumulate in one launch: xᵢ (M, Kᵢ), wᵢ (Kᵢ, N), i < 3 → y (M, N).
+
+    s (M, ΣR) and b (ΣR, N) hold the adapters side by side. With masks (one each, or none at all), `ranks` says where
+    one ends and the next begins; without, they are one product."""
+    M, N = s.shape[0], b.shape[1]
+    y = torch.empty((M, N), dtype=s.dtype, device=s.device)
+    if y.numel() == 0:
+        return y
+    capability = capability or _capability(s.device)
+    # One flag serves all w: of mixed layouts only pointers know what to do.
+    w_is_nk = all(w.stride(0) == 1 for w in ws)
+    rows = [*xs, *(w.t() if w_is_nk else w for w in ws), y, *(() if accumulate is None else (accumulate,))]
+    aligned = bool(xs) and all(map(_aligned, rows))
+    descriptors = aligned and uses_descriptors(capability)
+    tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
+
+    def operand(tensor: Tensor | None, *block: int) -> Tensor | TensorDescriptor | None:
+        return TensorDescriptor.from_tensor(tensor, list(block)) if descriptors and tensor is not None else tensor
+
+    ranks = tuple(ranks) if masks and ranks else (s.shape[1],)
+    nothing = [None] * (3 - len(xs))
+    x_operands = [operand(x, tile.block_m, tile.block_k) for x in xs]
+    if descriptors and w_is_nk:
+        w_operands = [operand(w.t(), tile.block_n, tile.block_k) for w in ws]
+    else:
+        w_operands = [operand(w, tile.block_k, tile.block_n) for w in ws]
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
+    gemm_lora_kernel[(min(tiles, _sms(s.device)) if tile.persistent else tiles,)](
+        *x_operands,
+        *nothing,
+        *w_operands,
+        *nothing,
+        tuple((x.shape[1], x.stride(0), w.stride(0), w.stride(1)) for x, w in zip(xs, ws)),
+        s,
+        b,
+        (s.stride(0), b.stride(0), b.stride(1)),
+        ranks,
+        tuple(masks),
+        masks[0].stride(0) if masks else 0,
+        bias,
+        operand(accumulate, tile.block_m, tile.block_n),
+        0 if accumulate is None else accumulate.stride(0),
+        operand(y, tile.block_m, tile.block_n),
+        M,
+        N,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=min(max(triton.next_power_of_2(max(ranks)), 16), BLOCK_R),
+        GROUP_M=GROUP_M,
+        DESCRIPTORS=descriptors,
+        W_IS_NK=w_is_nk,
+        PERSISTENT=tile.persistent,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return y
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor can be made of it: contiguous rows, base and rows at multiples of 16 bytes."""
+    row_bytes = tensor.stride(0) * tensor.itemsize
+    return tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and tensor.numel() > 0
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return (0, 0)  # the interpreter
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _sms(device: torch.device) -> int:
+    # An H100's 132 for tensors without a device, so that tests and compilation see what a GPU would.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SMS["sm_90"]

@@ -1,0 +1,295 @@
+"""gemm_lora against float64: forward, backward with masks, sums over q, k, v, every layout, both ways to memory."""
+
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, error, nan_filled, random
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lora_fast.kernels import gemm_lora as module
+from lora_fast.kernels.gemm_lora import AMD, SMS, TILES, Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
+
+# (8, 0) takes pointers on any device; the interpreter knows descriptors too, a GPU says what it can.
+POINTERS = (8, 0)
+NEWEST = torch.cuda.get_device_capability() if DEVICE.type == "cuda" else (9, 0)
+CAPABILITIES = (POINTERS, NEWEST)
+SMALL = Tile(16, 16, 16, 4, 2)
+RANKS = (1, 5, 8, 16, 48, 70)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Booleans (M, N) → uint8 (M, ⌈N / 8⌉), bit i of byte j for column 8 j + i."""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8))
+    return (padded.view(mask.shape[0], -1, 8) << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(
+        -1, dtype=torch.uint8
+    )
+
+
+def draw_mask(M: int, N: int, seed: int = 0) -> Tensor:
+    return random(M, N, seed=1000 + seed) > -0.5
+
+
+def formula(xs, ws, pairs, masks=(), bias=None, accumulate=None, dtype=torch.float64) -> Tensor:
+    """Σ x w + Σ mask ∘ (s b) + bias + accumulate in PyTorch, one operation after the other, all in `dtype`."""
+    terms = [x.to(dtype) @ w.to(dtype) for x, w in zip(xs, ws)]
+    for i, (s, b) in enumerate(pairs):
+        update = s.to(dtype) @ b.to(dtype)
+        terms.append(update * masks[i].to(dtype) if masks else update)
+    terms += [term.to(dtype) for term in (bias, accumulate) if term is not None]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def check(xs, ws, pairs, masks=(), bias=None, accumulate=None, *, strides=None, **launch) -> Tensor:
+    """Runs the launcher that fits, and holds the result to the rule of kernel_support."""
+    inputs = [t for t in (*xs, *ws, *(f for pair in pairs for f in pair), bias, accumulate) if t is not None]
+    copies = [t.clone() for t in inputs]
+    packed = [pack(mask) for mask in masks]
+    with nan_filled():
+        if len(xs) == len(pairs) == 1 or (not xs and len(pairs) == 1):
+            (s, b), (x, w) = pairs[0], (xs[0], ws[0]) if xs else (None, None)
+            mask = packed[0] if packed else None
+            y = gemm_lora(x, w, s, b, bias=bias, mask=mask, accumulate=accumulate, **launch)
+        else:
+            s, b = torch.cat([s for s, _ in pairs], 1), torch.cat([b for _, b in pairs])
+            ranks = [s.shape[1] for s, _ in pairs]
+            y = gemm_lora_sum(
+                xs, ws, s, b, ranks=ranks if masks else None, masks=packed, bias=bias, accumulate=accumulate, **launch
+            )
+    dtype = pairs[0][0].dtype
+    assert y.dtype == dtype and y.is_contiguous()
+    exact = formula(xs, ws, pairs, masks, bias, accumulate)
+    assert_as_exact_as(y, formula(xs, ws, pairs, masks, bias, accumulate, dtype), exact)
+    # Each update by itself: beside a large product an error of it would not show.
+    without = formula(xs, ws, [(torch.zeros_like(s), b) for s, b in pairs], masks, bias, accumulate)
+    assert error(y.double() - without, exact - without) < 0.1
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies)), "an input was overwritten"
+    return y
+
+
+def pair(M: int, N: int, K: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x (M, K) and w = weight.t() (K, N)."""
+    return random(M, K, dtype=dtype, seed=seed), random(N, K, dtype=dtype, seed=seed + 1).t()
+
+
+def factors(M: int, N: int, R: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """s (M, R) and b = lora_B.t() (R, N), of the size of a product."""
+    return random(M, R, dtype=dtype, seed=seed + 2), random(N, R, dtype=dtype, seed=seed + 3).t()
+
+
+@pytest.fixture
+def descriptors():
+    """How many tensor descriptors were made."""
+    with mock.patch.object(TensorDescriptor, "from_tensor", side_effect=TensorDescriptor.from_tensor) as made:
+        yield made
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype, R, capability, descriptors):
+    """y = x Wᵀ + bias + S Bᵀ; K = 48 and N = 72 allow descriptors."""
+    x, w = pair(33, 72, 48, dtype)
+    check([x], [w], [factors(33, 72, R, dtype)], bias=random(72, dtype=dtype, seed=9), capability=capability)
+    assert descriptors.call_count == (3 if capability >= (9, 0) else 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_under_dropout(dtype, R, capability, descriptors):
+    """dx = dy W + m ∘ (dS A): w is the weight as it lies, b is lora_A as it lies, and dx is added to another's."""
+    dy, weight = random(33, 48, dtype=dtype), random(48, 72, dtype=dtype, seed=1)
+    ds, lora_A = random(33, R, dtype=dtype, seed=2), random(R, 72, dtype=dtype, seed=3)
+    other = random(33, 72, dtype=dtype, seed=4)
+    check([dy], [weight], [(ds, lora_A)], [draw_mask(33, 72)], accumulate=other, capability=capability)
+    assert descriptors.call_count == (4 if capability >= (9, 0) else 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_that_divide_nothing(dtype, masked, descriptors):
+    x, w = pair(33, 70, 12, dtype)
+    masks = [draw_mask(33, 70)] if masked else []
+    check([x], [w], [factors(33, 70, 5, dtype)], masks, bias=random(70, dtype=dtype), capability=NEWEST)
+    assert descriptors.call_count == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("pairs", [2, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sum_over_projections(masked, pairs, capability, descriptors):
+    """dx of q, k, v in one launch: widths and ranks differ (grouped-query attention), masks too."""
+    dtype = torch.float16
+    products = [pair(33, 72, K, dtype, seed=10 * K) for K in (64, 24, 40)[:pairs]]
+    xs, ws = zip(*[(x, w.contiguous()) for x, w in products])
+    updates = [factors(33, 72, R, dtype, seed=R) for R in (16, 5, 33)]
+    masks = [draw_mask(33, 72, seed) for seed in range(3)] if masked else []
+    check(xs, ws, updates, masks, capability=capability)
+    assert descriptors.call_count == (2 * pairs + 1 if capability >= (9, 0) else 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_update_alone(added, masked, descriptors):
+    """Without x and w, for what cuBLAS has computed already."""
+    for dtype in DTYPES:
+        accumulate = random(33, 70, dtype=dtype, seed=7) if added else None
+        masks = [draw_mask(33, 70)] if masked else []
+        check([], [], [factors(33, 70, 12, dtype)], masks, accumulate=accumulate, capability=NEWEST)
+    assert descriptors.call_count == 0
+
+
+def test_several_updates_alone():
+    dtype = torch.float16
+    updates = [factors(33, 70, R, dtype, seed=R) for R in (1, 8, 48)]
+    check([], [], updates, [draw_mask(33, 70, seed) for seed in range(3)], accumulate=random(33, 70, dtype=dtype))
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_many_tiles(capability, persistent):
+    """Ten by three tiles, in groups of eight rows and two; seven programs share them where one does several."""
+    dtype = torch.float16
+    x, w = pair(150, 40, 48, dtype)
+    tile = SMALL._replace(persistent=persistent)
+    with mock.patch.object(module, "_sms", lambda device: 7):
+        check([x], [w], [factors(150, 40, 20, dtype)], capability=capability, tile=tile)
+        check([x], [w], [factors(150, 40, 20, dtype)], [draw_mask(150, 40)], capability=capability, tile=tile)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layout", ["linear", "conv1d", "mixed", "sliced"])
+def test_layouts(layout, capability, descriptors):
+    """Weights of nn.Linear and of Conv1D; s, accumulate and x as views with longer rows; a w without unit stride."""
+    dtype, M, N, K, R = torch.float16, 33, 72, 48, 8
+    x = random(M, 2 * K, dtype=dtype)[:, K:]
+    linear, conv1d = random(N, K, dtype=dtype, seed=1).t(), random(K, N, dtype=dtype, seed=2)
+    sliced = random(K, 2 * N, dtype=dtype, seed=3)[:, ::2]
+    s = random(M, 3 * R + 1, dtype=dtype, seed=4)[:, R : 2 * R]
+    b = random(R, N, dtype=dtype, seed=5)
+    xs, ws = {
+        "linear": ([x], [linear]),
+        "conv1d": ([x], [conv1d]),
+        "mixed": ([x, x], [linear, conv1d]),
+        "sliced": ([x], [sliced]),
+    }[layout]
+    accumulate = random(M, 2 * N, dtype=dtype, seed=6)[:, :N]
+    check(xs, ws, [(s, b)], accumulate=accumulate, capability=capability)
+    check(xs, ws, [(s, b.t().contiguous().t())], accumulate=accumulate, capability=capability)
+    assert bool(descriptors.call_count) == (layout in ("linear", "conv1d") and capability >= (9, 0))
+
+
+def test_base_address_off_by_one_element(descriptors):
+    """Rows are multiples of 16 bytes, the first one does not begin at one."""
+    dtype, M, N, K = torch.float16, 33, 72, 48
+    x = random(M * K + 1, dtype=dtype)[1:].view(M, K)
+    check([x], [random(K, N, dtype=dtype, seed=1)], [factors(M, N, 8, dtype)], capability=NEWEST)
+    assert descriptors.call_count == 0
+
+
+@pytest.mark.parametrize("M, N", [(0, 72), (33, 0)])
+def test_nothing_to_compute(M, N):
+    with mock.patch.object(module, "gemm_lora_kernel", None):
+        x, w = pair(M, N, 48, torch.float16)
+        assert gemm_lora(x, w, *factors(M, N, 8, torch.float16), capability=NEWEST).shape == (M, N)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_same_bits_twice(capability):
+    x, w = pair(33, 72, 48, torch.float16)
+    masks = [draw_mask(33, 72)]
+    first, second = (check([x], [w], [factors(33, 72, 8, x.dtype)], masks, capability=capability) for _ in "ab")
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_is_not_finite_stays_in_its_row(capability):
+    x, w = pair(33, 72, 48, torch.float32)
+    s, b = factors(33, 72, 5, torch.float32)
+    x[3, 47], s[7, 4] = float("nan"), float("inf")
+    y = gemm_lora(x, w, s, b, capability=capability)
+    assert y[3].isnan().all() and y[7].isinf().all()
+    assert y.isfinite().all(1).sum() == 31
+
+
+def test_offsets_beyond_int32():
+    """Row 2 begins 2³¹ + 16 elements after row 0, at a stride that fits into int32; only what is used is touched."""
+    M, N, K, stride = 3, 16, 16, 2**30 + 8
+    storage = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE)
+    x = storage.as_strided((M, K), (stride, 1))
+    x.copy_(random(M, K))
+    w, (s, b) = random(K, N, dtype=torch.float16, seed=1), factors(M, N, 8, torch.float16)
+    exact = formula([x], [w], [(s, b)])
+    assert_as_exact_as(
+        gemm_lora(x, w, s, b, capability=POINTERS, tile=SMALL), formula([x], [w], [(s, b)], dtype=x.dtype), exact
+    )
+    # The same for s, for accumulate and for b's columns.
+    y = gemm_lora(None, None, x, b := random(K, N, dtype=torch.float16, seed=2), accumulate=x, tile=SMALL)
+    assert_as_exact_as(
+        y, formula([], [], [(x, b)], accumulate=x, dtype=x.dtype), formula([], [], [(x, b)], accumulate=x)
+    )
+    y = gemm_lora(None, None, s[:, :3], x.t()[:, :3].t()[:, :N], tile=SMALL)
+    assert_as_exact_as(y, s[:, :3] @ x, s[:, :3].double() @ x.double())
+
+
+@settings(max_examples=20)
+@given(
+    M=st.integers(1, 40),
+    N=st.integers(1, 40),
+    K=st.integers(1, 40),
+    R=st.integers(1, 80),
+    eights=st.booleans(),
+    masked=st.booleans(),
+    capability=st.sampled_from(CAPABILITIES),
+    dtype=st.sampled_from(DTYPES),
+)
+@example(M=1, N=1, K=1, R=1, eights=False, masked=True, capability=NEWEST, dtype=torch.float32)
+def test_any_shape(M, N, K, R, eights, masked, capability, dtype):
+    if eights:  # such as descriptors take
+        N, K = 8 * N, 8 * K
+    x, w = pair(M, N, K, dtype)
+    masks = [torch.ones(M, N, dtype=torch.bool, device=DEVICE)] if masked else []
+    if masked:
+        masks[0][::2, ::3] = False
+        masks[0][0, 0] = True
+    tile = Tile(32, 32, 32, 4, 2, persistent=True)
+    check([x], [w], [factors(M, N, R, dtype)], masks, capability=capability, tile=tile)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_every_tile(name):
+    """What offline compilation shows to fit also computes the right thing."""
+    dtype = torch.float32 if name == "fp32" else torch.float16
+    capability = {"sm_80": POINTERS, "sm_89": POINTERS, "gfx942": POINTERS, "unaligned": POINTERS}.get(name, NEWEST)
+    product = [] if name == "update" else [pair(70, 136, 72, dtype)]
+    for tile in TILES[name]:
+        if tile.num_stages * tile.block_n * tile.block_k * dtype.itemsize > 60_000 and DEVICE.type == "cuda":
+            continue  # may need more shared memory than this GPU has; offline compilation holds it to its own
+        xs, ws = zip(*product) if product else ((), ())
+        check(xs, ws, [factors(70, 136, 24, dtype)], capability=capability, tile=tile)
+
+
+def test_tiles_fit_the_problem():
+    bf16 = torch.bfloat16
+    assert pick_tile(8192, 4096, bf16, (9, 0))[:3] == (128, 256, 64)
+    assert pick_tile(512, 4096, bf16, (9, 0))[:2] == (128, 128)
+    assert pick_tile(16, 4096, bf16, (9, 0))[:2] == (64, 32)
+    assert pick_tile(8192, 4096, bf16, (9, 0), masks=3)[:2] == (128, 128)
+    assert pick_tile(8192, 4096, bf16, (8, 0))[:2] == (128, 256)
+    assert pick_tile(8192, 4096, bf16, (8, 0), masks=1)[:2] == (128, 128)
+    assert pick_tile(8192, 4096, bf16, (9, 0), aligned=False) in TILES["unaligned"]
+    assert pick_tile(8192, 4096, bf16, AMD) in TILES["gfx942"]
+    assert pick_tile(8192, 4096, bf16, (0, 0)) in TILES["sm_89"]
+    assert set(SMS) == set(TILES) - {"fp32", "unaligned", "update"}
+    for capability in ((0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), AMD):
+        for dtype in (bf16, torch.float32):
+            for pairs in range(4):
+                for masks in range(4):
+                    assert candidates(dtype, capability, pairs=pairs, masks=masks)
