@@ -43,7 +43,7 @@ setup(
     ],
     package_dir={"lora_fast": "lora_fast", "lora_fast.kernels": "kernels", "lora_fast.profiler": "profiler"},
     packages=["lora_fast", "lora_fast.kernels", "lora_fast.profiler"],
-    package_data={"lora_fast": ["py.typed"]},
+    package_data={"lora_fast": ["py.typed", "tuned.json"]},
     zip_safe=False,
     python_requires=">=3.11",
     install_requires=[

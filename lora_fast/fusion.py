@@ -51,8 +51,8 @@ class FusionReport:
 def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
     """How many calls of the layers that count took which path, and why: {(path, reason): calls}.
 
-    path: "lora_linear" (base and update in one op), "lora_update" (the base layer called as it is, the update fused)
-    or "peft"."""
+    path: "lora_linear" (base and update in one op), "lora_linears" (so together with the layers that read the same
+    input), "lora_update" (the base layer called as it is, the update fused) or "peft"."""
     counters = (module.__dict__.get("calls_by_path", {}) for module in model.modules())
     return sum(map(Counter, counters), Counter())
 

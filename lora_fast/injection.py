@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, warn
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
+from lora_fast.shared_input import find_groups
 from lora_fast.targets import lora_class, saved_module_names, target_modules, unmatched, unreached
 
 _STATE = "_lora_fast_state"
@@ -208,6 +209,7 @@ def inject(
             module.start(backend)
         module.adapters_disabled = state.disabled
         module.add_adapter(adapter_name, specs[name], init, adapter_dtype)
+    find_groups(model)
     for name in saved_module_names(model, config):
         original = state.originals.setdefault(name, model.get_submodule(name))
         state.copies.setdefault(adapter_name, {})[name] = _trained_copy(original)

@@ -13,6 +13,7 @@ same elements as PEFT's.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
-from lora_fast.ops import lora_linear
+from lora_fast.shared_input import LinearCall, run_linear
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class LoraLayer(nn.Module):
         "adapters_disabled",
         "merged_adapter",
         "backend",
+        "calls_by_path",
+        "followers",
         "_weight_before_merge",
         "_weight_before_init",
     )
@@ -59,6 +62,8 @@ class LoraLayer(nn.Module):
     adapters_disabled: bool
     merged_adapter: str | None
     backend: str
+    calls_by_path: Counter[tuple[str, str | None]]
+    followers: tuple["LoraLayer", ...]
 
     def start(self, backend: str) -> None:
         """The state of a layer without adapters, right after its class was swapped."""
@@ -69,6 +74,8 @@ class LoraLayer(nn.Module):
         self.adapters_disabled = False
         self.merged_adapter = None
         self.backend = backend
+        self.calls_by_path = Counter()
+        self.followers = ()
         self._weight_before_merge: Tensor | None = None
         self._weight_before_init: Tensor | None = None
 
@@ -206,18 +213,22 @@ class LoraLayer(nn.Module):
         """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with the active adapter; the base layer alone where none runs."""
         if not self.adapter_runs():
             return super().forward(x)
+        return run_linear(self, x, self.linear_call(x))
+
+    def linear_call(self, x: Tensor) -> LinearCall | None:
+        """What forward would compute now, or None where no adapter runs."""
+        if not self.adapter_runs():
+            return None
         name = self.active_adapter
         spec = self.adapter_specs[name]
-        return lora_linear(
-            x,
+        return LinearCall(
             self.matrix(),
+            self.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             spec.scaling,
-            self.bias,
-            dropout_p=spec.dropout_p,
-            training=self.training,
-            backend=self.backend,
+            spec.dropout_p if self.training else 0.0,
+            self.backend,
         )
 
     def fusion_path(self) -> tuple[str, str | None]:

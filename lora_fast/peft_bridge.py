@@ -6,6 +6,7 @@ from torch import nn
 
 from lora_fast.config import LoraFastError
 from lora_fast.fusion import FusionReport, FusionRow, calls_by_path
+from lora_fast.shared_input import find_groups
 
 
 def accelerate_peft(peft_model: nn.Module) -> FusionReport:
@@ -51,6 +52,7 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
         )
     for layer in swappable:
         make_fast(layer)
+    find_groups(peft_model)
     rows = tuple(_row(name, layer, refusals[name]) for name, layer in layers.items())
     report = FusionReport(rows, calls_by_path(peft_model))
     print(report)

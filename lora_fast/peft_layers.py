@@ -19,7 +19,8 @@ from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast.backend import why_not_triton
-from lora_fast.ops import lora_linear, lora_update
+from lora_fast.ops import lora_update
+from lora_fast.shared_input import LinearCall, run_linear
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -146,8 +147,9 @@ def base_refusal(base: nn.Module) -> str | None:
 class FastForward:
     """The forward put before PEFT's: y = base(x) + scaling · drop(x) lora_Aᵀ lora_Bᵀ as one op, or PEFT's own.
 
-    calls_by_path counts calls by (path, reason): "lora_linear" (base and update in one op), "lora_update" (the base
-    layer called as it is, the update fused) or "peft". Calls inside a compiled graph are not counted."""
+    calls_by_path counts calls by (path, reason): "lora_linear" (base and update in one op), "lora_linears" (so together
+    with the layers that read the same input), "lora_update" (the base layer called as it is, the update fused) or
+    "peft". Calls inside a compiled graph are not counted."""
 
     calls_by_path: Counter[tuple[str, str | None]]
 
@@ -165,8 +167,15 @@ class FastForward:
         if weight is None:
             self._count("lora_update", base_refusal(base))
             return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p)
-        self._count("lora_linear", None)
-        return lora_linear(x, weight, lora_A, lora_B, scaling, base.bias, dropout_p=p)
+        return run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, "auto"))
+
+    def linear_call(self, x: Tensor) -> LinearCall | None:
+        """What forward would compute now as one op, or None where it takes another path."""
+        adapter = read_layer(self)
+        weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer)
+        if weight is None or _call_refusal(x, weight, adapter.lora_A.dtype) is not None:
+            return None
+        return LinearCall(weight, self.base_layer.bias, *adapter, "auto")
 
     def fusion_path(self) -> tuple[str, str | None]:
         """The path that a call takes as the layer stands now, and why not Triton's."""
@@ -223,3 +232,4 @@ def make_fast(layer: nn.Module) -> None:
     if not isinstance(layer, FastForward):
         layer.__class__ = FAST_CLASSES[type(layer)]
         layer.calls_by_path = Counter()
+        layer.followers = ()

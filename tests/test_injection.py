@@ -505,7 +505,8 @@ def test_accelerate_hooks_keep_working():
     injected(model=offloaded)
     assert {p.device.type for p in lora_parameters(offloaded)} == {"cpu"}
     assert offloaded.lm_head.weight.device.type == "meta"
-    assert torch.equal(logits(offloaded), expected)
+    # Each layer's weights come when it is called, so that q, k and v are computed one by one: another order of sums.
+    torch.testing.assert_close(logits(offloaded), expected, rtol=0, atol=64 * torch.finfo(torch.float32).eps)
     assert gradients(offloaded).keys() == gradients(injected()).keys()
     with pytest.raises(LoraFastError, match=r"weight is offloaded by accelerate; move the model"):
         merge_lora(offloaded)

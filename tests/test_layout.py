@@ -29,7 +29,9 @@ TOP_LEVEL = {
 FLOORS = """
 kernels
 config backend tuning fusion
+fused
 ops
+shared_input
 linear conv1d subclass peft_layers mlp spectrum delta rank_rules
 targets injection
 peft_bridge checkpoint resize

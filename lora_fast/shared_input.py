@@ -1,0 +1,193 @@
+"""Layers that read the same input (q/k/v, gate/up) computed together: no list of names, no model's forward rewritten.
+
+Which layers those may be is read off their parent's source, once, when adapters are put in: children that one method
+calls with one and the same variable, in one block of statements (`self.q_proj(hidden_states)`, `self.k_proj(…`). The
+first of them then computes all in one op (`lora_linears`: x is read once for all lora_A, dx is summed in place) and
+leaves the others' outputs in this thread's slot. Each of the others takes its own, once, if it is called with that very
+tensor, unchanged. One that finds nothing, because x was changed in between, its adapter was switched, or a hook gave it
+another tensor, computes by itself: what the source suggested costs time where it was wrong, never the result. Outputs
+that nobody took are dropped at the next call of any layer.
+
+The choice is fixed from the first step on, since a recomputed activation checkpoint must save what its forward saved.
+Compiled graphs, torch.func and inference mode see every layer by itself."""
+
+import ast
+import inspect
+import textwrap
+import threading
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.ops import lora_linear, lora_linears
+
+# As many as the kernels take in one read of x; q, k and v are three.
+MAX_MEMBERS = 3
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
+class LinearCall(NamedTuple):
+    """What `lora_linear` needs of a layer as it stands now: weight (N, K), bias, lora_A (R, K), lora_B (N, R), …"""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+    backend: str
+
+
+# ------------------------------------------------------------------------------------------------- what the source says
+
+
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            block = getattr(node, field, None)
+            if isinstance(block, list):
+                yield block
+
+
+def _own_calls(statement: ast.stmt) -> list[ast.Call]:
+    """The calls in a statement, without the blocks inside it, in the order of the source."""
+    calls = []
+    for name, value in ast.iter_fields(statement):
+        if name not in ("body", "orelse", "finalbody", "handlers"):
+            parts = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, ast.AST)]
+            calls += [node for part in parts for node in ast.walk(part) if isinstance(node, ast.Call)]
+    return sorted(calls, key=lambda call: (call.lineno, call.col_offset))
+
+
+def _calls_and_changes(block: list[ast.stmt]) -> Iterator[tuple[str, str | None]]:
+    """In the order of the source: (variable, child) of `self.child(variable)`; (variable, None) where one is set."""
+    for statement in block:
+        for call in _own_calls(statement):
+            function, arguments = call.func, call.args
+            own = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
+            one = len(arguments) == 1 and isinstance(arguments[0], ast.Name) and not call.keywords
+            if own and one and function.value.id == "self":
+                yield arguments[0].id, function.attr
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        for name in {name.id for name in names if not isinstance(name.ctx, ast.Load)}:
+            yield name, None
+
+
+@cache
+def children_called_alike(kind: type) -> tuple[tuple[str, ...], ...]:
+    """Names of children that a method of this module class calls with one variable: (("gate_proj", "up_proj"), …).
+
+    Empty where the source can't be read."""
+    found = []
+    for function in vars(kind).values():
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        except (OSError, TypeError, SyntaxError, ValueError):
+            continue
+        for block in _blocks(tree):
+            open_groups: dict[str, list[str]] = {}
+            for variable, child in _calls_and_changes(block):
+                if child is None:
+                    found.append(tuple(open_groups.pop(variable, ())))
+                elif child not in open_groups.setdefault(variable, []):
+                    open_groups[variable].append(child)
+            found += map(tuple, open_groups.values())
+    return tuple(group for group in found if len(group) > 1)
+
+
+def find_groups(model: nn.Module) -> None:
+    """Sets `followers` of every layer that answers `linear_call`: the layers that it computes along with itself."""
+    for parent in model.modules():
+        layers = {name: child for name, child in parent.named_children() if hasattr(child, "linear_call")}
+        for layer in layers.values():
+            layer.followers = ()
+        if len(layers) < 2:
+            continue
+        for kind in type(parent).__mro__:
+            for names in () if kind is nn.Module else children_called_alike(kind):
+                members = [layers[name] for name in names if name in layers]
+                for first in range(0, len(members), MAX_MEMBERS):
+                    leader, *others = members[first : first + MAX_MEMBERS]
+                    leader.followers = tuple(others)
+
+
+# --------------------------------------------------------------------------------------------------- one call at a time
+
+
+class _Slot(threading.local):
+    """What this thread computed for layers yet to be called with x: {id of the layer: (call, grad mode, y)}."""
+
+    def __init__(self):
+        self.x = lambda: None  # a weak reference, so that nothing lives longer for having been looked at
+        self.version = 0
+        self.waiting: dict[int, tuple[LinearCall, bool, Tensor]] = {}
+
+
+_slot = _Slot()
+
+
+def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
+    """y (..., N) of this layer, counted in its `calls_by_path` as "lora_linears" where it was computed together with
+    others, else as "lora_linear"; calls inside a compiled graph are not counted.
+
+    layer must answer `linear_call(x) -> LinearCall | None`: what it would compute now, None where it takes no part."""
+    if torch.compiler.is_compiling():
+        return _linear(x, call)
+    # In inference mode, and in torch.func, a change of x leaves no trace.
+    watched = type(x) in _PLAIN_TENSORS and not x.is_inference() and not torch._C._are_functorch_transforms_active()
+    if _slot.waiting:
+        if watched and _slot.x() is x and _slot.version == x._version:
+            waiting = _slot.waiting.pop(id(layer), None)
+            if waiting is not None and waiting[1] == torch.is_grad_enabled() and _same(waiting[0], call):
+                layer.calls_by_path["lora_linears", None] += 1
+                return waiting[2]
+        _slot.waiting.clear()
+    calls = _calls_together(layer, call, x) if watched and layer.followers else {}
+    # Counted first: a recomputed checkpoint may end inside the op, once it has all that backward needs.
+    if len(calls) < 2:
+        layer.calls_by_path["lora_linear", None] += 1
+        return _linear(x, call)
+    layer.calls_by_path["lora_linears", None] += 1
+    weights, biases, lora_As, lora_Bs, scalings, *_ = (list(column) for column in zip(*calls.values()))
+    p, backend = call.dropout_p, call.backend
+    ys = lora_linears(x, weights, lora_As, lora_Bs, scalings, biases, dropout_p=p, backend=backend)
+    grad = torch.is_grad_enabled()
+    _slot.x, _slot.version = weakref.ref(x), x._version
+    _slot.waiting = {id(other): (c, grad, y) for (other, c), y in zip(calls.items(), ys) if other is not layer}
+    return ys[0]
+
+
+def _linear(x: Tensor, call: LinearCall) -> Tensor:
+    weight, bias, lora_A, lora_B, scaling, dropout_p, backend = call
+    return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, backend=backend)
+
+
+def _same(before: LinearCall, now: LinearCall) -> bool:
+    """Whether a layer would still compute what was computed for it (a weight may be a fresh view of the old memory)."""
+    return (
+        before.lora_A is now.lora_A
+        and before.lora_B is now.lora_B
+        and before[4:] == now[4:]
+        and before.weight.data_ptr() == now.weight.data_ptr()
+    )
+
+
+def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Module, LinearCall]:
+    """{layer: call} of all that can be computed with `layer` now, itself first."""
+    calls = {layer: call}
+    for other in layer.followers:
+        # A hook before the other's forward could change its x, or bring its weights only then.
+        hooked = other._forward_pre_hooks or "_hf_hook" in other.__dict__
+        other_call = None if hooked else other.linear_call(x)
+        if other_call is None:
+            continue
+        weight, _, lora_A, lora_B, _, *settings = other_call
+        plain = all(type(t) in _PLAIN_TENSORS and t.device == x.device for t in (weight, lora_A, lora_B))
+        alike = weight.dtype == call.weight.dtype and weight.shape[1] == call.weight.shape[1]
+        if plain and alike and settings == list(call[5:]):
+            calls[other] = other_call
+    return calls

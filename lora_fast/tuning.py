@@ -1,0 +1,135 @@
+"""Which of several implementations of one step runs for a shape: timed once on the user's GPU, then remembered.
+
+A choice belongs to a GPU, a step ("linear_lora", "grad_x"), its sizes (M rounded up to a power of two) and its dtype.
+It is looked up in this process, in the table that ships with the package (`tuned.json`: empty until shapes were
+measured on a GPU), and in the user's cache file; else the candidates are timed on the call's own tensors (median of
+repetitions with a cold L2 cache) and the winner is kept in all processes to come. Given the tables the choice is
+deterministic.
+
+Where timing is not possible (a CUDA graph is being captured, memory is short, the CPU interpreter) the first candidate
+runs and nothing is remembered."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 1
+_choices: dict[tuple[str, str], str] = {}
+_forced: str | None = None
+
+
+def cache_file() -> Path:
+    """Where choices are kept: $XDG_CACHE_HOME/lora_fast/tuning.json, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_fast" / "tuning.json"
+
+
+def read_table(text: str) -> dict[tuple[str, str], str]:
+    """{(GPU, step and sizes): candidate} of a table's JSON; nothing of one that is broken or of another version."""
+    try:
+        document = json.loads(text)
+        if document["schema_version"] != SCHEMA_VERSION:
+            return {}
+        return {(gpu, key): row["choice"] for gpu, rows in document["gpus"].items() for key, row in rows.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+@cache
+def _known() -> dict[tuple[str, str], str]:
+    known = read_table((files("lora_fast") / "tuned.json").read_text(encoding="utf-8"))
+    try:
+        return read_table(cache_file().read_text(encoding="utf-8")) | known
+    except OSError:
+        return known
+
+
+def _remember(gpu: str, key: str, choice: str, ms: Mapping[str, float]) -> None:
+    """Adds a row to the cache file; another process's row may be lost to a race, and is then timed again."""
+    path = cache_file()
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema_version"] != SCHEMA_VERSION:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        document = {"schema_version": SCHEMA_VERSION, "gpus": {}}
+    row = {"choice": choice, "ms": {name: round(value, 4) for name, value in ms.items()}}
+    document["gpus"].setdefault(gpu, {})[key] = row
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
+        fresh.replace(path)
+    except OSError:
+        pass  # a read-only home: the choice lives as long as the process
+
+
+def _may_time() -> bool:
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median milliseconds of each candidate that runs; one whose tile doesn't fit this GPU is left out."""
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    ms = {}
+    for name, call in candidates.items():
+        try:
+            ms[name] = do_bench(call, warmup=10, rep=40, return_mode="median")
+        except OutOfResources:
+            continue
+    return ms
+
+
+def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: Mapping[str, Callable[[], Any]]) -> Any:
+    """The result of the candidate that is fastest for these sizes; every candidate computes the same.
+
+    candidates: {name: call}, the safest first. sizes: what the choice depends on, M by its next power of two."""
+    if _forced is not None:
+        name = next((name for name in candidates if name.startswith(_forced)), None)
+        if name is not None:
+            return candidates[name]()
+    if device.type != "cuda" or len(candidates) == 1:
+        return next(iter(candidates.values()))()
+    gpu = torch.cuda.get_device_name(device)
+    key = f"{step} " + " ".join(f"{name}={_bucket(name, value)}" for name, value in sizes.items())
+    name = _choices.get((gpu, key)) or _known().get((gpu, key))
+    if name not in candidates:
+        if not _may_time():
+            return next(iter(candidates.values()))()
+        try:
+            ms = _time(candidates)
+        except torch.OutOfMemoryError:
+            return next(iter(candidates.values()))()
+        name = min(ms, key=ms.get)
+        _remember(gpu, key, name, ms)
+    _choices[gpu, key] = name
+    return candidates[name]()
+
+
+def _bucket(name: str, value: Any) -> Any:
+    return 1 << max(value - 1, 0).bit_length() if name == "M" else value
+
+
+def choices() -> dict[str, str]:
+    """{step and sizes: candidate} of every choice that this process made by table or by timing."""
+    return {key: name for (_, key), name in _choices.items()}
+
+
+@contextmanager
+def only(prefix: str) -> Iterator[None]:
+    """Inside the block the first candidate whose name starts with `prefix` runs wherever there is one, whatever is
+    faster: for tests and benchmarks of each."""
+    global _forced
+    before, _forced = _forced, prefix
+    try:
+        yield
+    finally:
+        _forced = before
