@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         unmerge_lora,
     )
     from lora_fast.linear import LoraLinear
-    from lora_fast.ops import lora_linear, lora_update
+    from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "fusion_report",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "lora_parameters",
     "lora_update",
     "merge_lora",
@@ -59,7 +60,7 @@ _HOMES = {
         "unmerge_lora",
     ),
     "linear": ("LoraLinear",),
-    "ops": ("lora_linear", "lora_update"),
+    "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

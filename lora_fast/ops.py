@@ -21,6 +21,9 @@ from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.kernels import reference
 
+# Layers whose adapters the kernels take in one read of x: q, k and v.
+KERNEL_GROUP = 3
+
 _library = torch.library.Library("lora_fast", "DEF")
 
 # Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
@@ -473,6 +476,10 @@ def lora_linears(
             for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
         )
     triton = runs_triton(backend, "lora_linear", x, max(_ranks(lora_As)))
+    if triton and len(weights) > KERNEL_GROUP:
+        lists = weights, lora_As, lora_Bs, scalings, biases
+        rest = lora_linears(x, *(v[KERNEL_GROUP:] for v in lists), dropout_p=p, backend=backend)
+        return (*lora_linears(x, *(v[:KERNEL_GROUP] for v in lists), dropout_p=p, backend=backend), *rest)
     mask, seed = _draw(x, len(weights), p, triton)
     biases = [x.new_empty(0) if bias is None else bias for bias in biases]
     scalings = [float(scaling) for scaling in scalings]

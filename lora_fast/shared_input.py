@@ -23,10 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fast.ops import lora_linear, lora_linears
+from lora_fast.ops import KERNEL_GROUP, lora_linear, lora_linears
 
-# As many as the kernels take in one read of x; q, k and v are three.
-MAX_MEMBERS = 3
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
@@ -110,8 +108,8 @@ def find_groups(model: nn.Module) -> None:
         for kind in type(parent).__mro__:
             for names in () if kind is nn.Module else children_called_alike(kind):
                 members = [layers[name] for name in names if name in layers]
-                for first in range(0, len(members), MAX_MEMBERS):
-                    leader, *others = members[first : first + MAX_MEMBERS]
+                for first in range(0, len(members), KERNEL_GROUP):
+                    leader, *others = members[first : first + KERNEL_GROUP]
                     leader.followers = tuple(others)
 
 

@@ -1,11 +1,14 @@
 """What every kernel test shares: where kernels run here, in which dtypes, and how their errors are judged."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
+from triton.runtime.jit import JITFunction
 
 # On a GPU the same tests run there, in bf16 too; the interpreter's bf16 arithmetic is wrong (triton issue 11584).
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,3 +57,22 @@ def nan_filled() -> Iterator[None]:
         mock.patch.object(Tensor, "new_empty", filling(new_empty)),
     ):
         yield
+
+
+@contextlib.contextmanager
+def count_launches() -> Iterator[Counter]:
+    """Yields a Counter {kernel's name: launches inside the block}, in the interpreter and on a GPU."""
+    launches: Counter = Counter()
+
+    def counting(method, name_of):
+        def counted(self, *args, **kwargs):
+            launches[name_of(self)] += 1
+            return method(self, *args, **kwargs)
+
+        return counted
+
+    with (
+        mock.patch.object(GridExecutor, "__call__", counting(GridExecutor.__call__, lambda self: self.fn.__name__)),
+        mock.patch.object(JITFunction, "run", counting(JITFunction.run, lambda self: self.fn.__name__)),
+    ):
+        yield launches

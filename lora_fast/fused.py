@@ -1,0 +1,122 @@
+"""The steps of reference.py with the same signatures, as Triton kernels and cuBLAS calls: what a GPU runs.
+
+Where two routes compute the same, tuning.py picks the faster one for the shape: "cublas", the base product by cuBLAS
+and the update added to it (2 Y or 2 X more bytes), or "triton", one kernel that adds the update before it stores."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lora_fast import tuning
+from lora_fast.kernels import adapter_grads, factors, reference
+from lora_fast.kernels import shrink as shrink_kernels
+from lora_fast.kernels.devices import capability_of
+from lora_fast.kernels.gemm_lora import Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
+
+# Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
+TRIED_TILES = 3
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x, copied where a row is not contiguous: the kernels load along rows."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def cast_factors(
+    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    return factors.cast_factors(lora_As, lora_Bs, scales, dtype)
+
+
+def shrink_and_draw(x: Tensor, a: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: float):
+    """shrink with masks drawn here: S (M, ΣR), masks (G, M, ⌈K / 8⌉)."""
+    return shrink_kernels.shrink(_contiguous_rows(x), a, tuple(ranks), seed=seed, dropout_p=dropout_p)
+
+
+def shrink(x: Tensor, a: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
+    if mask is not None:  # only where a mask comes from outside: the kernel draws its own
+        return reference.shrink(x, a, ranks, mask)
+    return shrink_kernels.shrink(_contiguous_rows(x), a)[0]
+
+
+def _fused_routes(
+    call: Callable[[Tile | None], Tensor], like: Tensor, N: int, inner: Sequence[int], masks: int
+) -> dict[str, Callable[[], Tensor]]:
+    """{name: call} with the tile that the model of `pick_tile` prefers, then a few others for the tuner to try."""
+    if any(size * like.itemsize % 16 for size in (N, *inner)):  # rows that the kernel can't load 16 bytes at a time
+        return {"triton": lambda: call(None)}
+    capability, pairs = capability_of(like), len(inner)
+    best = pick_tile(like.shape[0], N, like.dtype, capability, pairs=pairs, masks=masks)
+    others = [tile for tile in candidates(like.dtype, capability, pairs=pairs, masks=masks) if tile != best]
+    return {
+        f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}": partial(call, t)
+        for t in (best, *others[:TRIED_TILES])
+    }
+
+
+def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    x = _contiguous_rows(x)
+    weight = weight.to(x.dtype)
+    (M, K), (N, R) = x.shape, b.shape
+
+    def fused(tile: Tile | None) -> Tensor:
+        return gemm_lora(x, weight.t(), s, b.t(), bias=bias, tile=tile)
+
+    routes = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias)}
+    routes |= _fused_routes(fused, x, N, [K], 0)
+    return tuning.run("linear_lora", {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype}, x.device, routes)
+
+
+def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
+    if base.dtype != s.dtype:
+        return reference.update_lora(base, s, b)
+    return gemm_lora(None, None, s, b.t(), accumulate=_contiguous_rows(base))
+
+
+def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    if s is None:  # lora_B is frozen: one product, as any other
+        return dy @ b, None
+    return adapter_grads.grad_s_and_b(_contiguous_rows(dy), b, s, scale)
+
+
+def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
+    return reference.grad_b(dy, s, scale)
+
+
+def grad_x(
+    dys: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    ds: Tensor,
+    a: Tensor,
+    ranks: Sequence[int],
+    mask: Tensor | None,
+) -> Tensor:
+    pairs = [(_contiguous_rows(dy), weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None]
+    xs, ws = [dy for dy, _ in pairs], [weight for _, weight in pairs]
+    masks = () if mask is None else tuple(mask)
+    if not pairs:
+        return gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+
+    def cublas():
+        if mask is None:
+            return reference.grad_x(dys, weights, ds, a, ranks, None)
+        dx = gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+        for dy, weight in pairs:
+            dx.addmm_(dy, weight)
+        return dx
+
+    def fused(tile: Tile | None) -> Tensor:
+        return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=tile)
+
+    (M, _), (R, K) = ds.shape, a.shape
+    Ns = [dy.shape[1] for dy in xs]
+    routes = {"cublas": cublas} | _fused_routes(fused, ds, K, Ns, len(masks))
+    sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype}
+    return tuning.run("grad_x", sizes | {"masks": len(masks)}, ds.device, routes)
+
+
+def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
+    x = _contiguous_rows(x)
+    return adapter_grads.grad_a(ds, x, None if mask is None else tuple(ranks), mask)

@@ -1,0 +1,221 @@
+"""The ops on Triton kernels: values and all gradients against float64, by both routes, and that kernels did run.
+
+Without a GPU Triton's interpreter runs them, on small sizes, in fp32 and fp16."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, nan_filled, random
+
+from lora_fast import LoraFastError, lora_linear, lora_linears, lora_update, tuning
+from lora_fast.kernels import reference
+
+OPS = torch.ops.lora_fast
+ROUTES = ("cublas", "triton")
+
+
+def layers(ns, k, ranks, dtype, master=None):
+    """Weights, biases (the first without one), lora_As, lora_Bs: the factors are masters and require gradients."""
+    master = master or dtype
+    weights = [random(n, k, dtype=dtype, seed=10 + i, scale=k**-0.5) for i, n in enumerate(ns)]
+    biases = [None if i == 0 else random(n, dtype=dtype, seed=20 + i).requires_grad_() for i, n in enumerate(ns)]
+    lora_As = [random(r, k, dtype=master, seed=30 + i, scale=k**-0.5).requires_grad_() for i, r in enumerate(ranks)]
+    lora_Bs = [random(n, r, dtype=master, seed=40 + r, scale=r**-0.5).requires_grad_() for n, r in zip(ns, ranks)]
+    return weights, biases, lora_As, lora_Bs
+
+
+def run(function, dtype, x, weights, biases, lora_As, lora_Bs, dys):
+    """y_i, then dx, every dA, dB and dbias, of copies of the leaves in `dtype` (None: as they are)."""
+    copies = [
+        [None if v is None else v.detach().to(dtype or v.dtype).requires_grad_(v.requires_grad) for v in values]
+        for values in ([x], weights, biases, lora_As, lora_Bs)
+    ]
+    (x,), weights, biases, lora_As, lora_Bs = copies
+    ys = function(x, weights, lora_As, lora_Bs, biases)
+    torch.autograd.backward(ys, [dy.to(y.dtype) for dy, y in zip(dys, ys)])
+    leaves = [x, *lora_As, *lora_Bs, *(b for b in biases if b is not None)]
+    return [*(y.detach() for y in ys), *(leaf.grad for leaf in leaves)]
+
+
+def eager(scalings, masks=None, p=0.0):
+    """What a PyTorch user writes, in the leaves' dtype."""
+
+    def function(x, weights, lora_As, lora_Bs, biases):
+        ys = []
+        for i, (w, a, b, bias) in enumerate(zip(weights, lora_As, lora_Bs, biases)):
+            kept = x if masks is None else x * (reference.unpack_mask(masks[i], x) / (1 - p))
+            update = kept @ a.to(x.dtype).t() @ b.to(x.dtype).t()
+            ys.append(torch.nn.functional.linear(x, w, bias) + update * scalings[i])
+        return ys
+
+    return function
+
+
+def check(ours, low, exact, factor=2.0):
+    assert len(ours) == len(low) == len(exact)
+    for mine, eagers, truth in zip(ours, low, exact):
+        assert mine.abs().max() > 0
+        assert_as_exact_as(mine, eagers, truth, factor=factor)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [1, 5, 16, 48, 80])
+def test_one_layer(r, dtype, route):
+    leaves = layers([12], 70, [r], dtype, torch.float32)
+    x, dy = random(33, 70, dtype=dtype, seed=1).requires_grad_(), random(33, 12, dtype=dtype, seed=2)
+    scalings = [0.75]
+
+    def ours(x, weights, lora_As, lora_Bs, biases):
+        return [lora_linear(x, weights[0], lora_As[0], lora_Bs[0], 0.75, biases[0], backend="triton")]
+
+    with nan_filled(), tuning.only(route), count_launches() as launches:
+        mine = run(ours, None, x, *leaves, [dy])
+    assert launches["_shrink_kernel"] == 1 and launches["_cast_kernel"] == 2
+    assert launches["gemm_lora_kernel"] == (2 if route == "triton" else 0)
+    check(mine, run(eager(scalings), None, x, *leaves, [dy]), run(eager(scalings), torch.float64, x, *leaves, [dy]))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_group(dtype, p, route):
+    """q, k and v of unequal sizes and ranks, one without a bias, each with a mask of its own."""
+    leaves = layers([16, 7, 9], 24, [5, 16, 3], dtype)
+    x = random(2, 17, 24, dtype=dtype, seed=1).requires_grad_()
+    dys = [random(2, 17, n, dtype=dtype, seed=50 + n) for n in (16, 7, 9)]
+    scalings, drawn = [0.75, 2.0, 0.5], []
+
+    def ours(x, weights, lora_As, lora_Bs, biases):
+        torch.manual_seed(7)
+        if p:
+            seed = torch.randint(0, 2**63 - 1, (1,), device=x.device)
+            none = [x.new_empty(0) if bias is None else bias.detach() for bias in biases]
+            factors = [[f.detach() for f in lora_As], [f.detach() for f in lora_Bs]]
+            *_, mask = OPS.linears_forward(x.detach(), weights, none, *factors, scalings, None, seed, p, True)
+            drawn.append(mask)
+            torch.manual_seed(7)
+        return lora_linears(x, weights, lora_As, lora_Bs, scalings, biases, dropout_p=p, backend="triton")
+
+    with nan_filled(), tuning.only(route), count_launches() as launches:
+        mine = run(ours, None, x, *leaves, dys)
+        again = run(ours, None, x, *leaves, dys)
+    assert all(torch.equal(a, b) for a, b in zip(mine, again)), "not the same bits twice"
+    assert launches["_shrink_kernel"] > 0 and launches["_grad_a_kernel"] > 0 and launches["_grad_s_and_b_kernel"] > 0
+    masks = drawn[0] if p else None
+    if p:
+        kept = reference.unpack_mask(masks.reshape(-1, 3), x.new_empty(3 * 34, 24)).reshape(3, 34, 24)
+        n = kept[0].numel()
+        for one in kept:  # a binomial five sigmas out: 1 in 1.7 million
+            assert abs(float(one.sum()) - n * (1 - p)) < 5 * (n * p * (1 - p)) ** 0.5
+        assert not torch.equal(kept[0], kept[1])
+
+    def flat(function):
+        return lambda x, *rest: [y.reshape(2, 17, -1) for y in function(x.reshape(-1, 24), *rest)]
+
+    low = run(flat(eager(scalings, masks, p)), None, x, *leaves, dys)
+    check(mine, low, run(flat(eager(scalings, masks, p)), torch.float64, x, *leaves, dys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_the_update_alone(dtype, p):
+    leaves = layers([12], 24, [5], dtype)
+    x, dy = random(33, 24, dtype=dtype, seed=1).requires_grad_(), random(33, 12, dtype=dtype, seed=2)
+    seed = torch.tensor([123456789], device=DEVICE)
+    mask = None
+    if p:
+        arguments = x.detach(), random(33, 12, dtype=dtype), *(f[0].detach() for f in leaves[2:])
+        *_, mask = OPS.update_forward(*arguments, 0.75, None, seed, p, True)
+
+    def ours(x, weights, lora_As, lora_Bs, biases):
+        base = torch.nn.functional.linear(x, weights[0], biases[0])
+        drop = (None, seed, p, True) if p else (None, None, 0.0, True)
+        return [OPS.update_forward(x, base, lora_As[0], lora_Bs[0], 0.75, *drop)[0]]
+
+    with nan_filled(), count_launches() as launches:
+        mine = run(ours, None, x, *leaves, [dy])
+    assert launches["gemm_lora_kernel"] == 2
+    function = eager([0.75], mask, p)
+    check(mine, run(function, None, x, *leaves, [dy]), run(function, torch.float64, x, *leaves, [dy]))
+
+
+@settings(max_examples=12)
+@given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.sampled_from(ROUTES))
+def test_any_size(m, k, n, r, route):
+    leaves = layers([n], k, [r], torch.float32)
+    x, dy = random(m, k, seed=1).requires_grad_(), random(m, n, seed=2)
+
+    def ours(x, weights, lora_As, lora_Bs, biases):
+        return [lora_linear(x, weights[0], lora_As[0], lora_Bs[0], 0.75, biases[0], backend="triton")]
+
+    with nan_filled(), tuning.only(route):
+        mine = run(ours, None, x, *leaves, [dy])
+    low, exact = run(eager([0.75]), None, x, *leaves, [dy]), run(eager([0.75]), torch.float64, x, *leaves, [dy])
+    for value, eagers, truth in zip(mine, low, exact):
+        if truth.numel() == 0 or truth.abs().max() == 0:
+            assert value.shape == truth.shape and not value.any()
+        else:
+            assert_as_exact_as(value, eagers, truth, factor=3.0)
+
+
+def test_a_transposed_weight_and_strided_x():
+    """GPT-2's weight is (K, N), seen as (N, K); x and dy may be slices or transposed."""
+    leaves = layers([12], 24, [5], torch.float32)
+    leaves[0][0] = leaves[0][0].t().contiguous().t()
+    wide = random(33, 40, seed=1)
+    for x in (wide[:, :24], random(24, 33, seed=1).t(), wide[:, 3:27]):
+        x = x.detach().requires_grad_()
+        dy = random(12, 33, seed=2).t()
+        for route in ROUTES:
+
+            def ours(x, weights, lora_As, lora_Bs, biases):
+                return [lora_linear(x, weights[0], lora_As[0], lora_Bs[0], 0.75, backend="triton")]
+
+            with nan_filled(), tuning.only(route):
+                mine = run(ours, None, x, *leaves, [dy])
+            check(mine, run(eager([0.75]), None, x, *leaves, [dy]), run(eager([0.75]), torch.float64, x, *leaves, [dy]))
+
+
+def test_checkpoints_redraw_the_same_mask():
+    x = random(33, 24, seed=1).requires_grad_()
+    (weight,), _, (a,), (b,) = layers([12], 24, [5], torch.float32)
+    results = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        function = lambda x: lora_linear(x, weight, a, b, dropout_p=0.4, backend="triton")  # noqa: E731
+        y = torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False) if recompute else function(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, a, b])])
+    assert all(torch.equal(p, q) for p, q in zip(*results))
+    torch.manual_seed(4)
+    assert not torch.equal(lora_linear(x, weight, a, b, dropout_p=0.4, backend="triton"), results[0][0])
+
+
+def test_more_layers_than_a_kernel_takes():
+    leaves = layers([5, 6, 7, 8, 9], 12, [2, 3, 4, 5, 6], torch.float32)
+    x = random(9, 12, seed=1).requires_grad_()
+    dys = [random(9, n, seed=n) for n in (5, 6, 7, 8, 9)]
+    scalings = [1.0, 2.0, 0.5, 0.25, 3.0]
+
+    def ours(x, weights, lora_As, lora_Bs, biases):
+        return list(lora_linears(x, weights, lora_As, lora_Bs, scalings, biases, backend="triton"))
+
+    check(
+        run(ours, None, x, *leaves, dys),
+        run(eager(scalings), None, x, *leaves, dys),
+        run(eager(scalings), torch.float64, x, *leaves, dys),
+        factor=3.0,  # dx: five layers in two sums, where autograd's order may happen to be the better one
+    )
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU computes bf16 rightly, and runs kernels by itself")
+def test_the_interpreter_is_never_taken_by_itself_nor_in_bf16():
+    x, (weight,), _, (a,), (b,) = random(3, 12), *layers([5], 12, [2], torch.float32)
+    with count_launches() as launches:
+        lora_linear(x, weight, a, b)
+    assert not launches
+    with pytest.raises(LoraFastError, match=r"backend='triton': Triton's interpreter computes bf16 wrongly"):
+        lora_linear(x.bfloat16(), weight.bfloat16(), a, b, backend="triton")
+    with pytest.raises(LoraFastError, match=r"backend='triton': r=513 is above 512"):
+        lora_update(x, random(3, 5), random(513, 12), random(5, 513), backend="triton")
