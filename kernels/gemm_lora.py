@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lora_fast.kernels.devices import AMD, capability_of
 from lora_fast.kernels.dropout import spread_bytes
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
@@ -95,12 +96,11 @@ TILES = {
     # fp32 products are exact, on the plain arithmetic units: registers hold both operands.
     "fp32": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
     # Rows that are no multiple of 16 bytes are loaded by the element, through registers, on every chip.
-    "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 4, 2), Tile(32, 32, 64, 4, 2)),
+    "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(32, 32, 64, 4, 2)),
     # Without a product the kernel is bound by reading and writing y.
     "update": (Tile(64, 128, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
 }
 SMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
-AMD = (9, 4)  # what torch says for gfx942, and what every AMD GPU counts as here
 GROUP_M = 8  # so many tiles downwards before the next column of tiles
 BLOCK_R = 32  # adapters of larger rank are summed in blocks of this
 
@@ -127,10 +127,11 @@ def candidates(
         return TILES["update"]
     if dtype == torch.float32:
         return TILES["fp32"]
-    if not aligned:
-        return TILES["unaligned"]
-    # A masked update is an accumulator of its own. One can be the start of the loop's; a second one is live beside it.
+    # Accumulators a thread can hold. A masked update has some of its own: one can be the start of the loop's, a second
+    # is live beside it. Rows that are not aligned pass through registers.
     most = 128 if masks == 0 or (masks == 1 and name in ("sm_90", "sm_100")) else 64
+    if not aligned:
+        name, most = "unaligned", 32 if masks == 0 else 16
     return tuple(tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
 
 
@@ -204,9 +205,7 @@ def _add_product(
 
 
 @triton.jit
-def _add_update(
-    acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr
-):
+def _add_update(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
     """acc + s[rows, first:last] b[first:last, columns]."""
     stride_sm, stride_br, stride_bn = strides
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
@@ -342,7 +341,7 @@ def gemm_lora_sum(
     y = torch.empty((M, N), dtype=s.dtype, device=s.device)
     if y.numel() == 0:
         return y
-    capability = capability or _capability(s.device)
+    capability = capability or capability_of(s)
     # One flag serves all w: of mixed layouts only pointers know what to do.
     w_is_nk = all(w.stride(0) == 1 for w in ws)
     rows = [*xs, *(w.t() if w_is_nk else w for w in ws), y, *(() if accumulate is None else (accumulate,))]
@@ -397,13 +396,6 @@ def _aligned(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can be made of it: contiguous rows, base and rows at multiples of 16 bytes."""
     row_bytes = tensor.stride(0) * tensor.itemsize
     return tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and tensor.numel() > 0
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return (0, 0)  # the interpreter
-    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels import gemm_lora as module
-from lora_fast.kernels.gemm_lora import AMD, SMS, TILES, Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
+from lora_fast.kernels.devices import AMD
+from lora_fast.kernels.gemm_lora import SMS, TILES, Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
 
 # (8, 0) takes pointers on any device; the interpreter knows descriptors too, a GPU says what it can.
 POINTERS = (8, 0)

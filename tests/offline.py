@@ -1,0 +1,428 @@
+"""Compiles every kernel for GPUs that aren't here, and says what it takes: python tests/offline.py --json FILE.
+
+Needs torch, triton and lora_fast, no GPU and no pytest, so that it runs in an environment with another triton too. The
+launchers are called with tensors on the device "meta"; what they would launch is recorded and specialized as a launch
+would (JITFunction's own binder), then compiled for the target. One row per compiled kernel."""
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "unset TRITON_INTERPRET: it decides what @triton.jit makes"
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # triton 3.9's default, said aloud since 3.10 changes it
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    capability: tuple[int, int]
+    shared_limit: int  # bytes one program may have; the compiler does not check
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 166_912),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 101_376),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 232_448),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 232_448),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), (12, 0), 101_376),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), (9, 4), 65_536),
+}
+
+
+class Case(NamedTuple):
+    """One call of a launcher."""
+
+    file: str
+    label: str
+    call: Callable[[tuple[int, int]], Any]
+    main_loops: int = 0  # loops of a full-width matrix product in each kernel, which have to fetch ahead
+    wide: bool = True  # its large operands can be read 16 bytes at a time
+    thorough: bool = False  # only with --all
+
+
+# --- What is launched: a function per kernel file ---------------------------------------------------------------------
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def gemm_lora_cases(target: str) -> Iterator[Case]:
+    """Llama-like sizes; M ragged, since most batches are."""
+    from lora_fast.kernels.gemm_lora import candidates, gemm_lora_sum
+
+    def cases(label, *, M=8191, K=4096, N=4096, R=64, pairs=1, masks=0, bias=False, added=False, weight_t=True,
+              dtype=torch.bfloat16, first=1):  # fmt: skip
+        """This call with every tile that it may be given; the first ones without --all."""
+        aligned = N % 8 == 0
+        shipped = candidates(dtype, TARGETS[target].capability, pairs=pairs, masks=masks, aligned=aligned)
+        for i, tile in enumerate(shipped):
+
+            def call(capability, tile=tile):
+                ranks = [R] * max(masks, 1)
+                return gemm_lora_sum(
+                    [meta(M, K, dtype=dtype) for _ in range(pairs)],
+                    [meta(N, K, dtype=dtype).t() if weight_t else meta(K, N, dtype=dtype) for _ in range(pairs)],
+                    meta(M, sum(ranks), dtype=dtype),
+                    meta(N, sum(ranks), dtype=dtype).t() if weight_t else meta(sum(ranks), N, dtype=dtype),
+                    ranks=ranks if masks else None,
+                    masks=[meta(M, -(-N // 8), dtype=torch.uint8) for _ in range(masks)],
+                    bias=meta(N, dtype=dtype) if bias else None,
+                    accumulate=meta(M, N, dtype=dtype) if added else None,
+                    tile=tile,
+                    capability=capability,
+                )
+
+            product = aligned and dtype != torch.float32
+            yield Case("gemm_lora", label, call, pairs if product else 0, wide=aligned, thorough=i >= first)
+
+    # Forward: x Wᵀ with a weight that lies transposed. dx: the weight as it lies.
+    yield from cases("forward, r=64", first=9)
+    yield from cases("forward, r=16, bias", R=16, bias=True, M=8192)
+    yield from cases("forward, r=512", R=512, first=0)
+    yield from cases("forward, Conv1D, r=16, accumulate", R=16, weight_t=False, added=True, first=0)
+    yield from cases("dx, r=16, accumulate", R=16, weight_t=False, added=True, first=0)
+    yield from cases("dx, mask, r=16", R=16, masks=1, weight_t=False)
+    yield from cases("dx, mask, r=64, accumulate", masks=1, weight_t=False, added=True, first=2)
+    yield from cases("dx of q, k, v, r=16", pairs=3, R=48, weight_t=False)
+    yield from cases("dx of gate, up, masks, r=64", pairs=2, masks=2, weight_t=False, first=0)
+    yield from cases("dx of q, k, v, masks, r=16", pairs=3, masks=3, R=16, weight_t=False)
+    yield from cases("dx of q, k, v, masks, r=64", pairs=3, masks=3, weight_t=False, first=0)
+    yield from cases("forward, odd sizes, r=64", K=4097, N=4097)
+    yield from cases("dx, odd sizes, mask, r=16, accumulate", K=4097, N=4097, R=16, masks=1, weight_t=False, added=True)
+    yield from cases("dx of q, k, v, odd sizes, masks, r=16", K=4097, N=4097, R=16, pairs=3, masks=3, first=0)
+    yield from cases("update, masks, r=16, accumulate", pairs=0, masks=3, R=16, weight_t=False, added=True)
+    yield from cases("update, mask, r=64", pairs=0, masks=1, weight_t=False, first=0)
+    yield from cases("fp32 forward, r=64", dtype=torch.float32)
+    yield from cases("fp32 dx, mask, r=64", dtype=torch.float32, masks=1, weight_t=False, first=0)
+
+
+def shrink_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels.shrink import shrink
+
+    for ranks, p, M in itertools.product(((16,), (64,), (16,) * 2, (16,) * 3, (64,) * 3), (0.0, 0.1), (8191, 16)):
+
+        def call(capability, ranks=ranks, p=p, M=M):
+            seed = meta(1, dtype=torch.int64) if p else None
+            return shrink(meta(M, 4096), meta(sum(ranks), 4096), ranks, seed=seed, dropout_p=p, capability=capability)
+
+        thorough = M == 16 or ranks in ((64,), (16,) * 2)
+        yield Case("shrink", f"ranks {ranks}, p={p}, M={M}", call, thorough=thorough)
+
+
+def adapter_grads_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels.adapter_grads import grad_a, grad_s_and_b
+
+    M, K, N = 8191, 4096, 4096
+    for r in (16, 64):
+
+        def s_and_b(capability, r=r):
+            return grad_s_and_b(meta(M, N), meta(N, r), meta(M, r), 2.0, capability=capability)
+
+        def a(capability, r=r, adapters=1, masked=False):
+            mask = meta(adapters, M, K // 8, dtype=torch.uint8) if masked else None
+            return grad_a(meta(M, adapters * r), meta(M, K), (r,) * adapters, mask, capability=capability)
+
+        yield Case("adapter_grads", f"dS and dB, r={r}", s_and_b)
+        yield Case("adapter_grads", f"dA, r={r}", a)
+        yield Case("adapter_grads", f"dA, mask, r={r}", functools.partial(a, masked=True), thorough=r == 64)
+        yield Case("adapter_grads", f"dA of q, k, v, masks, r={r}", functools.partial(a, adapters=3, masked=True))
+
+
+def swiglu_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels import swiglu
+
+    M, N = 8191, 14336
+    g = meta(M, N)
+    for r in (16, 64):
+
+        def forward(capability, r=r, p=0.0):
+            seed = meta(1, dtype=torch.int64) if p else None
+            return swiglu.swiglu_shrink(g, g, meta(r, N), seed=seed, dropout_p=p, capability=capability)
+
+        def backward(capability, r=r, masked=False):
+            mask = meta(1, M, N // 8, dtype=torch.uint8) if masked else None
+            s = [meta(M, r) for _ in range(3)]
+            return swiglu.swiglu_backward(g, g, g, *s, mask=mask, capability=capability)
+
+        yield Case("swiglu", f"forward, r={r}", forward)
+        yield Case("swiglu", f"forward, r={r}, p=0.1", functools.partial(forward, p=0.1))
+        yield Case("swiglu", f"backward, r={r}", backward)
+        yield Case("swiglu", f"backward, mask, r={r}", functools.partial(backward, masked=True), thorough=r == 64)
+    yield Case("swiglu", "forward alone", lambda capability: swiglu.swiglu(g, g, capability=capability))
+    yield Case("swiglu", "backward alone", lambda capability: swiglu.swiglu_grad(g, g, g, capability=capability))
+
+
+def grouped_cases(target: str) -> Iterator[Case]:
+    """Eight adapters: long segments, and short ones, whose blocks are smaller."""
+    from lora_fast.kernels import grouped
+
+    adapters, K = 8, 4096
+    for r, length in ((16, 1000), (64, 1000), (16, 20)):
+        M = adapters * length
+        segments = [(i * length, (i + 1) * length, i) for i in range(adapters)]
+        table = grouped.block_table(segments, [r] * adapters, M, "meta")
+        x, s, weight = meta(M, K), meta(M, table.width), meta(K, K)
+        a, b = meta(adapters * r, K), meta(adapters * r, K).t()
+        mask, seed = meta(1, M, K // 8, dtype=torch.uint8), meta(1, dtype=torch.int64)
+        scales = meta(adapters, dtype=torch.float32)
+        for label, launcher, *args, settings in (
+            ("S", grouped.grouped_shrink, x, a, table, {}),
+            ("S, p=0.1", grouped.grouped_shrink, x, a, table, {"seed": seed, "dropout_p": 0.1}),
+            ("expand", grouped.grouped_expand, x, s, b, table, {}),
+            ("dx, mask", grouped.grouped_grad_x, s, a, table, {"mask": mask, "accumulate": x}),
+            ("dS", grouped.grouped_grad_s, x, b, table, {}),
+            ("dA, mask", grouped.grouped_grad_a, s, x, table, {"mask": mask}),
+            ("dB", grouped.grouped_grad_b, x, s, table, scales, {}),
+            ("gemm", grouped.grouped_gemm, x, weight, s, b, table, {}),
+            ("gemm, mask", grouped.grouped_gemm, x, weight.t(), s, b, table, {"mask": mask}),
+        ):
+            call = functools.partial(launcher, *args, **settings)
+            loops = int(label.startswith("gemm"))
+            yield Case(
+                "grouped",
+                f"{label}, r={r}, {length} rows each",
+                lambda capability, call=call: call(capability=capability),
+                main_loops=loops,
+                thorough=length == 20 or (r == 64 and label in ("S", "S, p=0.1", "dx, mask", "dB")),
+            )
+
+
+def factors_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels.factors import cast_factors
+
+    As, Bs = [meta(16, 4096, dtype=torch.float32)] * 3, [meta(4096, 16, dtype=torch.float32)] * 3
+    yield Case("factors", "q, k, v", lambda capability: cast_factors(As, Bs, [2.0] * 3, torch.bfloat16))
+
+
+CASES = {
+    "gemm_lora": gemm_lora_cases,
+    "shrink": shrink_cases,
+    "adapter_grads": adapter_grads_cases,
+    "swiglu": swiglu_cases,
+    "grouped": grouped_cases,
+    "factors": factors_cases,
+}
+
+
+def available() -> list[str]:
+    """Files of CASES that are there."""
+    folder = Path(importlib.import_module("lora_fast.kernels").__file__).parent
+    return [name for name in CASES if (folder / f"{name}.py").exists()]
+
+
+# --- From a call to a row ---------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """What `call` launches; nothing runs."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def recorded(self, *args, grid, warmup, **kwargs):
+        launches.append(Launch(self, args, kwargs))
+
+    JITFunction.run = recorded
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return launches
+
+
+def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, Any]:
+    """The kernel as this launch would specialize it: types, constants, divisibility by 16, options."""
+    kernel, backend = launch.kernel, make_backend(gpu)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*launch.args, debug=False, **launch.kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.kwargs), bound, specialization, options
+    )
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_launch(launch: Launch, target: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    source, options = source_of(launch, TARGETS[target].gpu)
+    compiled = triton.compile(source, target=TARGETS[target].gpu, options=options.__dict__)
+    row = {"shared": compiled.metadata.shared, "shared_limit": TARGETS[target].shared_limit}
+    if "ptx" in compiled.asm:
+        row |= resources_nvidia(compiled.asm["cubin"]) | instructions_nvidia(compiled.asm["ptx"])
+    else:
+        row |= read_amd(compiled.asm["amdgcn"])
+    return row | {"compile_s": round(time.perf_counter() - start, 1)}
+
+
+def resources_nvidia(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", said.stdout).groups()
+    return {"registers": int(registers), "stack": int(stack), "local": int(local)}
+
+
+MMA = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
+TMA_LOAD = re.compile(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global")
+CP_ASYNC = re.compile(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (?:0x([0-9a-f]+)|(\d+))")
+LOAD = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
+
+
+def instructions_nvidia(ptx: str) -> dict[str, Any]:
+    async_bytes = [
+        int(hexadecimal, 16) if hexadecimal else int(decimal) for hexadecimal, decimal in CP_ASYNC.findall(ptx)
+    ]
+    load_bytes = [int(count or 1) * int(bits) // 8 for count, bits in LOAD.findall(ptx)]
+    loops = inner_loops(ptx)
+    return {
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "tcgen05": ptx.count("tcgen05.mma."),
+        "mma_sync": ptx.count("mma.sync.aligned"),
+        "tma_loads": len(TMA_LOAD.findall(ptx)),
+        "cp_async_16": async_bytes.count(16),
+        "cp_async_less": len(async_bytes) - async_bytes.count(16),
+        "ld_global_16": load_bytes.count(16),
+        "ld_global_less": len(load_bytes) - load_bytes.count(16),
+        # Loops that multiply, and those of them that fetch ahead while they do.
+        "mma_loops": sum(bool(MMA.search(loop)) for loop in loops),
+        "async_mma_loops": sum(bool(MMA.search(loop)) and fetches_ahead(loop) for loop in loops),
+    }
+
+
+def fetches_ahead(loop: str) -> bool:
+    return bool(TMA_LOAD.search(loop) or "cp.async.c" in loop)
+
+
+def inner_loops(ptx: str) -> list[str]:
+    """The text of each loop that holds no other: from a label to a branch back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$\w+):", line.strip()))}
+    backward = [
+        (labels[match[1]], i)
+        for i, line in enumerate(lines)
+        if (match := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(match[1], i) < i
+    ]
+    return [
+        "\n".join(lines[start:end])
+        for start, end in backward
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in backward)
+    ]
+
+
+def read_amd(assembly: str) -> dict[str, Any]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "stack": number("private_segment_fixed_size"),
+        "local": number("vgpr_spill_count"),
+        "mfma": len(re.findall(r"\bv_mfma_", assembly)),
+        "ld_global_16": len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
+        "ld_global_less": len(re.findall(r"(?:global|buffer)_load_(?!dwordx4)", assembly)),
+    }
+
+
+def tile_of(launch: Launch) -> str:
+    """Upper-case constants, warps and stages: what names a compiled tile."""
+    kernel = launch.kernel
+    named = dict(zip(kernel.arg_names, launch.args)) | launch.kwargs
+    constants = [f"{p.name}={named[p.name]}" for p in kernel.params if p.is_constexpr and p.name in named]
+    return ", ".join(
+        [*constants, *(f"{k}={launch.kwargs[k]}" for k in ("num_warps", "num_stages") if k in launch.kwargs)]
+    )
+
+
+# --- The script -------------------------------------------------------------------------------------------------------
+
+_JOBS: list[tuple[Case, str, Launch]] = []  # inherited by the processes that compile: kernels can't be pickled
+
+
+def _compile(index: int) -> dict[str, Any]:
+    case, target, launch = _JOBS[index]
+    row = {
+        "file": case.file,
+        "label": case.label,
+        "kernel": launch.kernel.__name__,
+        "tile": tile_of(launch),
+        "target": target,
+        "main_loops": case.main_loops,
+        "wide": case.wide,
+    }
+    try:
+        return row | compile_launch(launch, target)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {str(error)[:500]}"}
+
+
+def collect(files: list[str], targets: list[str], thorough: bool) -> list[tuple[Case, str, Launch]]:
+    """Every launch once: cases that specialize alike are compiled alike."""
+    jobs, seen = [], set()
+    for target, file in itertools.product(targets, files):
+        for case in CASES[file](target):
+            if case.thorough and not thorough:
+                continue
+            launches = record(lambda case=case, target=target: case.call(TARGETS[target].capability))
+            assert launches, f"{case.file}: {case.label}: nothing was launched"
+            for launch in launches:
+                source, options = source_of(launch, TARGETS[target].gpu)
+                key = (target, source.hash(), options.hash())
+                if key not in seen:
+                    seen.add(key)
+                    jobs.append((case, target, launch))
+    return jobs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where to write the rows")
+    parser.add_argument("--files", help="kernel files, separated by commas; all without it")
+    parser.add_argument("--targets", help="such as sm_90,gfx942; all without it")
+    parser.add_argument("--all", action="store_true", help="every tile in every variant: some ten minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    args = parser.parse_args()
+    files = args.files.split(",") if args.files else available()
+    targets = args.targets.split(",") if args.targets else list(TARGETS)
+    _JOBS.extend(collect(files, targets, args.all))
+    start = time.perf_counter()
+    with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+        rows = []
+        for row in pool.imap_unordered(_compile, range(len(_JOBS))):
+            rows.append(row)
+            told = {k: v for k, v in row.items() if k not in ("file", "label", "tile", "target", "main_loops", "wide")}
+            print(
+                f"{row['target']:6} {row['file']}: {row['label']} [{row['tile']}]: {told}", file=sys.stderr, flush=True
+            )
+    document = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+    args.json.write_text(json.dumps(document, indent=1))
+    print(f"{len(rows)} kernels compiled in {time.perf_counter() - start:.0f} s with triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    main()
