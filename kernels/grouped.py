@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.devices import AMD, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
 
 # An adapter with more rows than this has its dA and dB summed by several programs, into partial sums that a second
@@ -152,25 +153,23 @@ def block_table(
 def stack_factors(
     lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], factors: Sequence[float], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A_g (R_g, K), B_g (N, R_g), s'_g → a_all (ΣR, K), b_all (N, ΣR), the second stored as (ΣR, N); at least one g."""
-    a_all = torch.cat([a.to(dtype) for a in lora_As])
-    b_all = torch.cat([(b * factor).to(dtype).t() for b, factor in zip(lora_Bs, factors)])
-    return a_all, b_all.t()
+    """A_g (R_g, K), B_g (N, R_g), s'_g → a_all (ΣR, K), b_all (N, ΣR), the second stored as (ΣR, N); at least one g.
+
+    Five launches, however many the adapters. Scaled before the one rounding."""
+    a_all = torch.cat(list(lora_As)).to(dtype)
+    scaled = torch.cat(torch._foreach_mul(list(lora_Bs), list(factors)), dim=1)
+    b_rows = scaled.new_empty(scaled.shape[1], scaled.shape[0], dtype=dtype).copy_(scaled.t())
+    return a_all, b_rows.t()
 
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
-
-# Shared memory of a block, in bytes; what is not here gets the least.
-_SHARED_MEMORY = {(8, 0): 166_912, (8, 7): 166_912, (9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448, (9, 4): 65_536}
-_AMD = (9, 4)  # what torch says for gfx942
+# None spills, compiled for sm_80, sm_89, sm_90, sm_100, sm_120 and gfx942. IEEE fp32 has no matrix units: its products
+# are made in registers, where the sums must fit beside the operands, hence the small tiles.
 
 
 def _pipelined(tile: Tile, stage_elements: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
-    """`tile` with as many of its pipeline stages as fit into shared memory, with a tenth left for layout changes."""
-    limit = _SHARED_MEMORY.get(capability, 101_376) * 9 // 10
-    stages = min(tile.num_stages, limit // (stage_elements * dtype.itemsize))
-    if capability == _AMD:
-        stages = min(stages, 2)  # AMD's pipeliner knows one or two
+    """`tile` with as many of its pipeline stages as fit into shared memory."""
+    stages = stages_that_fit(tile.num_stages, stage_elements * dtype.itemsize, capability)
     return tile._replace(num_stages=max(stages, 1))
 
 
@@ -183,26 +182,29 @@ def pick_project_tile(block_rows: int, width: int, dtype: torch.dtype, capabilit
 
     From rank 64 on narrower steps: with dropout, wider ones spill registers on sm_80 and sm_89."""
     rows, ranks = min(block_rows, 64), _padded_rank(width, 128)
-    if rows == 64:
+    if dtype.itemsize == 4:
+        rows, columns, ranks, stages = min(rows, 32), 32, min(ranks, 32), 4
+    elif rows == 64:
         columns, stages = (128, 4) if ranks < 64 else (64, 6)
     else:
         columns, stages = {16: 256, 32: 256, 64: 128, 128: 64}[ranks], 4
-    columns = columns * 2 // dtype.itemsize
     return _pipelined(Tile(rows, columns, ranks, 4, stages), (rows + ranks) * columns, dtype, capability)
 
 
 def pick_expand_tile(block_rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """Bound by reading and writing y: small tiles, several programs on a multiprocessor; one step for ranks to 64."""
-    rows, ranks = min(block_rows, 64), _padded_rank(width, 64)
-    columns = 128 if dtype.itemsize == 2 else 64
+    rows, columns, ranks = min(block_rows, 64), 128, _padded_rank(width, 64)
+    if dtype.itemsize == 4:
+        rows, columns, ranks = min(rows, 32), 64, min(ranks, 32)
     return _pipelined(Tile(rows, columns, ranks, 4, 2), (rows + columns) * ranks, dtype, capability)
 
 
 def pick_outer_tile(width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """Bound by the read of x, 48 KB of it under way: row numbers come a stage earlier than rows, so that 8 stages hold
     half as many tiles of x. A (128, 128) sum wants 8 warps."""
-    ranks = _padded_rank(width, 128)
-    rows, columns = (64, 128) if dtype.itemsize == 2 else (32, 64)
+    rows, columns, ranks = 64, 128, _padded_rank(width, 128)
+    if dtype.itemsize == 4:
+        rows, columns, ranks = 32, 64, min(ranks, 32)
     tile = Tile(rows, columns, ranks, 8 if ranks == 128 else 4, 8)
     return _pipelined(tile, rows * (columns + ranks) // 2, dtype, capability)
 
@@ -210,14 +212,14 @@ def pick_outer_tile(width: int, dtype: torch.dtype, capability: tuple[int, int])
 def pick_gemm_tile(block_rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """As in any GEMM, the largest tile that the registers hold: 128 × 256 from Hopper on, 128 × 128 before."""
     ranks = _padded_rank(width, 64)
-    if dtype.itemsize == 4:  # no matrix units in ieee fp32: products in registers
+    if dtype.itemsize == 4:
         tile = Tile(min(block_rows, 64), 64, min(ranks, 32), 4, 3, 16)
-    elif block_rows == 128 and capability[0] in (9, 10) and capability != _AMD:
+    elif block_rows == 128 and capability[0] in (9, 10) and capability != AMD:
         tile = Tile(128, 256, ranks, 8, 3, 64)
     elif block_rows == 128:
         tile = Tile(128, 128, min(ranks, 32), 8, 4, 64 if capability == (8, 0) else 32)
     else:
-        tile = Tile(block_rows, 128, ranks, 4, 4, 64)
+        tile = Tile(block_rows, 128, min(ranks, 32), 4, 4, 64)
     return _pipelined(tile, (tile.rows + tile.columns) * tile.depth, dtype, capability)
 
 
@@ -274,6 +276,8 @@ def _project_kernel(
         if DROPOUT:
             index = rows[:, None] * mask_bytes + (k // 8 + places)[None, :]
             byte = draw_bytes(seed, index, drop_below)  # (ROWS, COLUMNS / 8)
+            # Bits beyond K, in the last byte of a row, are stored as zeros.
+            byte &= ((1 << tl.minimum(tl.maximum(K - k - places * 8, 0), 8)) - 1)[None, :]
             byte_in = rows_in[:, None] & ((k // 8 + places)[None, :] < bytes_written)
             tl.store(mask_ptr + index, byte.to(tl.uint8), mask=byte_in)
             x = tl.where(spread_bytes(byte, ROWS, COLUMNS), x, 0.0)
@@ -469,11 +473,6 @@ def _add_chunks_kernel(
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    """(0, 0) stands for the interpreter."""
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-
-
 def _project(x, factor, table, seed, dropout_p, tile, capability):
     """x (M, C), factor (ΣR, C) → (M, width), mask."""
     s = x.new_empty(table.rows, table.width)
@@ -484,7 +483,7 @@ def _project(x, factor, table, seed, dropout_p, tile, capability):
         mask = make(1, table.rows, -(-x.shape[1] // 8), dtype=torch.uint8, device=x.device)
     if s.numel() == 0:
         return s, mask
-    tile = tile or pick_project_tile(table.block_rows, table.width, x.dtype, capability or _capability(x))
+    tile = tile or pick_project_tile(table.block_rows, table.width, x.dtype, capability or capability_of(x))
     pieces = table.block_rows // tile.rows
     grid = (len(table.blocks) * pieces * triton.cdiv(table.width, tile.ranks),)
     _project_kernel[grid](
@@ -504,7 +503,7 @@ def _expand(y, s, factor, table, mask, out, tile, capability):
         out = s.new_empty(table.rows, columns, dtype=s.dtype if y is None else y.dtype)
     if out.numel() == 0:
         return out
-    tile = tile or pick_expand_tile(table.block_rows, table.width, s.dtype, capability or _capability(s))
+    tile = tile or pick_expand_tile(table.block_rows, table.width, s.dtype, capability or capability_of(s))
     pieces = table.block_rows // tile.rows
     grid = (len(table.blocks) * pieces * triton.cdiv(columns, tile.columns),)
     _expand_kernel[grid](
@@ -522,7 +521,7 @@ def _outer(x, s, table, mask, scales, out, stride_or, stride_ok, tile, capabilit
     columns = x.shape[1]
     if out.numel() == 0:
         return out
-    tile = tile or pick_outer_tile(table.width, x.dtype, capability or _capability(x))
+    tile = tile or pick_outer_tile(table.width, x.dtype, capability or capability_of(x))
     chunks, adapters = len(table.chunks), len(table.adapters)
     partial = chunks > adapters
     sums = x.new_empty(chunks, table.width, columns, dtype=torch.float32) if partial else out
@@ -654,7 +653,7 @@ def grouped_gemm(
     y = x.new_empty(table.rows, N)
     if y.numel() == 0:
         return y
-    tile = tile or pick_gemm_tile(table.block_rows, table.width, x.dtype, capability or _capability(x))
+    tile = tile or pick_gemm_tile(table.block_rows, table.width, x.dtype, capability or capability_of(x))
     pieces = table.block_rows // tile.rows
     row_tiles = len(table.blocks) * pieces
     _gemm_kernel[(row_tiles * triton.cdiv(N, tile.columns),)](

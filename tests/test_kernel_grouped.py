@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from kernel_support import DEVICE, DTYPES, assert_as_exact_as, nan_filled, random
 
 from lora_fast.kernels import grouped
+from lora_fast.kernels.shrink import shrink
 
 RANKS = (1, 5, 16, 48, 80)
 SCALES = (0.5, 2.0, 1.0, 0.25, 0.125)
@@ -152,7 +153,7 @@ def test_values_and_gradients(dtype, p):
 
 @pytest.mark.parametrize("block_rows", grouped.BLOCK_ROWS)
 def test_every_block_size_gives_the_same_values(block_rows):
-    Case(MIXED, MIXED_ROWS, torch.float32, p=0.5, block_rows=block_rows).run().check()
+    Case(MIXED, MIXED_ROWS, torch.float16, p=0.5, block_rows=block_rows).run().check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,6 +241,9 @@ def test_the_mask_depends_on_seed_and_place_alone():
     one = grouped.block_table([(0, MIXED_ROWS, 0)], (1,), MIXED_ROWS, DEVICE, block_rows=32)
     whole, covered = mask(one, case.lora_A[0], 1), case.owner >= 0
     assert torch.equal(mask(case.table, case.a_all, 1)[:, covered], whole[:, covered])
+    # One adapter drops what the plain layer would drop.
+    plain = shrink(case.x, case.lora_A[0], seed=torch.tensor([1], device=DEVICE), dropout_p=0.5)[1]
+    assert torch.equal(whole, plain)
     assert not torch.equal(mask(one, case.lora_A[0], 2), whole)
     assert not torch.equal(mask(one, case.lora_A[0], 1 + 2**32), whole)
 
