@@ -1,0 +1,177 @@
+"""kernels/adapter_grads.py against float64: dS, dB and dA, every way the work is cut, masks, views."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, nan_filled, random
+
+from lora_fast.kernels.adapter_grads import Tile, grad_a, grad_s_and_b, pick_a_tile, pick_s_and_b_tile
+
+M, N, K = 33, 70, 70
+SCALE = 0.75
+# Small enough that 33 rows and 70 columns need several programs each way.
+SMALL = Tile(rows=16, columns=32, ranks=16, splits=2, num_warps=4, num_stages=2)
+
+
+def padded(R: int) -> int:
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def check_s_and_b(dy, b, s, tile):
+    """Runs grad_s_and_b into memory full of NaN and holds it to the error of PyTorch in the same dtype."""
+    with nan_filled():
+        ds, db = grad_s_and_b(dy, b, s, SCALE, tile=tile)
+    assert ds.dtype == dy.dtype and db.dtype == torch.float32
+    assert_as_exact_as(ds, dy @ b, dy.double() @ b.double())
+    assert_as_exact_as(db, (dy.t() @ s) * SCALE, dy.double().t() @ s.double() * SCALE)
+    return ds, db
+
+
+def random_masks(G: int, M: int, K: int, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks as bytes (G, M, ⌈K / 8⌉), their bits beyond K zero, and as 0 and 1 (G, M, K)."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.zeros(G, M, (K + 7) // 8 * 8, dtype=torch.int64)
+    bits[..., :K] = torch.rand(G, M, K, generator=generator) < 0.7
+    packed = (bits.view(G, M, -1, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
+    return packed.to(DEVICE), bits[..., :K].to(DEVICE)
+
+
+def check_a(ds, x, ranks=None, masks=None, tile=None):
+    packed, bits = masks or (None, None)
+    with nan_filled():
+        da = grad_a(ds, x, ranks, packed, tile=tile)
+    assert da.dtype == torch.float32
+    parts = (ds,) if ranks is None or masks is None else ds.split(ranks, 1)
+    dropped = [x] * len(parts) if bits is None else [x * m.to(x.dtype) for m in bits]
+    eager = torch.cat([part.t() @ d for part, d in zip(parts, dropped)])
+    exact = torch.cat([part.double().t() @ d.double() for part, d in zip(parts, dropped)])
+    assert_as_exact_as(da, eager, exact)
+    return da
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", [1, 5, 8, 16, 48, 70])
+def test_s_and_b(R, dtype):
+    dy, b, s = random(M, N, dtype=dtype), random(N, R, dtype=dtype, seed=1), random(M, R, dtype=dtype, seed=2)
+    check_s_and_b(dy, b, s, SMALL._replace(ranks=padded(R)))
+
+
+@pytest.mark.parametrize("rows, columns, splits", [(64, 128, 1), (16, 128, 3), (64, 32, 9)])
+def test_s_and_b_however_it_is_cut(rows, columns, splits):
+    tile = Tile(rows, columns, 16, splits, 4, 2)
+    check_s_and_b(random(M, N), random(N, 12, seed=1), random(M, 12, seed=2), tile)
+
+
+def test_s_and_b_by_two_products():
+    assert pick_s_and_b_tile(M, N, 12, torch.float32, (0, 0)) is None
+    check_s_and_b(random(M, N), random(N, 12, seed=1), random(M, 12, seed=2), None)
+
+
+def test_s_and_b_with_a_tile_of_its_own_choice():
+    assert pick_s_and_b_tile(96, 300, 3, torch.float32, (0, 0)) is not None
+    check_s_and_b(random(96, 300), random(300, 3, seed=1), random(96, 3, seed=2), None)
+
+
+@given(M=st.integers(1, 40), N=st.integers(1, 80), R=st.integers(1, 40), splits=st.integers(1, 4))
+@settings(max_examples=10)
+def test_s_and_b_any_shape(M, N, R, splits):
+    dy, b, s = random(M, N), random(N, R, seed=1), random(M, R, seed=2)
+    check_s_and_b(dy, b, s, SMALL._replace(ranks=padded(R), splits=splits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", [1, 5, 8, 16, 48, 130])
+def test_a(R, dtype):
+    check_a(random(M, R, dtype=dtype, seed=1), random(M, K, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(16,), (5, 8), (48, 1, 12)])
+@pytest.mark.parametrize("tile", [None, SMALL])
+def test_a_with_masks(ranks, dtype, tile):
+    ds, x = random(M, sum(ranks), dtype=dtype, seed=1), random(M, K, dtype=dtype)
+    check_a(ds, x, ranks, random_masks(len(ranks), M, K), tile)
+
+
+@given(
+    M=st.integers(1, 40),
+    K=st.integers(1, 80),
+    ranks=st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple),
+    splits=st.integers(1, 4),
+    masked=st.booleans(),
+)
+@settings(max_examples=10)
+def test_a_any_shape(M, K, ranks, splits, masked):
+    ds, x = random(M, sum(ranks), seed=1), random(M, K)
+    tile = SMALL._replace(splits=splits)
+    if masked and M * K < 100:  # all elements of an adapter may be dropped: an exact zero has no relative error
+        grad_a(ds, x, ranks, random_masks(len(ranks), M, K)[0], tile=tile)
+    else:
+        check_a(ds, x, ranks, random_masks(len(ranks), M, K) if masked else None, tile)
+
+
+def test_rows_of_views():
+    stacked, dy = random(M, 40, seed=1), random(M, 2 * N)[:, 3 : 3 + N]
+    ds, _ = check_s_and_b(dy, random(16, N, seed=2).t(), stacked[:, 4:20], SMALL)
+    assert ds.is_contiguous()
+    check_a(stacked[:, 4:24], random(M, 2 * K, seed=3)[:, 5 : 5 + K], (12, 8), random_masks(2, M, K), SMALL)
+    check_a(stacked[:, 4:24], random(2 * M, K, seed=3)[::2], tile=SMALL)
+
+
+def test_stacked_adapters_without_masks_are_one():
+    ds, x = random(M, 20, seed=1), random(M, K)
+    assert torch.equal(grad_a(ds, x, (12, 8)), grad_a(ds, x))
+
+
+def test_same_bits_twice():
+    dy, b, s = (random(*shape, dtype=torch.float16, seed=i) for i, shape in enumerate([(M, N), (N, 12), (M, 12)]))
+    mask = random_masks(2, M, N)[0]
+    first, second = (
+        (*grad_s_and_b(dy, b, s, SCALE, tile=SMALL), grad_a(s, dy, (8, 4), mask, tile=SMALL)) for _ in range(2)
+    )
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_rows(masked):
+    ds, db = grad_s_and_b(random(0, N), random(N, 12), random(0, 12), SCALE)
+    assert ds.shape == (0, 12) and torch.equal(db, torch.zeros_like(db)) and db.shape == (N, 12)
+    mask = torch.empty(2, 0, 9, dtype=torch.uint8, device=DEVICE) if masked else None
+    da = grad_a(random(0, 12), random(0, K), (8, 4), mask)
+    assert da.shape == (12, K) and torch.equal(da, torch.zeros_like(da))
+
+
+def test_nan_stays_in_its_row_and_column():
+    dy = random(M, N)
+    dy[3, 69] = float("nan")
+    ds, db = grad_s_and_b(dy, random(N, 5, seed=1), random(M, 5, seed=2), SCALE, tile=SMALL)
+    da = grad_a(random(M, 5, seed=2), dy)
+    assert ds[3].isnan().all() and int(ds.isnan().sum()) == 5
+    assert db[69].isnan().all() and int(db.isnan().sum()) == 5
+    assert da[:, 69].isnan().all() and int(da.isnan().sum()) == 5
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="needs 4 GB of memory that the operating system hands out lazily")
+def test_offsets_beyond_31_bits():
+    stride = 2**31 // (M - 2)  # the last row starts beyond 2³¹ elements
+    x = torch.empty(stride * (M - 1) + K, dtype=torch.float16).as_strided((M, K), (stride, 1))
+    x.copy_(random(M, K, dtype=torch.float16))
+    b, s = random(K, 5, dtype=torch.float16, seed=1), random(M, 5, dtype=torch.float16, seed=2)
+    ds, db = grad_s_and_b(x, b, s, SCALE, tile=SMALL)
+    assert_as_exact_as(ds, x @ b, x.double() @ b.double())
+    assert_as_exact_as(db, (x.t() @ s) * SCALE, x.double().t() @ s.double() * SCALE)
+    assert_as_exact_as(grad_a(s, x, tile=SMALL), s.t() @ x, s.double().t() @ x.double())
+
+
+def test_tiles_cover_shapes_and_chips():
+    for capability in [(0, 0), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (9, 4)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for ranks in [(1,), (512,), (16, 16), (300, 2), (16, 8, 8), (64, 64, 64)]:
+                tile = pick_a_tile(8192, 4096, ranks, True, dtype, capability)
+                assert tile.num_stages >= 2 and tile.rows >= 16 and tile.splits >= 1
+            # One read of dy pays at small ranks, two from 128 on.
+            assert pick_s_and_b_tile(8192, 4096, 16, dtype, capability) is not None
+            assert pick_s_and_b_tile(8192, 4096, 128, dtype, capability) is None
+    # 8 strips by 16 groups of rows occupy 128 of 132 multiprocessors.
+    assert pick_s_and_b_tile(8192, 4096, 16, torch.bfloat16, (9, 0))[:4] == (64, 512, 16, 16)
