@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.adapter_grads import grad_a
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
 from lora_fast.kernels.partials import sum_partials
@@ -44,15 +45,15 @@ ELEMENTWISE = Tile(16, 128, 4, 1)
 # hide the rounds between them. wgmma multiplies 64 rows at a time; at rank 16 three programs share a multiprocessor.
 FORWARD = Tile(64, 64, 4, 3)
 # mma.sync keeps its operands in registers: with more than 16 ranks 64 columns spill on sm_80, sm_89 and sm_120.
-FORWARD_MMA = Tile(64, 32, 4, 3)
+FORWARD_MMA = Tile(64, 32, 8, 3)
 # fp32 products don't run on tensor cores and take two registers where bf16 takes one.
 FORWARD_FP32 = Tile(32, 32, 8, 3)
 
 # In backward three inputs and three sums share the registers. 64 columns are the least that wgmma takes of a transposed
 # tile; 16 rows leave room for four or five programs on a multiprocessor, 32 rows halve the rounds.
-BACKWARD = Tile(16, 64, 4, 4)
-BACKWARD_WIDE = Tile(32, 64, 8, 4)
-BACKWARD_MMA = Tile(16, 32, 4, 3)
+BACKWARD = Tile(16, 64, 4, 3)
+BACKWARD_WIDE = Tile(32, 64, 8, 3)
+BACKWARD_MMA = Tile(32, 32, 8, 3)
 BACKWARD_FP32 = Tile(16, 32, 4, 3)
 
 # A program sums over its strip, or over a part of it: parts keep the GPU busy (16 warps on each multiprocessor, about
@@ -359,9 +360,7 @@ def swiglu_backward(
 
     dA_down = dB_gate = dB_up = None
     if h is not None:
-        from lora_fast.kernels.adapter_grads import grad_a
-
-        dA_down = grad_a(ds_down, h, (ds_down.shape[1],), mask)
+        dA_down = grad_a(ds_down, h, mask=mask, capability=capability)
     elif ds_down is not None:
         dA_down = summed(partials[0])
     if s_gate is not None:
