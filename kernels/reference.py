@@ -149,19 +149,10 @@ def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def swiglu(g: Tensor, u: Tensor) -> Tensor:
-    """h = silu(g) ∘ u with silu(g) = g σ(g): g, u, h (M, I). Source: Shazeer 2020, arXiv:2002.05202."""
-    return torch.nn.functional.silu(g).mul_(u)
-
-
-def grad_swiglu(dh: Tensor, g: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """dg = dh ∘ u ∘ σ(g) (1 + g (1 − σ(g))), du = dh ∘ silu(g): all (M, I)."""
-    return torch.ops.aten.silu_backward(dh * u, g), torch.nn.functional.silu(g).mul_(dh)
-
-
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h = silu(g) ∘ u (M, I) and S = (h ∘ m) aᵀ (M, R) for the down projection: a (R, I), mask (1, M, ⌈I / 8⌉)."""
-    h = swiglu(g, u)
+    """h = silu(g) ∘ u (M, I) with silu(g) = g σ(g), and S = (h ∘ m) aᵀ (M, R) for the down projection: a (R, I), mask
+    (1, M, ⌈I / 8⌉). Source: Shazeer 2020, arXiv:2002.05202."""
+    h = torch.nn.functional.silu(g).mul_(u)
     return h, shrink(h, a, (a.shape[0],), mask)
 
 
@@ -176,8 +167,10 @@ def swiglu_backward(
     scale_up: float,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dh (M, I) → dg, du (M, I), and of the adapters what needs no other pass over (M, I): dA_down (R, I) =
-    dS_downᵀ (h ∘ m), dB_gate (I, R) = s'_gate · dgᵀ S_gate, dB_up (I, R) = s'_up · duᵀ S_up."""
-    dg, du = grad_swiglu(dh, g, u)
-    dA_down = grad_a(ds_down, swiglu(g, u), (ds_down.shape[1],), mask)
+    """dh (M, I) → dg = dh ∘ u ∘ σ(g) (1 + g (1 − σ(g))), du = dh ∘ silu(g) (M, I), and of the adapters what needs no
+    other pass over (M, I): dA_down (R, I) = dS_downᵀ (h ∘ m), dB_gate (I, R) = s'_gate · dgᵀ S_gate, dB_up (I, R) =
+    s'_up · duᵀ S_up."""
+    silu = torch.nn.functional.silu(g)
+    dg, du = torch.ops.aten.silu_backward(dh * u, g), dh * silu
+    dA_down = grad_a(ds_down, silu.mul_(u), (ds_down.shape[1],), mask)
     return dg, du, dA_down, (dg.t() @ s_gate) * scale_gate, (du.t() @ s_up) * scale_up

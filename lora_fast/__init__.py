@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         unmerge_lora,
     )
     from lora_fast.linear import LoraLinear
+    from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
 
@@ -38,6 +39,7 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "lora_parameters",
+    "lora_swiglu_mlp",
     "lora_update",
     "merge_lora",
     "remove_lora",
@@ -60,6 +62,7 @@ _HOMES = {
         "unmerge_lora",
     ),
     "linear": ("LoraLinear",),
+    "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
 }

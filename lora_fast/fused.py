@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_fast import tuning
-from lora_fast.kernels import adapter_grads, factors, reference
+from lora_fast.kernels import adapter_grads, factors, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.gemm_lora import Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
@@ -120,3 +120,18 @@ def grad_x(
 def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
     x = _contiguous_rows(x)
     return adapter_grads.grad_a(ds, x, None if mask is None else tuple(ranks), mask)
+
+
+def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mask is not None:
+        return reference.swiglu_shrink(g, u, a, mask)
+    return swiglu.swiglu_shrink(g, u, a)[:2]
+
+
+def swiglu_shrink_and_draw(g: Tensor, u: Tensor, a: Tensor, seed: Tensor, dropout_p: float):
+    """swiglu_shrink with the mask drawn here: h, S, mask (1, M, ⌈I / 8⌉)."""
+    return swiglu.swiglu_shrink(g, u, a, seed=seed, dropout_p=dropout_p)
+
+
+def swiglu_backward(dh, g, u, ds_down, s_gate, s_up, scale_gate, scale_up, mask):
+    return swiglu.swiglu_backward(dh, g, u, ds_down, s_gate, s_up, scale_gate, scale_up, mask)

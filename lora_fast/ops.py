@@ -9,91 +9,67 @@ dispatcher's way into Python and back costs 70 µs more per forward and backward
 """
 
 from collections.abc import Sequence
-from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
+from lora_fast.dispatch import (
+    KERNEL_GROUP,
+    check_factors,
+    check_linear,
+    compute_input,
+    draw_masks,
+    fake_mask,
+    flatten,
+    is_observed,
+    is_transformed,
+    library,
+    ranks_of,
+    reshaped,
+    row_count,
+    scales_of,
+    shrink_or_draw,
+    steps_for,
+)
 from lora_fast.kernels import reference
 
-# Layers whose adapters the kernels take in one read of x: q, k and v.
-KERNEL_GROUP = 3
-
-_library = torch.library.Library("lora_fast", "DEF")
-
-# Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
-_library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 # biases: one per layer, empty where there is none. With `seed` the op draws the masks and returns them last.
-_library.define(
+library.define(
     "linears_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
     "float[] scalings, Tensor? mask, Tensor? seed, float dropout_p, bool triton) -> Tensor[]"
 )
-_library.define(
+library.define(
     "linears_backward(Tensor?[] dys, Tensor x, Tensor?[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor s, "
     "Tensor? mask, float[] scalings, float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB, bool triton) "
     "-> Tensor[]"
 )
-_library.define(
+library.define(
     "update_forward(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask, Tensor? seed, "
     "float dropout_p, bool triton) -> Tensor[]"
 )
 
 
-def _steps(triton: bool) -> ModuleType:
-    if not triton:
-        return reference
-    return import_module("lora_fast.fused")  # not at the top: without Triton there is none
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., K) → (M, K)."""
-    return x.reshape(-1, x.shape[-1])
-
-
-def _reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """y in this shape and no view of anything: models may change a layer's output in place, which autograd refuses on a
-    view that a function returns."""
-    return torch.ops.aten._unsafe_view(y, shape)
-
-
-def _scales(scalings: Sequence[float], dropout_p: float) -> list[float]:
-    """s' = scaling / (1 − p): the part of dropout that is the same for every element."""
-    return [scaling / (1 - dropout_p) for scaling in scalings]
-
-
-def _ranks(lora_As: Sequence[Tensor]) -> list[int]:
-    return [a.shape[0] for a in lora_As]
-
-
-def _shrink(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
-    if seed is None:
-        return steps.shrink(rows, a, ranks, mask), mask
-    return steps.shrink_and_draw(rows, a, ranks, seed, dropout_p)
-
-
 def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
-    steps, rows, ranks = _steps(triton), _rows(x), _ranks(lora_As)
-    a, bs = steps.cast_factors(lora_As, lora_Bs, _scales(scalings, dropout_p), x.dtype)
-    s, drawn = _shrink(steps, rows, a, ranks, mask, seed, dropout_p)
+    steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
+    a, bs = steps.cast_factors(lora_As, lora_Bs, scales_of(scalings, dropout_p), x.dtype)
+    s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, s.split(ranks, dim=1), bs):
         y = steps.linear_lora(rows, weight, s_g, b, bias if bias.numel() else None)
-        ys.append(_reshaped(y, (*x.shape[:-1], y.shape[-1])))
+        ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
 
 def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
     """[base + update, S (M, R), and the mask if it was drawn here]."""
-    steps, ranks = _steps(triton), _ranks([lora_A])
-    a, (b,) = steps.cast_factors([lora_A], [lora_B], _scales([scaling], dropout_p), x.dtype)
-    s, drawn = _shrink(steps, _rows(x), a, ranks, mask, seed, dropout_p)
-    y = _reshaped(steps.update_lora(_rows(base), s, b), base.shape)
+    steps, ranks = steps_for(triton), ranks_of([lora_A])
+    a, (b,) = steps.cast_factors([lora_A], [lora_B], scales_of([scaling], dropout_p), x.dtype)
+    s, drawn = shrink_or_draw(steps, flatten(x), a, ranks, mask, seed, dropout_p)
+    y = reshaped(steps.update_lora(flatten(base), s, b), base.shape)
     return [y, s] if seed is None else [y, s, drawn]
 
 
@@ -101,12 +77,12 @@ def _linears_backward(
     dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton
 ):
     """[dx, every dA, every dB], empty where not needed, or where dy is None (that output was not used)."""
-    steps, rows, ranks = _steps(triton), _rows(x), _ranks(lora_As)
+    steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
     dx, dAs, dBs = x.new_empty(0), [x.new_empty(0) for _ in dys], [x.new_empty(0) for _ in dys]
-    scales = _scales(scalings, dropout_p)
+    scales = scales_of(scalings, dropout_p)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     part = lambda values: [values[i] for i in used]  # noqa: E731 - read three lines below
-    dys = [_rows(dy).to(x.dtype) for dy in part(dys)]
+    dys = [flatten(dy).to(x.dtype) for dy in part(dys)]
     a, bs = steps.cast_factors(part(lora_As), part(lora_Bs), part(scales), x.dtype)
     s_parts = part(s.split(ranks, dim=1))
     dss = []
@@ -132,37 +108,27 @@ def _linears_backward(
 
 
 for _name, _function in {
-    "dropout_mask": reference.dropout_mask,
     "linears_forward": _linears_forward,
     "update_forward": _update_forward,
     "linears_backward": _linears_backward,
 }.items():
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-def _fake_mask(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(count, x.shape[:-1].numel(), (x.shape[-1] + 7) // 8, dtype=torch.uint8)
-
-
-@torch.library.register_fake("lora_fast::dropout_mask", lib=_library)
-def _(x, p):
-    return _fake_mask(x, 1)[0]
-
-
-@torch.library.register_fake("lora_fast::linears_forward", lib=_library)
+@torch.library.register_fake("lora_fast::linears_forward", lib=library)
 def _(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    s = x.new_empty(x.shape[:-1].numel(), sum(_ranks(lora_As)))
-    return [*ys, s] if seed is None else [*ys, s, _fake_mask(x, len(weights))]
+    s = x.new_empty(x.shape[:-1].numel(), sum(ranks_of(lora_As)))
+    return [*ys, s] if seed is None else [*ys, s, fake_mask(x, len(weights))]
 
 
-@torch.library.register_fake("lora_fast::update_forward", lib=_library)
+@torch.library.register_fake("lora_fast::update_forward", lib=library)
 def _(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
     y, s = base.new_empty(base.shape), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
-    return [y, s] if seed is None else [y, s, _fake_mask(x, 1)]
+    return [y, s] if seed is None else [y, s, fake_mask(x, 1)]
 
 
-@torch.library.register_fake("lora_fast::linears_backward", lib=_library)
+@torch.library.register_fake("lora_fast::linears_backward", lib=library)
 def _(dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton):
     def gradients(needed, factors):
         return [x.new_empty(0) if dy is None or not needed else f.new_empty(f.shape) for dy, f in zip(dys, factors)]
@@ -170,9 +136,9 @@ def _(dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx,
     return [x.new_empty(x.shape if needs_dx else 0), *gradients(needs_dA, lora_As), *gradients(needs_dB, lora_Bs)]
 
 
-def _plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
+def plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
     """scaling · drop(x) Aᵀ Bᵀ (M, N) in steps that autograd can follow."""
-    rows = _rows(x) if mask is None else _rows(x) * reference.unpack_mask(mask, _rows(x))
+    rows = flatten(x) if mask is None else flatten(x) * reference.unpack_mask(mask, flatten(x))
     return (rows @ lora_A.to(x.dtype).t() @ lora_B.to(x.dtype).t()) * (scaling / (1 - dropout_p))
 
 
@@ -180,7 +146,7 @@ def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_
     """(dx, dAs, dBs) of a group of layers; weights are None where the base layer ran by itself."""
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
-    backward = torch.ops.lora_fast.linears_backward if _observed() else _linears_backward
+    backward = torch.ops.lora_fast.linears_backward if is_observed() else _linears_backward
     flags = needs_dx, needs_dA, needs_dB, ctx.triton
     dx, *rest = backward(dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p, *flags)
     dAs, dBs = rest[: len(dys)], rest[len(dys) :]
@@ -197,9 +163,9 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
     for i, (dy, weight) in enumerate(zip(dys, weights)):
         if dy is not None:
             m = None if mask is None else mask[i]
-            y = _plain_update(x, lora_As[i], lora_Bs[i], ctx.scalings[i], m, ctx.dropout_p)
-            outputs.append(y if weight is None else y + _rows(x) @ weight.to(x.dtype).t())
-            dys_used.append(_rows(dy).to(x.dtype))
+            y = plain_update(x, lora_As[i], lora_Bs[i], ctx.scalings[i], m, ctx.dropout_p)
+            outputs.append(y if weight is None else y + flatten(x) @ weight.to(x.dtype).t())
+            dys_used.append(flatten(dy).to(x.dtype))
     inputs = [x] * needs_dx + list(lora_As) * needs_dA + list(lora_Bs) * needs_dB
     found = list(torch.autograd.grad(outputs, inputs, dys_used, create_graph=True, allow_unused=True))
     dx = found.pop(0) if needs_dx else None
@@ -227,7 +193,7 @@ def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
     flags = needs_dx, any(needs_dA), any(needs_dB)
     dx, dAs, dBs = _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, *flags)
     dbiases = [
-        _rows(dy).sum(0).to(dtype) if needed and dy is not None else None
+        flatten(dy).sum(0).to(dtype) if needed and dy is not None else None
         for dy, needed, dtype in zip(dys, needs_dbias, ctx.bias_dtypes)
     ]
     dAs = [dA if needed else None for dA, needed in zip(dAs, needs_dA)]
@@ -268,10 +234,10 @@ def _backward_update(ctx, grads):
 
 
 torch.library.register_autograd(
-    "lora_fast::linears_forward", _backward_linears, setup_context=_setup_linears, lib=_library
+    "lora_fast::linears_forward", _backward_linears, setup_context=_setup_linears, lib=library
 )
 torch.library.register_autograd(
-    "lora_fast::update_forward", _backward_update, setup_context=_setup_update, lib=_library
+    "lora_fast::update_forward", _backward_update, setup_context=_setup_update, lib=library
 )
 
 
@@ -314,31 +280,14 @@ class _UpdateFunction(torch.autograd.Function):
         return _backward_update(ctx, (dy,))
 
 
-def _observed() -> bool:
-    """Whether a compiler or a dispatch mode (FakeTensor, FLOP counter, selective checkpointing) sees the op as one."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
-def _transformed() -> bool:
-    """Whether torch.func differentiates or batches the call: it has no rule for the ops, but for each step of them."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _rows_of(shape) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows
-
-
 @register_flop_formula(torch.ops.lora_fast.linears_forward)
 def _linears_forward_flops(x, weights, biases, lora_As, *args, **kwargs) -> int:
-    return 2 * _rows_of(x) * sum(n * k + a[0] * (n + k) for (n, k), a in zip(weights, lora_As))
+    return 2 * row_count(x) * sum(n * k + a[0] * (n + k) for (n, k), a in zip(weights, lora_As))
 
 
 @register_flop_formula(torch.ops.lora_fast.update_forward)
 def _update_forward_flops(x, base, lora_A, *args, **kwargs) -> int:
-    return 2 * _rows_of(x) * lora_A[0] * (x[-1] + base[-1])
+    return 2 * row_count(x) * lora_A[0] * (x[-1] + base[-1])
 
 
 @register_flop_formula(torch.ops.lora_fast.linears_backward)
@@ -352,64 +301,7 @@ def _linears_backward_flops(
             base = n * k if needs_dx and weight is not None else 0
             adapter = needs_dB * n + (needs_dx or needs_dA) * n + needs_dA * k + needs_dx * k
             total += base + rank * adapter
-    return 2 * _rows_of(x) * total
-
-
-def _compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
-    """x in the dtype that the products run in: autocast's where it is on, as it would be for torch's own linear."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    if other_dtype is not None and x.dtype != other_dtype:
-        raise LoraFastError(f"x is {x.dtype}, weight is {other_dtype}; cast one of them, or run under torch.autocast")
-    return x
-
-
-def _check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: float) -> None:
-    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
-        raise LoraFastError(
-            f"lora_A is {tuple(lora_A.shape)}, lora_B is {tuple(lora_B.shape)}; expected (R, K) and (N, R) with one R"
-        )
-    if x.dim() < 1 or x.shape[-1] != lora_A.shape[1]:
-        raise LoraFastError(f"x is {tuple(x.shape)}, lora_A is {tuple(lora_A.shape)}; x's last size must be K")
-    if lora_B.shape[0] != n:
-        raise LoraFastError(f"lora_B has N={lora_B.shape[0]}, the linear layer has N={n}; lora_B is (out_features, R)")
-    if not 0 <= dropout_p < 1:
-        raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
-
-
-def _check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
-    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
-        raise LoraFastError(
-            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
-            "x's last size is in_features"
-        )
-    _check_factors(x, lora_A, lora_B, weight.shape[0], p)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
-    devices = {str(t.device) for t in (x, weight, lora_A, lora_B)}
-    if len(devices) > 1:
-        raise LoraFastError(
-            f"x is on {x.device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
-            "expected one device"
-        )
-
-
-def _draw(x: Tensor, count: int, dropout_p: float, triton: bool) -> tuple[Tensor | None, Tensor | None]:
-    """(the masks of `count` adapters that read x, or None, a seed for kernels that draw them, or None)."""
-    if dropout_p == 0:
-        return None, None
-    if triton:
-        # A tensor from torch's generator: a replayed CUDA graph draws anew, recomputed activations draw the same.
-        return None, torch.randint(0, 2**63 - 1, (1,), device=x.device)
-    if torch.compiler.is_compiling():
-        # In aten's own random ops: the compiler's common-subexpression pass knows those by name and ignores the tag, so
-        # that it would merge the draws of all layers that read one x (q, k and v) into one mask.
-        draw = reference.dropout_mask
-    else:
-        draw = torch.ops.lora_fast.dropout_mask if _observed() else reference.dropout_mask
-    masks = [draw(x.detach(), dropout_p) for _ in range(count)]
-    return masks[0][None] if count == 1 else torch.stack(masks), None
+    return 2 * row_count(x) * total
 
 
 def lora_linear(
@@ -467,23 +359,23 @@ def lora_linears(
             f"{len(biases)} biases; expected one of each per layer"
         )
     for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases):
-        _check_linear(x, weight, lora_A, lora_B, bias, dropout_p)
-    x = _compute_input(x, weights[0].dtype)
+        check_linear(x, weight, lora_A, lora_B, bias, dropout_p)
+    x = compute_input(x, weights[0].dtype)
     p = dropout_p if training else 0.0
-    if _transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+    if is_transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(
             lora_update(x, torch.nn.functional.linear(x, w, bias), a, b, s, dropout_p=p, backend=backend)
             for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
         )
-    triton = runs_triton(backend, "lora_linear", x, max(_ranks(lora_As)))
+    triton = runs_triton(backend, "lora_linear", x, max(ranks_of(lora_As)))
     if triton and len(weights) > KERNEL_GROUP:
         lists = weights, lora_As, lora_Bs, scalings, biases
         rest = lora_linears(x, *(v[KERNEL_GROUP:] for v in lists), dropout_p=p, backend=backend)
         return (*lora_linears(x, *(v[:KERNEL_GROUP] for v in lists), dropout_p=p, backend=backend), *rest)
-    mask, seed = _draw(x, len(weights), p, triton)
+    mask, seed = draw_masks(x, len(weights), p, triton)
     biases = [x.new_empty(0) if bias is None else bias for bias in biases]
     scalings = [float(scaling) for scaling in scalings]
-    if _observed():
+    if is_observed():
         op = torch.ops.lora_fast.linears_forward
         arguments = list(weights), biases, list(lora_As), list(lora_Bs), scalings, mask, seed, p, triton
         return tuple(op(x, *arguments)[: len(weights)])
@@ -510,15 +402,15 @@ def lora_update(
     check_backend(backend)
     if x.dim() < 1 or x.shape[:-1] != base.shape[:-1]:
         raise LoraFastError(f"x is {tuple(x.shape)}, base is {tuple(base.shape)}; all sizes but the last must be equal")
-    _check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
-    x = _compute_input(x, None)
+    check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
+    x = compute_input(x, None)
     p = dropout_p if training else 0.0
-    if _transformed():
+    if is_transformed():
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         update = torch.nn.functional.dropout(x, p, True) @ a.t() @ b.t()
         return torch.add(base, update, alpha=scaling).to(base.dtype)
     triton = runs_triton(backend, "lora_update", x, lora_A.shape[0])
-    mask, seed = _draw(x, 1, p, triton)
-    if _observed():
+    mask, seed = draw_masks(x, 1, p, triton)
+    if is_observed():
         return torch.ops.lora_fast.update_forward(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)[0]
     return _UpdateFunction.apply(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)

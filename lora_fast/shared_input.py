@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fast.ops import KERNEL_GROUP, lora_linear, lora_linears
+from lora_fast.dispatch import KERNEL_GROUP
+from lora_fast.ops import lora_linear, lora_linears
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 

@@ -30,9 +30,10 @@ FLOORS = """
 kernels
 config backend tuning fusion
 fused
+dispatch
 ops
-shared_input
-linear conv1d subclass peft_layers mlp spectrum delta rank_rules
+mlp grouped shared_input
+linear conv1d subclass peft_layers swiglu_mlp spectrum delta rank_rules
 targets injection
 peft_bridge checkpoint resize
 rank_search decision

@@ -1,0 +1,133 @@
+"""What the ops of lora-fast share: the library that they are registered in, their checks, masks, and ways round the
+dispatcher."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from lora_fast.config import LoraFastError
+from lora_fast.kernels import reference
+
+# Layers whose adapters the kernels take in one read of x: q, k and v.
+KERNEL_GROUP = 3
+
+library = torch.library.Library("lora_fast", "DEF")
+# Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
+library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+library.impl("dropout_mask", reference.dropout_mask, "CompositeExplicitAutograd")
+
+def steps_for(triton: bool) -> ModuleType:
+    if not triton:
+        return reference
+    return import_module("lora_fast.fused")  # not at the top: without Triton there is none
+
+
+def flatten(x: Tensor) -> Tensor:
+    """(..., K) → (M, K)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """y in this shape and no view of anything: models may change a layer's output in place, which autograd refuses on a
+    view that a function returns."""
+    return torch.ops.aten._unsafe_view(y, shape)
+
+
+def scales_of(scalings: Sequence[float], dropout_p: float) -> list[float]:
+    """s' = scaling / (1 − p): the part of dropout that is the same for every element."""
+    return [scaling / (1 - dropout_p) for scaling in scalings]
+
+
+def ranks_of(lora_As: Sequence[Tensor]) -> list[int]:
+    return [a.shape[0] for a in lora_As]
+
+
+def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
+    if seed is None:
+        return steps.shrink(rows, a, ranks, mask), mask
+    return steps.shrink_and_draw(rows, a, ranks, seed, dropout_p)
+
+
+def fake_mask(x: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, x.shape[:-1].numel(), (x.shape[-1] + 7) // 8, dtype=torch.uint8)
+
+
+torch.library.register_fake("lora_fast::dropout_mask", lambda x, p: fake_mask(x, 1)[0], lib=library)
+
+
+def is_observed() -> bool:
+    """Whether a compiler or a dispatch mode (FakeTensor, FLOP counter, selective checkpointing) sees the op as one."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def is_transformed() -> bool:
+    """Whether torch.func differentiates or batches the call: it has no rule for the ops, but for each step of them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def row_count(shape) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows
+
+
+def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
+    """x in the dtype that the products run in: autocast's where it is on, as it would be for torch's own linear."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    if other_dtype is not None and x.dtype != other_dtype:
+        raise LoraFastError(f"x is {x.dtype}, weight is {other_dtype}; cast one of them, or run under torch.autocast")
+    return x
+
+
+def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: float) -> None:
+    if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+        raise LoraFastError(
+            f"lora_A is {tuple(lora_A.shape)}, lora_B is {tuple(lora_B.shape)}; expected (R, K) and (N, R) with one R"
+        )
+    if x.dim() < 1 or x.shape[-1] != lora_A.shape[1]:
+        raise LoraFastError(f"x is {tuple(x.shape)}, lora_A is {tuple(lora_A.shape)}; x's last size must be K")
+    if lora_B.shape[0] != n:
+        raise LoraFastError(f"lora_B has N={lora_B.shape[0]}, the linear layer has N={n}; lora_B is (out_features, R)")
+    if not 0 <= dropout_p < 1:
+        raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
+
+
+def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+        raise LoraFastError(
+            f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
+            "x's last size is in_features"
+        )
+    check_factors(x, lora_A, lora_B, weight.shape[0], p)
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
+    devices = {str(t.device) for t in (x, weight, lora_A, lora_B)}
+    if len(devices) > 1:
+        raise LoraFastError(
+            f"x is on {x.device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
+            "expected one device"
+        )
+
+
+def draw_masks(x: Tensor, count: int, dropout_p: float, triton: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(the masks of `count` adapters that read x, or None, a seed for kernels that draw them, or None)."""
+    if dropout_p == 0:
+        return None, None
+    if triton:
+        # A tensor from torch's generator: a replayed CUDA graph draws anew, recomputed activations draw the same.
+        return None, torch.randint(0, 2**63 - 1, (1,), device=x.device)
+    if torch.compiler.is_compiling():
+        # In aten's own random ops: the compiler's common-subexpression pass knows those by name and ignores the tag, so
+        # that it would merge the draws of all layers that read one x (q, k and v) into one mask.
+        draw = reference.dropout_mask
+    else:
+        draw = torch.ops.lora_fast.dropout_mask if is_observed() else reference.dropout_mask
+    masks = [draw(x.detach(), dropout_p) for _ in range(count)]
+    return masks[0][None] if count == 1 else torch.stack(masks), None

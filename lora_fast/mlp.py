@@ -1,0 +1,254 @@
+"""lora_swiglu_mlp: a whole SwiGLU MLP with LoRA on its three layers as one op, the adapters' work inside the SwiGLU.
+
+    g = gate(x), u = up(x), h = silu(g) ∘ u, y = down(h),  each layer x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ
+
+What the adapters need of (M, I) matrices is computed where the SwiGLU reads and writes them anyway: S of the down
+projection in the forward pass, dA of the down projection and dB of gate and up in the backward pass. h is computed
+again in the backward pass instead of being kept, so that g and u are all that is saved of that size."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from lora_fast.backend import check_backend, runs_triton
+from lora_fast.config import LoraFastError
+from lora_fast.dispatch import (
+    check_linear,
+    compute_input,
+    draw_masks,
+    fake_mask,
+    flatten,
+    is_observed,
+    is_transformed,
+    library,
+    ranks_of,
+    reshaped,
+    row_count,
+    scales_of,
+    shrink_or_draw,
+    steps_for,
+)
+from lora_fast.ops import lora_linear, lora_linears, plain_update
+
+# weights, biases (empty where there is none), lora_As, lora_Bs, scalings: of gate, up and down, in this order. seeds:
+# two numbers, for the masks of x and for the mask of h; with them the op draws the masks and returns them last.
+library.define(
+    "swiglu_mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "float[] scalings, Tensor? mask, Tensor? mask_h, Tensor? seeds, float dropout_p, bool triton) -> Tensor[]"
+)
+library.define(
+    "swiglu_mlp_backward(Tensor dy, Tensor x, Tensor g, Tensor u, Tensor[] weights, Tensor[] lora_As, "
+    "Tensor[] lora_Bs, Tensor s, Tensor s_down, Tensor? mask, Tensor? mask_h, float[] scalings, float dropout_p, "
+    "bool needs_dx, bool needs_factors, bool triton) -> Tensor[]"
+)
+
+
+def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
+    """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]."""
+    steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
+    biases = [bias if bias.numel() else None for bias in biases]
+    a, bs = steps.cast_factors(lora_As[:2], lora_Bs[:2], scales[:2], x.dtype)
+    seed = None if seeds is None else seeds[:1]
+    s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
+    s_gate, s_up = s.split(ranks[:2], dim=1)
+    g = steps.linear_lora(rows, weights[0], s_gate, bs[0], biases[0])
+    u = steps.linear_lora(rows, weights[1], s_up, bs[1], biases[1])
+    a_down, (b_down,) = steps.cast_factors(lora_As[2:], lora_Bs[2:], scales[2:], x.dtype)
+    if seeds is None:
+        h, s_down = steps.swiglu_shrink(g, u, a_down, mask_h)
+    else:
+        h, s_down, mask_h = steps.swiglu_shrink_and_draw(g, u, a_down, seeds[1:], dropout_p)
+    y = reshaped(steps.linear_lora(h, weights[2], s_down, b_down, biases[2]), (*x.shape[:-1], weights[2].shape[0]))
+    return [y, g, u, s, s_down] if seeds is None else [y, g, u, s, s_down, mask, mask_h]
+
+
+def _backward(
+    dy, x, g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h, scalings, dropout_p, needs_dx, needs_factors,
+    triton,
+):  # fmt: skip
+    """[dx, then dA and dB of gate, up and down], empty where not needed."""
+    steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
+    dy = flatten(dy).to(x.dtype)
+    a_down, (b_down,) = steps.cast_factors(lora_As[2:], lora_Bs[2:], scales[2:], x.dtype)
+    ds_down, dB_down = steps.grad_s_and_b(dy, b_down, s_down, scales[2])
+    dh = steps.grad_x([dy], weights[2:], ds_down, a_down, ranks[2:], mask_h)
+    s_gate, s_up = s.split(ranks[:2], dim=1)
+    dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
+        dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
+    )
+    a, bs = steps.cast_factors(lora_As[:2], lora_Bs[:2], scales[:2], x.dtype)
+    ds = torch.cat([dg @ bs[0], du @ bs[1]], dim=1)
+    if needs_dx:
+        dx = steps.grad_x([dg, du], weights[:2], ds, a, ranks[:2], mask).view(x.shape)
+    else:
+        dx = x.new_empty(0)
+    if not needs_factors:
+        return [dx, *(x.new_empty(0) for _ in range(6))]
+    dA_gate, dA_up = steps.grad_a(ds, rows, ranks[:2], mask).split(ranks[:2])
+    dAs = [dA_gate.to(lora_As[0].dtype, copy=True), dA_up.to(lora_As[1].dtype, copy=True), dA_down.to(lora_As[2].dtype)]
+    return [dx, *dAs, *(dB.to(b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs))]
+
+
+library.impl("swiglu_mlp_forward", _forward, "CompositeExplicitAutograd")
+library.impl("swiglu_mlp_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("lora_fast::swiglu_mlp_forward", lib=library)
+def _(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
+    M, ranks, intermediate = x.shape[:-1].numel(), ranks_of(lora_As), weights[0].shape[0]
+    g, u = x.new_empty(M, intermediate), x.new_empty(M, intermediate)
+    y = x.new_empty(*x.shape[:-1], weights[2].shape[0])
+    outputs = [y, g, u, x.new_empty(M, ranks[0] + ranks[1]), x.new_empty(M, ranks[2])]
+    return outputs if seeds is None else [*outputs, fake_mask(x, 2), fake_mask(g, 1)]
+
+
+@torch.library.register_fake("lora_fast::swiglu_mlp_backward", lib=library)
+def _(
+    dy, x, g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h, scalings, dropout_p, needs_dx, needs_factors,
+    triton,
+):  # fmt: skip
+    factors = [f.new_empty(f.shape) if needs_factors else x.new_empty(0) for f in (*lora_As, *lora_Bs)]
+    return [x.new_empty(x.shape if needs_dx else 0), *factors]
+
+
+def _plain(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, dropout_p):
+    """y (M, N) in steps that autograd can follow."""
+
+    def linear(rows, i, m):
+        bias = biases[i] if biases[i].numel() else None
+        y = torch.nn.functional.linear(rows, weights[i].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return y + plain_update(rows, lora_As[i], lora_Bs[i], scalings[i], m, dropout_p)
+
+    rows = flatten(x)
+    g, u = (linear(rows, i, None if mask is None else mask[i]) for i in range(2))
+    return linear(torch.nn.functional.silu(g) * u, 2, None if mask_h is None else mask_h[0])
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, weights, biases, lora_As, lora_Bs, ctx.scalings, mask, mask_h, seeds, ctx.dropout_p, ctx.triton = inputs
+    if seeds is not None:
+        mask, mask_h = output[5:]
+    _, g, u, s, s_down = output[:5]
+    ctx.save_for_backward(x, g, u, s, s_down, mask, mask_h, *weights, *biases, *lora_As, *lora_Bs)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """(dx, [dA of gate, up and down, dB of gate, up and down]); needs_factors: a flag per factor."""
+    x, g, u, s, s_down, mask, mask_h, *rest = ctx.saved_tensors
+    weights, biases, lora_As, lora_Bs = (rest[3 * i : 3 * i + 3] for i in range(4))
+    if torch.is_grad_enabled():  # create_graph=True: autograd's own gradients of the formula, whose derivative it knows
+        y = _plain(x, weights, biases, lora_As, lora_Bs, ctx.scalings, mask, mask_h, ctx.dropout_p)
+        inputs = [t for t, needed in zip((x, *lora_As, *lora_Bs), (needs_dx, *needs_factors)) if needed]
+        found = iter(torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True))
+        return next(found) if needs_dx else None, [next(found) if needed else None for needed in needs_factors]
+    backward = torch.ops.lora_fast.swiglu_mlp_backward if is_observed() else _backward
+    saved = g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h
+    dx, *factors = backward(
+        dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton
+    )
+    return dx if needs_dx else None, [f if needed else None for f, needed in zip(factors, needs_factors)]
+
+
+def _backward_registered(ctx, grads):
+    needs_dx, _, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
+    needs = (*needs_dA, *needs_dB)
+    dx, factors = (None, [None] * 6) if grads[0] is None else _gradients(ctx, grads[0], needs_dx, needs)
+    return dx, [None] * 3, [None] * 3, factors[:3], factors[3:], None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "lora_fast::swiglu_mlp_forward", _backward_registered, setup_context=_setup, lib=library
+)
+
+
+class _Function(torch.autograd.Function):
+    """swiglu_mlp_forward with its autograd formula, without the dispatcher; only tensors of the top level count."""
+
+    @staticmethod
+    def forward(ctx, scalings, mask, mask_h, seeds, dropout_p, triton, x, *tensors):
+        weights, biases, lora_As, lora_Bs = (tensors[3 * i : 3 * i + 3] for i in range(4))
+        inputs = x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        needs_dx, *needs = ctx.needs_input_grad[6:]
+        dx, factors = (None, [None] * 6) if dy is None else _gradients(ctx, dy, needs_dx, needs[6:])
+        return (*((None,) * 6), dx, *((None,) * 6), *factors)
+
+
+@register_flop_formula(torch.ops.lora_fast.swiglu_mlp_forward)
+def _forward_flops(x, weights, biases, lora_As, *args, **kwargs) -> int:
+    return 2 * row_count(x) * sum(n * k + a[0] * (n + k) for (n, k), a in zip(weights, lora_As))
+
+
+@register_flop_formula(torch.ops.lora_fast.swiglu_mlp_backward)
+def _backward_flops(
+    dy, x, g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h, scalings, p, needs_dx, needs_factors, triton,
+    **kwargs,
+) -> int:  # fmt: skip
+    gate, up, down = ((n, k, a[0]) for (n, k), a in zip(weights, lora_As))
+    total = down[0] * down[1] + 2 * down[2] * (down[0] + down[1])  # dh, dS, dB, dA
+    for n, k, rank in (gate, up):
+        total += 2 * rank * n + needs_dx * (n * k + rank * k) + needs_factors * rank * k
+    return 2 * row_count(x) * total
+
+
+def lora_swiglu_mlp(
+    x: Tensor,
+    gate: Sequence,
+    up: Sequence,
+    down: Sequence,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A SwiGLU MLP with LoRA on each layer: y = down(silu(gate(x)) ∘ up(x)), each layer x Wᵀ + bias + scaling · drop(x)
+    Aᵀ Bᵀ with a dropout mask of its own.
+
+    gate, up, down: (weight, lora_A, lora_B, scaling) or (…, bias), with weight (I, K) for gate and up and (N, I) for
+    down, lora_A (R, in_features), lora_B (out_features, R). x (..., K) → y (..., N) in x's dtype (autocast's where it
+    is on). Weights and biases are frozen: where one requires a gradient, the layers run one after another.
+    Kept for backward: x, g and u (M, I), three S (M, R), and the masks in bits.
+    Raises LoraFastError for sizes, dtypes or devices that do not fit. Sources: arXiv:2106.09685, arXiv:2002.05202."""
+    check_backend(backend)
+    layers = []
+    for name, layer in (("gate", gate), ("up", up), ("down", down)):
+        if len(layer) not in (4, 5):
+            raise LoraFastError(f"{name} has {len(layer)} parts; expected (weight, lora_A, lora_B, scaling[, bias])")
+        layers.append((*layer, None) if len(layer) == 4 else tuple(layer))
+    weights, lora_As, lora_Bs, scalings, biases = (list(column) for column in zip(*layers))
+    for i in range(2):
+        check_linear(x, weights[i], lora_As[i], lora_Bs[i], biases[i], dropout_p)
+    if weights[0].shape != weights[1].shape:
+        raise LoraFastError(f"gate is {tuple(weights[0].shape)}, up is {tuple(weights[1].shape)}; expected one shape")
+    h = x.new_empty(1).expand(1, weights[0].shape[0])  # its sizes
+    check_linear(h, weights[2], lora_As[2], lora_Bs[2], biases[2], dropout_p)
+    x = compute_input(x, weights[0].dtype)
+    p = dropout_p if training else 0.0
+    trained = any(t is not None and t.requires_grad for t in (*weights, *biases)) and torch.is_grad_enabled()
+    if is_transformed() or trained:
+        options = {"dropout_p": p, "backend": backend}
+        g, u = lora_linears(x, weights[:2], lora_As[:2], lora_Bs[:2], scalings[:2], biases[:2], **options)
+        h = torch.nn.functional.silu(g) * u
+        return lora_linear(h, weights[2], lora_As[2], lora_Bs[2], scalings[2], biases[2], **options)
+    triton = runs_triton(backend, "lora_swiglu_mlp", x, max(ranks_of(lora_As)))
+    mask = mask_h = seeds = None
+    if p and triton:
+        seeds = torch.randint(0, 2**63 - 1, (2,), device=x.device)
+    elif p:
+        mask, _ = draw_masks(x, 2, p, False)
+        mask_h, _ = draw_masks(x.new_empty(*x.shape[:-1], weights[0].shape[0]), 1, p, False)
+    biases = [x.new_empty(0) if bias is None else bias for bias in biases]
+    scalings = [float(scaling) for scaling in scalings]
+    if is_observed():
+        op = torch.ops.lora_fast.swiglu_mlp_forward
+        return op(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, p, triton)[0]
+    tensors = (*weights, *biases, *lora_As, *lora_Bs)
+    return _Function.apply(scalings, mask, mask_h, seeds, p, triton, x, *tensors)
