@@ -24,6 +24,7 @@ Bytes moved, with e bytes an element, M' rows that have an adapter, X = e M' K, 
     grouped_grad_a X + S + 4 ΣR K, + M'K/8                  grouped_grad_b Y + S + 4 ΣR N
     grouped_gemm e (M K + N K + M N) + S: the frozen layer's own traffic and S
 and the factor itself, of which every block of rows reads its adapter's share through L2.
+An adapter of more than CHUNK_ROWS rows adds 8 width K (or N) bytes for each of the batch's chunks, mostly in L2.
 
 Which rows a program owns comes from a small table made once a batch on the host (`block_table`): a block of rows never
 crosses the border of a segment, and each adapter has the list of its rows. So a row is summed in the same order
