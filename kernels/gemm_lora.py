@@ -62,7 +62,7 @@ TILES = {
         Tile(128, 256, 64, 8, 3),
         Tile(128, 128, 64, 8, 4, persistent=True),
         Tile(64, 128, 64, 4, 4, persistent=True),
-        Tile(64, 64, 128, 4, 4, persistent=True),
+        Tile(64, 64, 64, 4, 4, persistent=True),
         Tile(64, 32, 128, 4, 5, persistent=True),
     ),
     # Consumer Blackwell: TMA, but mma.sync, and 99 KiB of shared memory.
@@ -75,16 +75,14 @@ TILES = {
     # Operands of mma.sync pass through registers: 128 accumulators a thread leave no room for a mask.
     "sm_80": (
         Tile(128, 256, 32, 8, 3),
-        Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 32, 8, 4),
-        Tile(64, 64, 64, 4, 4),
+        Tile(64, 64, 32, 4, 4),
         Tile(16, 64, 128, 4, 4),
     ),
-    # As before within 99 KiB.
+    # The same within 99 KiB.
     "sm_89": (
-        Tile(128, 128, 64, 8, 3),
         Tile(128, 128, 32, 8, 4),
-        Tile(64, 64, 64, 4, 4),
+        Tile(64, 64, 32, 4, 4),
         Tile(16, 64, 128, 4, 4),
     ),
     # 64 KiB, and AMD's pipeliner knows two stages.
@@ -96,7 +94,7 @@ TILES = {
     # fp32 products are exact, on the plain arithmetic units: registers hold both operands.
     "fp32": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
     # Rows that are no multiple of 16 bytes are loaded by the element, through registers, on every chip.
-    "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(32, 32, 64, 4, 2)),
+    "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
     # Without a product the kernel is bound by reading and writing y.
     "update": (Tile(64, 128, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
 }
