@@ -36,6 +36,18 @@ def assert_as_exact_as(result: Tensor, eager: Tensor, exact: Tensor, *, factor: 
     assert actual <= bound, f"relative error {actual:.3g}, allowed {bound:.3g}"
 
 
+def assert_product(result: Tensor, left: Tensor, right: Tensor) -> None:
+    """Each element of `result` differs from left @ right by no more than rounding can explain; both in result's dtype.
+
+    For the smallest shapes, where a single element may owe its whole relative error to cancellation: the bound is
+    (n + 2) · eps · |left| |right| for sums of n products, half of which no order of summation exceeds (Higham 2002,
+    section 3.1). One product of n left out still shows."""
+    left, right = left.double(), right.double()
+    bound = (left.shape[1] + 2) * torch.finfo(result.dtype).eps * (left.abs() @ right.abs())
+    difference = (result.double() - left @ right).abs()
+    assert bool((difference <= bound).all()), f"differs by {float(difference.max()):.3g}"
+
+
 @contextlib.contextmanager
 def nan_filled() -> Iterator[None]:
     """Inside the block torch.empty and its like hand out floating-point memory full of NaN, integers full of 0x55: what
