@@ -323,15 +323,15 @@ def inner_loops(ptx: str) -> list[str]:
     """The text of each loop that holds no other: from a label to a branch back to it."""
     lines = ptx.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\$\w+):", line.strip()))}
-    backward = [
-        (labels[match[1]], i)
-        for i, line in enumerate(lines)
-        if (match := re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)) and labels.get(match[1], i) < i
-    ]
+    ends: dict[int, int] = {}  # of each loop, by where it starts: several branches may lead back to one label
+    for i, line in enumerate(lines):
+        match = re.search(r"\bbra(?:\.uni)?\s+(\$\w+)", line)
+        if match and labels.get(match[1], i) < i:
+            ends[labels[match[1]]] = i
     return [
         "\n".join(lines[start:end])
-        for start, end in backward
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in backward)
+        for start, end in ends.items()
+        if not any(start < other and last <= end for other, last in ends.items())
     ]
 
 

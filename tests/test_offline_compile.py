@@ -14,9 +14,32 @@ import pytest
 
 import lora_fast.kernels
 
-# What may spill, or read narrowly, and why: file, label, target (regular expressions), bytes of stack.
-SPILLS: list[tuple[str, str, str, int, str]] = []
-NARROW: list[tuple[str, str, str, str]] = []
+# Exceptions: kernel, label, target (regular expressions), bytes of stack allowed, reason. ptxas lowers registers to fit
+# one more block on a multiprocessor (168 → 3 blocks, 128 → 4), and then pays with a few spills of its own choosing.
+SPILLS = [
+    ("_sum_kernel", r".*", r"sm_90", 8, "one number kept outside the loop, in a kernel of microseconds"),
+    ("_shrink_kernel", r"ranks \(16, 16, 16\), p=0.0.*", r"sm_120", 8, "for one more block on a multiprocessor"),
+    (
+        "_grad_a_kernel",
+        r"dA, mask, r=16",
+        r"sm_100",
+        112,
+        "offsets, reloaded in the loop; no chip was at hand to tune on",
+    ),
+    (
+        "_outer_kernel",
+        r"dA, mask, r=16.*",
+        r"sm_89",
+        16,
+        "six halves of registers, for four blocks on a multiprocessor",
+    ),
+]
+# Where no load is 16 bytes wide: kernel, label, target, reason.
+NARROW = [
+    ("_sum_kernel|_add_chunks_kernel", r".*", r".*", "a thread sums one column; neighbours read neighbouring numbers"),
+    ("_backward_kernel", r"backward.*", r"gfx942", "a tile of 16 × 64 for 256 threads: eight bytes a thread"),
+    ("_shrink_kernel", r"ranks \(64, 64, 64\), p=0.1.*", r"gfx942", "64 × 32 for 512 threads: eight bytes a thread"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +50,7 @@ def processes() -> int:
 
 def exception(table: list[tuple], row: dict) -> tuple | None:
     for entry in table:
-        if all(re.fullmatch(pattern, row[key]) for pattern, key in zip(entry, ("file", "label", "target"))):
+        if all(re.fullmatch(pattern, row[key]) for pattern, key in zip(entry, ("kernel", "label", "target"))):
             return entry
     return None
 
@@ -81,7 +104,7 @@ def test_every_file_with_kernels_is_compiled():
 
 
 def row_of(**changed) -> dict:
-    row = {"file": "f", "label": "l", "target": "sm_90", "stack": 0, "local": 0, "shared": 100, "shared_limit": 100}
+    row = {"kernel": "k", "label": "l", "target": "sm_90", "stack": 0, "local": 0, "shared": 100, "shared_limit": 100}
     row |= {"wide": True, "main_loops": 1, "async_mma_loops": 1, "cp_async_less": 0, "cp_async_16": 1, "tma_loads": 0}
     return row | {"ld_global_16": 0, "wgmma": 4, "tcgen05": 0, "mma_sync": 0} | changed
 
@@ -114,6 +137,7 @@ $L__BB0_1:
     ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];
     ld.global.b16 { %rs1 }, [ %rd2 + 0 ];
 $L__BB0_2:
+    @%p2 bra $L__BB0_2;
     mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}, {%r2}, {%f1};
     cp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4, %r2;
     @%p1 bra.uni $L__BB0_3;
