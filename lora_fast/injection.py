@@ -14,6 +14,7 @@ from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, warn
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.shared_input import find_groups
+from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import lora_class, saved_module_names, target_modules, unmatched, unreached
 
 _STATE = "_lora_fast_state"
@@ -217,6 +218,7 @@ def inject(
     state.configs[adapter_name] = config
     state.trainable[adapter_name] = trainable
     set_adapter(model, adapter_name)
+    fuse_mlps(model)
 
 
 def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -> None:
@@ -442,6 +444,7 @@ def remove_lora(model: nn.Module) -> None:
     merged = state.merged_keep is not None
     if state.disabled:
         _set_disabled(model, state, False)
+    unfuse_mlps(model)
     for layer in lora_layers(model).values():
         if not merged:
             layer.restore_base()

@@ -1,0 +1,156 @@
+"""SwiGLU MLPs of a model run as one op (`lora_swiglu_mlp`), found by what they compute: no names, no list of models.
+
+A module with three adapted linear layers, two (K → I) and one (I → N), may be one. Whether it is, and which layer is
+which, a probe decides: on random rows its own forward must agree with down(silu(gate(x)) ∘ up(x)). Its class then
+becomes a subclass of itself whose forward is the op, call by call, wherever that computes what the layers would: their
+adapters run, with one dropout, and nothing hooks into them. Everywhere else its own forward runs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from itertools import permutations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from lora_fast.mlp import lora_swiglu_mlp
+from lora_fast.shared_input import LinearCall
+
+PROBE_ROWS = 4
+# Rows are scaled until gate(x) has this deviation: silu and gelu are alike near zero and differ by 8% here.
+PROBE_DEVIATION = 3.0
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(hooks) or not {"forward", "_hf_hook"}.isdisjoint(layer.__dict__)
+
+
+def _calls(layers: list[nn.Module], x: Tensor) -> list[LinearCall] | str:
+    """What gate, up and down would compute now, or why they have to be called one by one."""
+    if any(map(_is_hooked, layers)) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "a layer inside has hooks or a forward of its own"
+    calls = [layer.linear_call(x) if hasattr(layer, "linear_call") else None for layer in layers]
+    if None in calls:
+        return "not all three layers run a plain adapter"
+    if len({(call.dropout_p, call.backend, call.weight.dtype) for call in calls}) > 1:
+        return "the layers differ in dropout, backend or dtype"
+    if any(t.device != x.device for call in calls for t in (call.weight, call.lora_A, call.lora_B)):
+        return "the layers are on several devices"
+    return calls
+
+
+def _as_one_op(x: Tensor, calls: list[LinearCall]) -> Tensor:
+    parts = [(call.weight, call.lora_A, call.lora_B, call.scaling, call.bias) for call in calls]
+    return lora_swiglu_mlp(x, *parts, dropout_p=calls[0].dropout_p, backend=calls[0].backend)
+
+
+class FusedSwiglu(nn.Module):
+    """The forward put before an MLP's own; the class beside it in the bases is that MLP's.
+
+    swiglu_layers: names of the children that are gate, up and down. calls_by_path: {("lora_swiglu_mlp", None) or
+    ("layers", reason): calls}, outside compiled graphs."""
+
+    base_class: type[nn.Module]
+    swiglu_layers: tuple[str, str, str]
+    calls_by_path: Counter[tuple[str, str | None]]
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        calls = "the call has arguments besides the input" if args or kwargs else self.swiglu_calls(x)
+        fused = not isinstance(calls, str)
+        if not torch.compiler.is_compiling():
+            self.calls_by_path["lora_swiglu_mlp" if fused else "layers", None if fused else calls] += 1
+        return _as_one_op(x, calls) if fused else super().forward(x, *args, **kwargs)
+
+    def swiglu_calls(self, x: Tensor) -> list[LinearCall] | str:
+        """What gate, up and down would compute of x now, or why they are called one by one."""
+        if not isinstance(x, Tensor):
+            return "the input is not a tensor"
+        return _calls([getattr(self, name) for name in self.swiglu_layers], x)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (self.base_class,), *state  # no module holds the classes that `_fused_class` makes
+
+
+@cache
+def _fused_class(base: type[nn.Module]) -> type[FusedSwiglu]:
+    """The one fused class over `base`, of the same name: wrapping policies know modules by it."""
+    return type(base.__name__, (FusedSwiglu, base), {"__module__": base.__module__, "base_class": base})
+
+
+def _empty(base: type[nn.Module]) -> FusedSwiglu:
+    """What a copy or a pickle of such a module starts from."""
+    kind = _fused_class(base)
+    return kind.__new__(kind)
+
+
+def _candidates(parent: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Names of children that could be gate, up and down, by their sizes."""
+    layers = {name: child for name, child in parent.named_children() if hasattr(child, "linear_call")}
+    others = [child for name, child in parent.named_children() if name not in layers]
+    if len(layers) != 3 or any(True for child in others for _ in child.parameters()):
+        return
+    sizes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items() if _has_sizes(layer)}
+    for gate, up, down in permutations(sizes, 3):
+        if sizes[gate] == sizes[up] and sizes[gate][1] == sizes[down][0]:
+            yield gate, up, down
+
+
+def _has_sizes(layer: nn.Module) -> bool:
+    return hasattr(layer, "in_features") and hasattr(layer, "out_features")
+
+
+@torch.no_grad()
+def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
+    """Whether the parent's own forward computes the SwiGLU MLP of these layers, on random rows."""
+    layers = [getattr(parent, name) for name in names]
+    weight = layers[0].base_layer.weight if hasattr(layers[0], "base_layer") else layers[0].weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
+        return False
+    generator = torch.Generator().manual_seed(0)  # not torch's own: a training run's seed must not notice the probe
+    x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight)
+    calls = _calls(layers, x)
+    if isinstance(calls, str):
+        return False
+    deviation = torch.nn.functional.linear(x, calls[0].weight).float().std()
+    x *= PROBE_DEVIATION / deviation.clamp_min(1e-6)
+    gate, up, down = layers
+    expected = down(nn.functional.silu(gate(x)) * up(x))
+    try:
+        result = parent(x)
+    except Exception:  # a forward of other arguments: whatever it is, it is no such MLP
+        return False
+    if not isinstance(result, Tensor) or result.shape != expected.shape or not result.any():
+        return False
+    # The same layers called in the same dtype: an MLP that is one computes these very bits, or nearly.
+    bound = max(torch.finfo(weight.dtype).eps / 8, 1e-6)
+    return bool((expected.float() - result.float()).norm() <= bound * result.float().norm())
+
+
+def fuse_mlps(model: nn.Module) -> None:
+    """Makes every SwiGLU MLP of the model whose three layers run adapters one op, after a probe of each."""
+    for parent in list(model.modules()):
+        found = [] if isinstance(parent, FusedSwiglu) or "forward" in parent.__dict__ else list(_candidates(parent))
+        if not found:
+            continue
+        modes = {module: module.training for module in parent.modules()}
+        counts = {m: Counter(m.calls_by_path) for m in parent.modules() if hasattr(m, "calls_by_path")}
+        parent.eval()
+        names = next((names for names in found if _agrees(parent, names)), None)
+        for module, training in modes.items():
+            module.training = training
+        for module, calls in counts.items():
+            module.calls_by_path = calls
+        if names is not None:
+            parent.__class__ = _fused_class(type(parent))
+            parent.swiglu_layers, parent.calls_by_path = names, Counter()
+
+
+def unfuse_mlps(model: nn.Module) -> None:
+    """Gives every MLP the class back that it had."""
+    for module in model.modules():
+        if isinstance(module, FusedSwiglu):
+            del module.swiglu_layers, module.calls_by_path
+            module.__class__ = module.base_class

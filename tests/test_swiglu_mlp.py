@@ -1,0 +1,186 @@
+"""SwiGLU MLPs of real models found by a probe, run as one op, equal to their own forward, and left alone otherwise."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from support import CAUSAL_LM, FAMILIES, build, injected
+from torch import nn
+
+from lora_fast import (
+    LoraConfig,
+    accelerate_peft,
+    apply_lora,
+    disable_adapters,
+    fusion_report,
+    merge_lora,
+    remove_lora,
+    set_adapter,
+    unmerge_lora,
+)
+from lora_fast.fusion import calls_by_path
+from lora_fast.swiglu_mlp import FusedSwiglu, unfuse_mlps
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def fused(model):
+    return [module for module in model.modules() if isinstance(module, FusedSwiglu)]
+
+
+def step(model, inputs=CAUSAL_LM, seed=1):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = model.train()(**inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def by_layers(model):
+    model = copy.deepcopy(model)
+    unfuse_mlps(model)
+    assert not fused(model)
+    return model
+
+
+def assert_close(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert (value - theirs[name]).abs().max() <= 128 * EPS * theirs[name].abs().max(), name
+        assert value.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("family", "mlps"), [("llama", 2), ("qwen2", 2), ("mistral", 2), ("gemma3", 0), ("phi3", 0), ("gpt2", 0), ("t5", 0)]
+)
+def test_what_is_one_is_found_and_equals_its_layers(family, mlps, p, with_peft):
+    lora = {"target_modules": "all-linear", "r": 5, "lora_dropout": p, "init_lora_weights": False}
+    if with_peft:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(build(family), peft.LoraConfig(**lora))
+        accelerate_peft(model)
+    else:
+        model = injected(family, lora=lora)
+    assert len(fused(model)) == mlps
+    inputs = FAMILIES[family].inputs
+    assert_close(step(model, inputs), step(by_layers(model), inputs))
+    assert calls_by_path(model)["lora_swiglu_mlp", None] == mlps
+
+
+def test_gate_and_up_are_told_apart_by_what_they_do():
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.first, self.second, self.third = nn.Linear(8, 20), nn.Linear(20, 8), nn.Linear(8, 20)
+
+        def forward(self, hidden):
+            return self.second(self.first(hidden) * nn.functional.silu(self.third(hidden)))
+
+    model = apply_lora(Renamed(), LoraConfig(r=3, init_lora_weights=False))
+    assert model.swiglu_layers == ("third", "first", "second") and type(model).__name__ == "Renamed"
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), by_layers(model)(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.down(nn.functional.gelu(self.gate(x)) * self.up(x)),
+        lambda self, x: self.down(nn.functional.gelu(self.gate(x), approximate="tanh") * self.up(x)),
+        lambda self, x: self.down(nn.functional.silu(self.gate(x)) * (self.up(x) + 1e-2)),
+        lambda self, x: self.down(nn.functional.silu(self.gate(x)) * self.up(x)) + 1e-2 * x,
+        lambda self, x: self.down(nn.functional.silu(1.02 * self.gate(x)) * self.up(x)),
+        lambda self, x, y: self.down(nn.functional.silu(self.gate(x)) * self.up(y)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_only_looks_like_one_is_left_alone(forward, dtype):
+    model = type("Almost", (nn.Module,), {"forward": forward})()
+    torch.manual_seed(3)
+    model.gate, model.up, model.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+    model.to(dtype)
+    apply_lora(model, LoraConfig(r=3))
+    assert not fused(model)
+
+
+def test_states_in_which_its_own_forward_runs():
+    model = injected()
+    own = by_layers(model).eval()
+    model.eval()
+    inputs = CAUSAL_LM
+    with torch.no_grad():
+        expected = own(**inputs).logits
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
+        before = calls_by_path(model)["lora_swiglu_mlp", None]
+        with disable_adapters(model), disable_adapters(own):
+            assert torch.allclose(model(**inputs).logits, own(**inputs).logits, atol=1e-5)
+        merge_lora(model)
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
+        unmerge_lora(model)
+        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
+        own.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: output * 2)
+        assert torch.allclose(model(**inputs).logits, own(**inputs).logits, atol=1e-5)
+        handle.remove()
+    reasons = {reason for path, reason in calls_by_path(model) if path == "layers"}
+    assert reasons == {"not all three layers run a plain adapter", "a layer inside has hooks or a forward of its own"}
+    assert calls_by_path(model)["lora_swiglu_mlp", None] == before + 1  # layer 1, beside the hooked one
+    apply_lora(model, LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="second")
+    step(model)
+    set_adapter(model, "default")
+    step(model)
+
+
+def test_the_probe_leaves_no_trace():
+    plain = build("llama").train()
+    base = copy.deepcopy(plain)
+    torch.manual_seed(9)
+    apply_lora(base, LoraConfig(r=4))
+    after = torch.rand(1)
+    torch.manual_seed(9)
+    peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(r=4, target_modules="all-linear"))
+    assert torch.equal(torch.rand(1), after)  # PEFT, which probes nothing, draws as many numbers
+    assert len(fused(base)) == 2 and not calls_by_path(base)
+    assert [m.training for m in base.modules()] == [True] * len(list(base.modules()))
+
+
+def test_copies_pickles_and_removal():
+    model = injected()
+    expected = step(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(fused(twin)) == 2
+        again = step(twin)
+        assert all(torch.equal(again[name], expected[name]) for name in expected)
+    kind = type(build("llama").model.layers[0].mlp)
+    remove_lora(model)
+    mlp = model.model.layers[0].mlp
+    assert type(mlp) is kind and "swiglu_layers" not in mlp.__dict__ and "calls_by_path" not in mlp.__dict__
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    model = injected(lora={"lora_dropout": 0.1})
+    inputs = CAUSAL_LM | {"use_cache": False}
+    expected = step(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = step(model, inputs)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_compiles_without_a_break():
+    model = injected().eval()
+    expected = model(**CAUSAL_LM).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**CAUSAL_LM).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_the_report_says_so():
+    model = injected()
+    step(model)
+    report = fusion_report(model)
+    assert report.calls["lora_swiglu_mlp", None] == 2
+    assert "2 calls so far took lora_swiglu_mlp" in str(report)
