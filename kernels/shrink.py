@@ -60,7 +60,10 @@ def pick_tile(
         tile = PLAIN if M > 16 else FEW_ROWS
     tile = tile._replace(ranks=min(max(triton.next_power_of_2(max(ranks)), 16), tile.ranks))
     # Without wgmma (before Hopper, on AMD) the tile of a passes through registers as well.
-    budget = 8192 if capability[0] in (9, 10) and capability != AMD else 4096
+    wgmma = capability[0] in (9, 10) and capability != AMD
+    budget = 8192 if wgmma else 4096
+    if not wgmma and tile.ranks >= 64:
+        tile = tile._replace(num_warps=8)
     while tile.columns > 32 and len(ranks) * tile.ranks * tile.columns > budget:
         tile = tile._replace(columns=tile.columns // 2)
     while not (stages := _stages(tile, len(ranks), dtype, capability)):

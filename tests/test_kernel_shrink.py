@@ -131,6 +131,10 @@ def test_few_rows():
     check(random(1, 1100, dtype=torch.float16), random(16, 1100, dtype=torch.float16, seed=1))
 
 
+def test_more_partial_sums_than_one_step_adds():
+    check(random(4, 640), random(3, 640, seed=1), tile=SMALL._replace(splits=20))
+
+
 @pytest.mark.parametrize("seed", [None, 7])
 def test_no_rows(seed):
     s, mask = shrink(random(0, K), random(12, K), (8, 4), seed=None if seed is None else seed_of(seed), dropout_p=0.2)
