@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_fast.tuning import choices
+
 NOT_ACCELERATED = "a LoRA layer of PEFT's; accelerate_peft(model) speeds it up"
 
 
@@ -26,10 +28,12 @@ class FusionReport:
     """Module by module, which implementation runs; printing it groups the modules by path and reason.
 
     counts: modules per path. calls: how many calls took which way so far, {(path, reason): calls}, of the layers that
-    count (those of accelerate_peft, outside compiled graphs)."""
+    count (outside compiled graphs). routes: {step and sizes: implementation} of what the tuner chose in this process,
+    for the steps of the Triton path that cuBLAS can do too."""
 
     rows: tuple[FusionRow, ...]
     calls: Counter[tuple[str, str | None]] = field(default_factory=Counter, compare=False)
+    routes: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -45,6 +49,7 @@ class FusionReport:
             lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
         for (path, reason), count in self.calls.most_common():
             lines.append(f"  {count} calls so far took {path}" + (f": {reason}" if reason else ""))
+        lines += [f"  {step} runs {route}" for step, route in sorted(self.routes.items())]
         return "\n".join(lines)
 
 
@@ -52,7 +57,8 @@ def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
     """How many calls of the layers that count took which path, and why: {(path, reason): calls}.
 
     path: "lora_linear" (base and update in one op), "lora_linears" (so together with the layers that read the same
-    input), "lora_update" (the base layer called as it is, the update fused) or "peft"."""
+    input), "lora_swiglu_mlp" (an MLP's three layers in one op), "lora_update" (the base layer called as it is, the
+    update fused), "layers" (an MLP that calls its layers one by one), "base" (no adapter runs) or "peft"."""
     counters = (module.__dict__.get("calls_by_path", {}) for module in model.modules())
     return sum(map(Counter, counters), Counter())
 
@@ -66,4 +72,4 @@ def fusion_report(model: nn.Module) -> FusionReport:
             rows.append(FusionRow(name, *module.fusion_path()))
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             rows.append(FusionRow(name, "peft", NOT_ACCELERATED))
-    return FusionReport(tuple(rows), calls_by_path(model))
+    return FusionReport(tuple(rows), calls_by_path(model), choices())

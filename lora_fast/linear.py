@@ -23,6 +23,8 @@ from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.shared_input import LinearCall, run_linear
 
+NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the active one"
+
 
 @dataclass(frozen=True)
 class AdapterSpec:
@@ -212,8 +214,14 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with the active adapter; the base layer alone where none runs."""
         if not self.adapter_runs():
+            self.count("base", NO_ADAPTER)
             return super().forward(x)
         return run_linear(self, x, self.linear_call(x))
+
+    def count(self, path: str, reason: str | None) -> None:
+        """Notes that a call took this path; a counter would break a graph that is being compiled."""
+        if not torch.compiler.is_compiling():
+            self.calls_by_path[path, reason] += 1
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """What forward would compute now, or None where no adapter runs."""
@@ -234,7 +242,7 @@ class LoraLayer(nn.Module):
     def fusion_path(self) -> tuple[str, str | None]:
         """The path that a call takes as the layer stands now, and why not Triton's."""
         if not self.adapter_runs():
-            return "base", "the base layer alone: its adapter is merged, disabled or not the active one"
+            return "base", NO_ADAPTER
         reason = self.why_not_triton("lora_linear")
         return "torch" if reason else "triton", reason
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.config import LoraFastError
-from lora_fast.linear import LoraLayer
+from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.ops import lora_update
 
 # Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
@@ -44,6 +44,7 @@ class LoraCalledBase(LoraSubclass):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_class.forward(self, x, *args, **kwargs)
         if not self.adapter_runs():
+            self.count("base", NO_ADAPTER)
             return base
         if not isinstance(base, Tensor) or base.shape != (*x.shape[:-1], self.out_features):
             found = f"a tensor {tuple(base.shape)}" if isinstance(base, Tensor) else f"a {type(base).__name__}"
@@ -51,6 +52,7 @@ class LoraCalledBase(LoraSubclass):
                 f"{self.base_class.__name__}.forward returned {found}; an update can be added only to one tensor "
                 f"{(*x.shape[:-1], self.out_features)}: name its modules in exclude_modules"
             )
+        self.count("lora_update", self._called_base())
         name = self.active_adapter
         spec = self.adapter_specs[name]
         return lora_update(
@@ -68,8 +70,10 @@ class LoraCalledBase(LoraSubclass):
         if not self.adapter_runs():
             return super().fusion_path()
         triton = self.why_not_triton("lora_update")
-        called = f"the base layer is a {self.base_class.__name__}: it is called as it is"
-        return "torch" if triton else "triton", "; ".join(filter(None, (called, triton)))
+        return "torch" if triton else "triton", "; ".join(filter(None, (self._called_base(), triton)))
+
+    def _called_base(self) -> str:
+        return f"the base layer is a {self.base_class.__name__}: it is called as it is"
 
 
 @cache
