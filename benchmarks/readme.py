@@ -62,10 +62,42 @@ def _ratio(row: dict | None) -> str:
     return "" if row is None else f"{row['ratio_to_peft']} [{row['ratio_low']}, {row['ratio_high']}]"
 
 
+TRAFFIC_OPS = {"lora_linear": "linear", "qkv": "q, k, v", "swiglu_mlp": "SwiGLU MLP"}
+
+
+def traffic() -> str:
+    """What each factoring moves beyond the frozen layers, from the CSV of bench_traffic.py."""
+    with (RESULTS / "counted" / "traffic.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    sums: dict[tuple[str, str], dict[str, list[dict]]] = {}
+    for row in rows:
+        sums.setdefault((row["op"], row["dropout"]), {}).setdefault(row["provider"], []).append(row)
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    columns = [(op, p) for op in TRAFFIC_OPS for p in sorted({row["dropout"] for row in rows})]
+    lines = [
+        "| | " + " | ".join(f"{TRAFFIC_OPS[op]}, p={float(p):g}" for op, p in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for provider in providers:
+        cells = [_passes(sums[column].get(provider, [])) for column in columns]
+        lines.append(f"| {provider} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _passes(rows: list[dict]) -> str:
+    """Passes over X and Y of forward and backward together, as "2 X + Y"."""
+    if not rows:
+        return ""
+    totals = {name: sum(float(row[f"extra_{name}"]) for row in rows) for name in "XY"}
+    terms = [name if count == 1 else f"{count:.4g} {name}" for name, count in totals.items() if count]
+    return " + ".join(terms) or "0"
+
+
 BLOCKS = {
     "profile": profile,
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
+    "traffic": traffic,
 }
 
 
