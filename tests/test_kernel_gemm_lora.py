@@ -47,8 +47,11 @@ def formula(xs, ws, pairs, masks=(), bias=None, accumulate=None, dtype=torch.flo
     return total
 
 
-def check(xs, ws, pairs, masks=(), bias=None, accumulate=None, *, strides=None, **launch) -> Tensor:
-    """Runs the launcher that fits, and holds the result to the rule of kernel_support."""
+def check(xs, ws, pairs, masks=(), bias=None, accumulate=None, *, few_numbers=False, **launch) -> Tensor:
+    """Runs the launcher that fits, and holds the result to the rule of kernel_support.
+
+    few_numbers: y may be a single number, that its terms cancel in and that PyTorch happens to hit exactly. Then a
+    quarter of fp32's unit in ‖Σ |terms|‖ is allowed too: what fp32 sums in another order differ by."""
     inputs = [t for t in (*xs, *ws, *(f for pair in pairs for f in pair), bias, accumulate) if t is not None]
     copies = [t.clone() for t in inputs]
     packed = [pack(mask) for mask in masks]
@@ -66,7 +69,13 @@ def check(xs, ws, pairs, masks=(), bias=None, accumulate=None, *, strides=None, 
     dtype = pairs[0][0].dtype
     assert y.dtype == dtype and y.is_contiguous()
     exact = formula(xs, ws, pairs, masks, bias, accumulate)
-    assert_as_exact_as(y, formula(xs, ws, pairs, masks, bias, accumulate, dtype), exact)
+    eager = formula(xs, ws, pairs, masks, bias, accumulate, dtype)
+    if few_numbers:
+        sizes = formula([x.abs() for x in xs], [w.abs() for w in ws], [(s.abs(), b.abs()) for s, b in pairs], masks)
+        order = torch.finfo(torch.float32).eps / 8 * float(sizes.norm() / exact.norm())
+        assert error(y, exact) <= 2 * max(error(eager, exact), torch.finfo(dtype).eps / 4, order)
+    else:
+        assert_as_exact_as(y, eager, exact)
     # Each update by itself: beside a large product an error of it would not show.
     without = formula(xs, ws, [(torch.zeros_like(s), b) for s, b in pairs], masks, bias, accumulate)
     assert error(y.double() - without, exact - without) < 0.1
@@ -251,6 +260,7 @@ def test_offsets_beyond_int32():
     capability=st.sampled_from(CAPABILITIES),
     dtype=st.sampled_from(DTYPES),
 )
+@example(M=1, N=1, K=1, R=74, eights=False, masked=False, capability=POINTERS, dtype=torch.float32)
 @example(M=1, N=1, K=1, R=1, eights=False, masked=True, capability=NEWEST, dtype=torch.float32)
 def test_any_shape(M, N, K, R, eights, masked, capability, dtype):
     if eights:  # such as descriptors take
@@ -261,7 +271,7 @@ def test_any_shape(M, N, K, R, eights, masked, capability, dtype):
         masks[0][::2, ::3] = False
         masks[0][0, 0] = True
     tile = Tile(32, 32, 32, 4, 2, persistent=True)
-    check([x], [w], [factors(M, N, R, dtype)], masks, capability=capability, tile=tile)
+    check([x], [w], [factors(M, N, R, dtype)], masks, capability=capability, tile=tile, few_numbers=True)
 
 
 @pytest.mark.parametrize("name", TILES)
