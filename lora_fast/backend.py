@@ -79,6 +79,11 @@ def why_not_triton(backend: str, op: str, device: torch.device, dtype: torch.dty
     return triton_unsupported(op, device, dtype, rank)
 
 
+# What torch.compiler.assume_constant_result sets, without its import of the compiler: evaluated while tracing, since it
+# asks Triton and the driver, which no graph can.
+why_not_triton._dynamo_marked_constant = True
+
+
 def runs_triton(backend: str, op: str, x: Tensor, rank: int) -> bool:
     """Whether this call takes the Triton kernels. Raises LoraFastError with the reason where backend='triton' and they
     can't run it."""

@@ -4,22 +4,24 @@ from collections import Counter
 
 from torch import nn
 
+from lora_fast.backend import check_backend
 from lora_fast.config import LoraFastError
 from lora_fast.fusion import FusionReport, FusionRow, calls_by_path
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps
 
 
-def accelerate_peft(peft_model: nn.Module) -> FusionReport:
+def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionReport:
     """Makes PEFT's LoRA linears in `peft_model` fast, in place; prints and returns which of them run how, and why.
 
     peft_model: a PeftModel, PEFT's LoraModel or PeftMixedModel, a Transformers model with add_adapter, or any module
     around one (DDP); also after a Trainer was built on it. The layers stay PEFT's in everything but forward, and a call
     that the fast path does not cover (adapters disabled, merged or several active, DoRA, mixed batches, hooks, …) runs
     PEFT's own forward; `fusion_report` says which calls did. Calling it again is harmless, and wanted after an adapter
-    was added to layers that had none.
+    was added to layers that had none. backend: "auto", "torch" or "triton" (raises where Triton can't run).
     Raises LoraFastError, with nothing changed, where peft is missing, no layer can be made fast, or all that could be
     are merged."""
+    check_backend(backend)
     if not isinstance(peft_model, nn.Module):
         inner = isinstance(getattr(peft_model, "model", None), nn.Module)
         raise LoraFastError(
@@ -52,7 +54,7 @@ def accelerate_peft(peft_model: nn.Module) -> FusionReport:
             + ("; ".join(f"{n} times: {why}" for why, n in found.most_common()) or "it holds no PEFT layer")
         )
     for layer in swappable:
-        make_fast(layer)
+        make_fast(layer, backend)
     find_groups(peft_model)
     fuse_mlps(peft_model)
     rows = tuple(_row(name, layer, refusals[name]) for name, layer in layers.items())

@@ -152,6 +152,7 @@ class FastForward:
     "peft". Calls inside a compiled graph are not counted."""
 
     calls_by_path: Counter[tuple[str, str | None]]
+    backend = "auto"
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter = "the call has arguments besides the input" if args or kwargs else read_layer(self)
@@ -166,8 +167,8 @@ class FastForward:
         lora_A, lora_B, scaling, p = adapter
         if weight is None:
             self._count("lora_update", base_refusal(base))
-            return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p)
-        return run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, "auto"))
+            return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p, backend=self.backend)
+        return run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend))
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """What forward would compute now as one op, or None where it takes another path."""
@@ -175,7 +176,7 @@ class FastForward:
         weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer)
         if weight is None or _call_refusal(x, weight, adapter.lora_A.dtype) is not None:
             return None
-        return LinearCall(weight, self.base_layer.bias, *adapter, "auto")
+        return LinearCall(weight, self.base_layer.bias, *adapter, self.backend)
 
     def fusion_path(self) -> tuple[str, str | None]:
         """The path that a call takes as the layer stands now, and why not Triton's."""
@@ -185,7 +186,7 @@ class FastForward:
         base = base_refusal(self.base_layer)
         op = "lora_linear" if base is None else "lora_update"
         weight = adapter.lora_A if base else self.base_layer.weight
-        triton = why_not_triton("auto", op, weight.device, weight.dtype, adapter.lora_A.shape[0])
+        triton = why_not_triton(self.backend, op, weight.device, weight.dtype, adapter.lora_A.shape[0])
         return "torch" if triton else "triton", "; ".join(filter(None, (base, triton))) or None
 
     def _count(self, path: str, reason: str | None) -> None:
@@ -227,9 +228,10 @@ def swap_refusal(layer: nn.Module) -> str | None:
     return None
 
 
-def make_fast(layer: nn.Module) -> None:
-    """Swaps the class of a layer that swap_refusal has nothing against; one that is fast already stays as it is."""
+def make_fast(layer: nn.Module, backend: str) -> None:
+    """Swaps the class of a layer that swap_refusal has nothing against; one that is fast already gets the backend."""
     if not isinstance(layer, FastForward):
         layer.__class__ = FAST_CLASSES[type(layer)]
         layer.calls_by_path = Counter()
         layer.followers = ()
+    layer.backend = backend
