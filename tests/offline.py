@@ -55,7 +55,7 @@ class Case(NamedTuple):
     file: str
     label: str
     call: Callable[[tuple[int, int]], Any]
-    main_loops: int = 0  # loops of a full-width matrix product in each kernel, which have to fetch ahead
+    main_loops: int = 0  # loops that multiply and have to fetch ahead, in a matrix product of full width
     wide: bool = True  # its large operands can be read 16 bytes at a time
     thorough: bool = False  # only with --all
 
@@ -93,8 +93,9 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
                     capability=capability,
                 )
 
-            product = aligned and dtype != torch.float32
-            yield Case("gemm_lora", label, call, pairs if product else 0, wide=aligned, thorough=i >= first)
+            # Each K-loop, and the update's loop where it has a pipeline: it must not stand in for a K-loop.
+            loops = pairs + (masks < 2) if pairs and aligned and dtype != torch.float32 else 0
+            yield Case("gemm_lora", label, call, loops, wide=aligned, thorough=i >= first)
 
     # Forward: x Wᵀ with a weight that lies transposed. dx: the weight as it lies.
     yield from cases("forward, r=64", first=9)
