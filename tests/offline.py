@@ -199,7 +199,7 @@ def grouped_cases(target: str) -> Iterator[Case]:
             ("gemm, mask", grouped.grouped_gemm, x, weight.t(), s, b, table, {"mask": mask}),
         ):
             call = functools.partial(launcher, *args, **settings)
-            loops = int(label.startswith("gemm"))
+            loops = 2 if label.startswith("gemm") else 0  # the K-loop and the adapter's
             yield Case(
                 "grouped",
                 f"{label}, r={r}, {length} rows each",
