@@ -13,7 +13,7 @@ SETTINGS := setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help profile test bench-cpu readme wheel clean
+.PHONY: help profile test bench-cpu gpu readme wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 process
 bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's on the CPU, into benchmarks/results/cpu (keep the machine quiet)
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_train_step.py --batch-size 4 --seq-len 512 --dtypes bf16 --rounds 10
+
+# Nothing is installed: with the .venv where there is one, else with a $(PYTHON) that has torch, triton, peft and pytest.
+gpu: ## on a CUDA GPU: its tests, then the benchmarks, within 9 minutes, into benchmarks/results (ARGS="--deadline 500")
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 readme: $(VENV)/.installed ## write README's tables from benchmarks/results (ARGS="--run runs/NAME" takes that profile)
 	$(BIN)/python benchmarks/readme.py $(ARGS)

@@ -12,9 +12,7 @@ import argparse
 import copy
 import csv
 import gc
-import platform
 import random
-import subprocess
 import time
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import numpy as np
 import peft
 import torch
 import transformers
+from harness import RESULTS, commit, processor
 from torch import nn
 
 from lora_fast import LoraConfig, accelerate_peft, apply_lora
@@ -31,7 +30,6 @@ from lora_fast.profiler.models import build, resolve
 BASELINE, AGAIN = "peft", "peft again"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_ROUNDS = 3
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def peft_model(base: nn.Module, rank: int, dropout: float, *, fp32_adapters: bool = True) -> nn.Module:
@@ -141,19 +139,6 @@ def measure(base: nn.Module, ids: torch.Tensor, rank: int, dropout: float, dtype
             }
         )
     return rows
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name} ({torch.get_num_threads()} threads)"
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:

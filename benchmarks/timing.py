@@ -69,7 +69,6 @@ class Measured:
     """What one arm did: ms of a call, one sample a round, or the error that kept it from being timed."""
 
     samples: list[float] = field(default_factory=list)
-    rounds_of: list[int] = field(default_factory=list)
     timed_by: str = ""
     peak_MiB: float | None = None
     saved_MiB: float | None = None
