@@ -174,3 +174,97 @@ def swiglu_backward(
     dg, du = torch.ops.aten.silu_backward(dh * u, g), dh * silu
     dA_down = grad_a(ds_down, silu.mul_(u), (ds_down.shape[1],), mask)
     return dg, du, dA_down, (dg.t() @ s_gate) * scale_gate, (du.t() @ s_up) * scale_up
+
+
+# --- Several adapters in one batch ------------------------------------------------------------------------------------
+# segments: (first row, end, adapter), disjoint; rows outside all of them have no adapter. as_, bs: every a_g (R_g, K)
+# and b_g (N, R_g) as above. S and dS are (M, width): a row holds the R_g numbers of its own adapter, then zeros.
+
+
+def grouped_width(ranks: Sequence[int]) -> int:
+    """Columns of S: the largest rank, rounded up to 16 for the kernels' loads."""
+    return -(-max(ranks, default=0) // 16) * 16
+
+
+def _of_adapter(segments: Sequence[tuple[int, int, int]], adapter: int, *tensors: Tensor) -> list[Tensor]:
+    """Each tensor's rows of one adapter, copied only where they are in several segments."""
+    spans = [slice(start, end) for start, end, owner in segments if owner == adapter]
+    if len(spans) == 1:
+        return [tensor[spans[0]] for tensor in tensors]
+    return [torch.cat([tensor[:0], *(tensor[span] for span in spans)]) for tensor in tensors]
+
+
+def grouped_shrink(
+    x: Tensor, as_: Sequence[Tensor], segments: Sequence[tuple[int, int, int]], mask: Tensor | None
+) -> Tensor:
+    """x (M, K), mask (1, M, ⌈K / 8⌉) → S (M, width) with S_i = (x_i ∘ m_i) a_gᵀ for the rows i of g."""
+    s = x.new_zeros(x.shape[0], grouped_width([a.shape[0] for a in as_]))
+    for start, end, g in segments:
+        rows = x[start:end] if mask is None else apply_mask(x[start:end], mask[0, start:end])
+        s[start:end, : as_[g].shape[0]] = rows @ as_[g].t()
+    return s
+
+
+def grouped_linear_lora(
+    x: Tensor,
+    weight: Tensor | None,
+    s: Tensor,
+    bs: Sequence[Tensor],
+    segments: Sequence[tuple[int, int, int]],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y (M, N) = x Wᵀ + bias, plus S_i b_gᵀ for the rows i of g; without W the second part alone."""
+    if weight is None:
+        y = x.new_zeros(x.shape[0], bs[0].shape[0])
+    else:
+        y = torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    for start, end, g in segments:
+        y[start:end].addmm_(s[start:end, : bs[g].shape[1]], bs[g].t())
+    return y
+
+
+def grouped_grad_s(dy: Tensor, bs: Sequence[Tensor], segments: Sequence[tuple[int, int, int]]) -> Tensor:
+    """dS (M, width) with dS_i = dy_i b_g for the rows i of g."""
+    ds = dy.new_zeros(dy.shape[0], grouped_width([b.shape[1] for b in bs]))
+    for start, end, g in segments:
+        ds[start:end, : bs[g].shape[1]] = dy[start:end] @ bs[g]
+    return ds
+
+
+def grouped_grad_x(
+    dy: Tensor,
+    weight: Tensor | None,
+    ds: Tensor,
+    as_: Sequence[Tensor],
+    segments: Sequence[tuple[int, int, int]],
+    mask: Tensor | None,
+) -> Tensor:
+    """dx (M, K) = dy W, plus m_i ∘ (dS_i a_g) for the rows i of g; without W the second part alone."""
+    dx = ds.new_zeros(ds.shape[0], as_[0].shape[1]) if weight is None else dy @ weight.to(dy.dtype)
+    for start, end, g in segments:
+        update = ds[start:end, : as_[g].shape[0]] @ as_[g]
+        if mask is not None:
+            update.mul_(unpack_mask(mask[0, start:end], update))
+        dx[start:end] += update
+    return dx
+
+
+def grouped_grad_a(
+    ds: Tensor, x: Tensor, ranks: Sequence[int], segments: Sequence[tuple[int, int, int]], mask: Tensor | None
+) -> list[Tensor]:
+    """Every dA_g (R_g, K) = dS_gᵀ (x_g ∘ m_g) over the rows of g; zero where g has none."""
+    grads = []
+    for g, rank in enumerate(ranks):
+        ds_g, x_g = _of_adapter(segments, g, ds, x)
+        if mask is not None:
+            x_g = apply_mask(x_g, *_of_adapter(segments, g, mask[0]))
+        grads.append(ds_g[:, :rank].t() @ x_g)
+    return grads
+
+
+def grouped_grad_b(
+    dy: Tensor, s: Tensor, ranks: Sequence[int], scales: Sequence[float], segments: Sequence[tuple[int, int, int]]
+) -> list[Tensor]:
+    """Every dB_g (N, R_g) = s'_g · dy_gᵀ S_g over the rows of g; zero where g has none."""
+    pairs = [_of_adapter(segments, g, dy, s) for g in range(len(ranks))]
+    return [grad_b(dy_g, s_g[:, :rank], scale) for (dy_g, s_g), rank, scale in zip(pairs, ranks, scales)]

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_fast.checkpoint import load_adapter, save_adapter
     from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
     from lora_fast.fusion import FusionReport, fusion_report
+    from lora_fast.grouped import lora_grouped_linear
     from lora_fast.injection import (
         apply_lora,
         disable_adapters,
@@ -36,6 +37,7 @@ __all__ = [
     "disable_adapters",
     "fusion_report",
     "load_adapter",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linears",
     "lora_parameters",
@@ -52,6 +54,7 @@ _HOMES = {
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
     "fusion": ("FusionReport", "fusion_report"),
+    "grouped": ("lora_grouped_linear",),
     "injection": (
         "apply_lora",
         "disable_adapters",
