@@ -113,40 +113,45 @@ def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
     return (dy.t() @ s) * scale
 
 
-def grad_x(
+def grad_x_and_a(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     ds: Tensor,
     a: Tensor,
+    x: Tensor,
     ranks: Sequence[int],
     mask: Tensor | None,
-) -> Tensor:
-    """dx (M, K) = Σ_g dy_g W_g + m_g ∘ (dS_g a_g): dy_g (M, N_g), W_g (N_g, K) or None, ds (M, ΣR), a (ΣR, K).
+    needs_dx: bool = True,
+    needs_dA: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx (M, K) = Σ_g dy_g W_g + m_g ∘ (dS_g a_g) and dA (ΣR, K) with dA_g = dS_gᵀ (x ∘ m_g) stacked; None where not
+    needed. dy_g (M, N_g), W_g (N_g, K) or None, ds (M, ΣR), a (ΣR, K), x (M, K), mask (G, M, ⌈K / 8⌉).
 
-    Without W_g that part is left out: a base layer that ran by itself has a backward of its own."""
-    pairs = [(dy, weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None]
+    Without W_g that part of dx is left out: a base layer that ran by itself has a backward of its own."""
+    pairs = [(dy, weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None and needs_dx]
+    dx = dA = None
     if mask is not None:
-        dx = None
-        for ds_g, a_g, m in zip(ds.split(list(ranks), dim=1), a.split(list(ranks)), mask):
-            update = ds_g @ a_g
-            update.mul_(unpack_mask(m, update))
-            dx = update if dx is None else dx.add_(update)
-    elif pairs:
-        (dy, weight), *pairs = pairs
-        dx = (dy @ weight).addmm_(ds, a)
+        parts = []
+        for ds_g, a_g, bits in zip(ds.split(list(ranks), dim=1), a.split(list(ranks)), mask):
+            m = unpack_mask(bits, x)  # once for both
+            if needs_dx:
+                update = (ds_g @ a_g).mul_(m)
+                dx = update if dx is None else dx.add_(update)
+            if needs_dA:
+                parts.append(ds_g.t() @ m.mul_(x))
+        if needs_dA:
+            dA = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
-        dx = ds @ a
+        if needs_dA:
+            dA = ds.t() @ x
+        if pairs:
+            (dy, weight), *pairs = pairs
+            dx = (dy @ weight).addmm_(ds, a)
+        elif needs_dx:
+            dx = ds @ a
     for dy, weight in pairs:
         dx.addmm_(dy, weight)
-    return dx
-
-
-def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
-    """ds (M, ΣR), x (M, K), mask (G, M, ⌈K / 8⌉) → dA (ΣR, K) with dA_g = dS_gᵀ (x ∘ m_g) stacked."""
-    if mask is None:
-        return ds.t() @ x
-    parts = [ds_g.t() @ apply_mask(x, m) for ds_g, m in zip(ds.split(list(ranks), dim=1), mask)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return dx, dA
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -172,7 +177,8 @@ def swiglu_backward(
     s'_up · duᵀ S_up."""
     silu = torch.nn.functional.silu(g)
     dg, du = torch.ops.aten.silu_backward(dh * u, g), dh * silu
-    dA_down = grad_a(ds_down, silu.mul_(u), (ds_down.shape[1],), mask)
+    h = silu.mul_(u)
+    dA_down = ds_down.t() @ (h if mask is None else unpack_mask(mask[0], h).mul_(h))
     return dg, du, dA_down, (dg.t() @ s_gate) * scale_gate, (du.t() @ s_up) * scale_up
 
 

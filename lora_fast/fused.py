@@ -85,14 +85,26 @@ def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
     return reference.grad_b(dy, s, scale)
 
 
-def grad_x(
+def grad_x_and_a(
     dys: Sequence[Tensor],
     weights: Sequence[Tensor | None],
     ds: Tensor,
     a: Tensor,
+    x: Tensor,
     ranks: Sequence[int],
     mask: Tensor | None,
-) -> Tensor:
+    needs_dx: bool = True,
+    needs_dA: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    dx = _grad_x(dys, weights, ds, a, x, ranks, mask) if needs_dx else None
+    return dx, _grad_a(ds, x, ranks, mask) if needs_dA else None
+
+
+def _grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
+    return adapter_grads.grad_a(ds, _contiguous_rows(x), None if mask is None else tuple(ranks), mask)
+
+
+def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     pairs = [(_contiguous_rows(dy), weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None]
     xs, ws = [dy for dy, _ in pairs], [weight for _, weight in pairs]
     masks = () if mask is None else tuple(mask)
@@ -101,7 +113,7 @@ def grad_x(
 
     def cublas():
         if mask is None:
-            return reference.grad_x(dys, weights, ds, a, ranks, None)
+            return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
         dx = gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
         for dy, weight in pairs:
             dx.addmm_(dy, weight)
@@ -115,11 +127,6 @@ def grad_x(
     routes = {"cublas": cublas} | _fused_routes(fused, ds, K, Ns, len(masks))
     sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype}
     return tuning.run("grad_x", sizes | {"masks": len(masks)}, ds.device, routes)
-
-
-def grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
-    x = _contiguous_rows(x)
-    return adapter_grads.grad_a(ds, x, None if mask is None else tuple(ranks), mask)
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -73,20 +73,18 @@ def _backward(
     dy = flatten(dy).to(x.dtype)
     a_down, (b_down,) = steps.cast_factors(lora_As[2:], lora_Bs[2:], scales[2:], x.dtype)
     ds_down, dB_down = steps.grad_s_and_b(dy, b_down, s_down, scales[2])
-    dh = steps.grad_x([dy], weights[2:], ds_down, a_down, ranks[2:], mask_h)
+    dh, _ = steps.grad_x_and_a([dy], weights[2:], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
     s_gate, s_up = s.split(ranks[:2], dim=1)
     dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
         dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
     )
     a, bs = steps.cast_factors(lora_As[:2], lora_Bs[:2], scales[:2], x.dtype)
     ds = torch.cat([dg @ bs[0], du @ bs[1]], dim=1)
-    if needs_dx:
-        dx = steps.grad_x([dg, du], weights[:2], ds, a, ranks[:2], mask).view(x.shape)
-    else:
-        dx = x.new_empty(0)
+    dx, dA = steps.grad_x_and_a([dg, du], weights[:2], ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
+    dx = dx.view(x.shape) if needs_dx else x.new_empty(0)
     if not needs_factors:
         return [dx, *(x.new_empty(0) for _ in range(6))]
-    dA_gate, dA_up = steps.grad_a(ds, rows, ranks[:2], mask).split(ranks[:2])
+    dA_gate, dA_up = dA.split(ranks[:2])
     dAs = [dA_gate.to(lora_As[0].dtype, copy=True), dA_up.to(lora_As[1].dtype, copy=True), dA_down.to(lora_As[2].dtype)]
     return [dx, *dAs, *(dB.to(b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs))]
 

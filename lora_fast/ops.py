@@ -98,10 +98,10 @@ def _linears_backward(
         ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
         if mask is not None and len(used) < len(ranks):
             mask = mask[used]
+        found, dA = steps.grad_x_and_a(dys, part(weights), ds, a, rows, part(ranks), mask, needs_dx, needs_dA)
         if needs_dx:
-            dx = steps.grad_x(dys, part(weights), ds, a, part(ranks), mask).view(x.shape)
+            dx = found.view(x.shape)
         if needs_dA:
-            dA = steps.grad_a(ds, rows, part(ranks), mask)
             for i, part_of_dA in zip(used, dA.split(part(ranks))):
                 dAs[i] = part_of_dA.to(lora_As[i].dtype, copy=len(used) > 1)
     return [dx, *dAs, *dBs]
