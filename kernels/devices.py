@@ -16,8 +16,11 @@ MULTIPROCESSORS = 132
 
 
 def capability_of(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability of the tensor's GPU; (0, 0) off a GPU, where Triton's interpreter runs."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
+    """The compute capability of the tensor's GPU, AMD for any of AMD's; (0, 0) off a GPU, in Triton's interpreter."""
+    if not tensor.is_cuda:
+        return 0, 0
+    # AMD's numbers mean something else: gfx90a would pass for a Hopper.
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(tensor.device)
 
 
 def shared_memory(capability: tuple[int, int]) -> int:

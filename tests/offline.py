@@ -382,6 +382,7 @@ SPILLS = [
         8,
         "two numbers, for five blocks on a multiprocessor",
     ),
+    ("_project_kernel", r"S, p=0.1, r=16.*", r"sm_100", 24, "of drawing the masks; no chip was at hand to tune on"),
     (
         "_outer_kernel",
         r"dA, mask, r=16.*",
