@@ -18,7 +18,7 @@ from modules import linear, module_arms
 from timing import Arm
 from torch import nn
 
-from lora_fast import lora_linear, lora_linears
+from lora_fast import lora_linear, lora_linears, lora_swiglu_mlp
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -54,8 +54,6 @@ def llama_mlp(K: int, N: int, weights) -> nn.Module:
 
 
 def arms_of(case: Case, args) -> tuple[dict[str, Arm], list[baselines.Layer]]:
-    from lora_fast.mlp import lora_swiglu_mlp
-
     _, K, N, R, p = case
     make = lambda K, N, seed: shared.random_layer(K, N, R, args.dtype, args.device, seed)  # noqa: E731
     layers = gate, up, down = make(K, N, 1), make(K, N, 2), make(N, K, 3)

@@ -41,7 +41,8 @@ BENCHES = {
     "bench_grouped": (
         "grouped",
         {
-            *("frozen", "frozen again", "lora_fast grouped", "one adapter, lora_fast"),
+            *("frozen", "frozen again", "lora_fast op", "lora_fast op, cublas route", "lora_fast op, triton route"),
+            "one adapter, lora_fast",
             *("loop over adapters, lora_fast", "loop over adapters, PyTorch", "lora_fast GEMM without adapters"),
         },
     ),
@@ -100,7 +101,7 @@ def test_a_benchmark_is_a_script(tmp_path):
     command = [sys.executable, FOLDER / "bench_grouped.py", "--device", "cpu", "--tiny", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(read(tmp_path / "grouped.csv")) == 7
+    assert len(read(tmp_path / "grouped.csv")) == 9
 
 
 @pytest.mark.parametrize("arguments", [["--device", "cpu"], ["--device", "cpu", "--tiny"]])
