@@ -6,8 +6,8 @@ things. An arm's calls rotate through several inputs, together more than twice t
 input there. On a GPU the calls over all inputs are captured in one CUDA graph: what is compared is the GPU's work, not
 Python's. An arm that can't be captured is launched call by call, and its row says so.
 
-triton.testing.do_bench times one function at a time, each in its own second of the clock frequency's life; it serves
-where a choice is made and no ratio is reported (`fastest`)."""
+triton.testing.do_bench times one function after the other, so that a clock that changes in between changes the ratio;
+it serves where a tile is chosen and no ratio is reported (`fastest`)."""
 
 import gc
 import math
