@@ -285,9 +285,9 @@ def _gradients(ctx, dy, needs_dx, needs_dbias, needs_dA, needs_dB):
         if weight is not None:
             y = y + flatten(x) @ weight.to(x.dtype).t()
         inputs = [t for t, needed in zip((x, *factors), (needs_dx, *needs_dA, *needs_dB)) if needed]
-        if inputs and y.requires_grad:
+        if y.requires_grad:
             found = torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True, materialize_grads=True)
-        else:  # bias alone, or adapters without rows
+        else:  # bias alone is trained, or adapters without rows
             found = map(torch.zeros_like, inputs)
         found = iter(found)
         dx = next(found) if needs_dx else None
