@@ -1,7 +1,8 @@
 """What the ops of lora-fast share: the library that they are registered in, their checks, masks, and ways round the
 dispatcher."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
 
@@ -24,6 +25,20 @@ def steps_for(triton: bool) -> ModuleType:
     if not triton:
         return reference
     return import_module("lora_fast.fused")  # not at the top: without Triton there is none
+
+
+def on_own_device(op: Callable) -> Callable:
+    """`op` with its first tensor's GPU as the current one: that is where Triton launches, wherever the tensors are."""
+
+    @wraps(op)
+    def run(first, *arguments):
+        tensor = first if isinstance(first, Tensor) else next(t for t in first if t is not None)
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return op(first, *arguments)
+        return op(first, *arguments)
+
+    return run
 
 
 def flatten(x: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from lora_fast.dispatch import (
     is_observed,
     is_transformed,
     library,
+    on_own_device,
     ranks_of,
     reshaped,
     row_count,
@@ -214,6 +215,7 @@ def _torch_backward(dy, x, weight, lora_As, lora_Bs, s, mask, scales, segments, 
 # --- The op as PyTorch sees it ----------------------------------------------------------------------------------------
 
 
+@on_own_device
 def _forward(x, weight, bias, lora_As, lora_Bs, scalings, segments, mask, seed, dropout_p, triton):
     """[y, S (M, width), and the mask if it was drawn here]."""
     forward, scales = _triton_forward if triton else _torch_forward, scales_of(scalings, dropout_p)
@@ -223,6 +225,7 @@ def _forward(x, weight, bias, lora_As, lora_Bs, scalings, segments, mask, seed, 
     return [y, s] if seed is None else [y, s, mask]
 
 
+@on_own_device
 def _backward(
     dy, x, weight, lora_As, lora_Bs, s, mask, scalings, segments, dropout_p, needs_dx, needs_dA, needs_dB, triton
 ):

@@ -23,6 +23,7 @@ from lora_fast.dispatch import (
     is_observed,
     is_transformed,
     library,
+    on_own_device,
     ranks_of,
     reshaped,
     row_count,
@@ -45,6 +46,7 @@ library.define(
 )
 
 
+@on_own_device
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
     """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
@@ -64,6 +66,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     return [y, g, u, s, s_down] if seeds is None else [y, g, u, s, s_down, mask, mask_h]
 
 
+@on_own_device
 def _backward(
     dy, x, g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h, scalings, dropout_p, needs_dx, needs_factors,
     triton,

@@ -27,6 +27,7 @@ from lora_fast.dispatch import (
     is_observed,
     is_transformed,
     library,
+    on_own_device,
     ranks_of,
     reshaped,
     row_count,
@@ -52,6 +53,7 @@ library.define(
 )
 
 
+@on_own_device
 def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
     steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
@@ -64,6 +66,7 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
 
+@on_own_device
 def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
     """[base + update, S (M, R), and the mask if it was drawn here]."""
     steps, ranks = steps_for(triton), ranks_of([lora_A])
@@ -73,6 +76,7 @@ def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, tri
     return [y, s] if seed is None else [y, s, drawn]
 
 
+@on_own_device
 def _linears_backward(
     dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton
 ):
