@@ -15,12 +15,11 @@ from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as torch_module
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast.backend import why_not_triton
 from lora_fast.ops import lora_update
-from lora_fast.shared_input import LinearCall, run_linear
+from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -36,15 +35,6 @@ def _is_altered(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-    )
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
     )
 
 
@@ -105,7 +95,7 @@ def read_layer(layer: PeftLinear) -> Adapter | str:
 
 def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) -> str | None:
     """Why this input or its surroundings need PEFT's forward; weight is of the base product to be fused, if any."""
-    if _has_global_hooks():
+    if has_global_hooks():
         return "hooks for all modules are registered"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "the model is being exported: the graph must not need lora-fast"

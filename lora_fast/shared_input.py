@@ -4,9 +4,9 @@ Which layers those may be is read off their parent's source, once, when adapters
 calls with one and the same variable, in one block of statements (`self.q_proj(hidden_states)`, `self.k_proj(…`). The
 first of them then computes all in one op (`lora_linears`: x is read once for all lora_A, dx is summed in place) and
 leaves the others' outputs in this thread's slot. Each of the others takes its own, once, if it is called with that very
-tensor, unchanged. One that finds nothing, because x was changed in between, its adapter was switched, or a hook gave it
-another tensor, computes by itself: what the source suggested costs time where it was wrong, never the result. Outputs
-that nobody took are dropped at the next call of any layer.
+tensor, unchanged, and its weights are unchanged too. One that finds nothing, because x or a weight was changed in
+between, its adapter was switched, or a hook gave it another tensor, computes by itself: what the source suggested costs
+time where it was wrong, never the result. Outputs that nobody took are dropped at the next call of any layer.
 
 The choice is fixed from the first step on, since a recomputed activation checkpoint must save what its forward saved.
 Compiled graphs, torch.func and inference mode see every layer by itself."""
@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from lora_fast.dispatch import KERNEL_GROUP
 from lora_fast.ops import lora_linear, lora_linears
@@ -118,15 +119,25 @@ def find_groups(model: nn.Module) -> None:
 
 
 class _Slot(threading.local):
-    """What this thread computed for layers yet to be called with x: {id of the layer: (call, grad mode, y)}."""
+    """What this thread computed for layers yet to be called with x: {id of the layer: (call, its `_state`, y)}."""
 
     def __init__(self):
         self.x = lambda: None  # a weak reference, so that nothing lives longer for having been looked at
         self.version = 0
-        self.waiting: dict[int, tuple[LinearCall, bool, Tensor]] = {}
+        self.waiting: dict[int, tuple[LinearCall, tuple, Tensor]] = {}
 
 
 _slot = _Slot()
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks for all modules are registered, which expect to see every layer called."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
@@ -141,7 +152,7 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     if _slot.waiting:
         if watched and _slot.x() is x and _slot.version == x._version:
             waiting = _slot.waiting.pop(id(layer), None)
-            if waiting is not None and waiting[1] == torch.is_grad_enabled() and _same(waiting[0], call):
+            if waiting is not None and _same(waiting[0], call) and waiting[1] == _state(call, x):
                 layer.calls_by_path["lora_linears", None] += 1
                 return waiting[2]
         _slot.waiting.clear()
@@ -154,9 +165,8 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     weights, biases, lora_As, lora_Bs, scalings, *_ = (list(column) for column in zip(*calls.values()))
     p, backend = call.dropout_p, call.backend
     ys = lora_linears(x, weights, lora_As, lora_Bs, scalings, biases, dropout_p=p, backend=backend)
-    grad = torch.is_grad_enabled()
     _slot.x, _slot.version = weakref.ref(x), x._version
-    _slot.waiting = {id(other): (c, grad, y) for (other, c), y in zip(calls.items(), ys) if other is not layer}
+    _slot.waiting = {id(other): (c, _state(c, x), y) for (other, c), y in zip(calls.items(), ys) if other is not layer}
     return ys[0]
 
 
@@ -168,11 +178,21 @@ def _linear(x: Tensor, call: LinearCall) -> Tensor:
 def _same(before: LinearCall, now: LinearCall) -> bool:
     """Whether a layer would still compute what was computed for it (a weight may be a fresh view of the old memory)."""
     return (
-        before.lora_A is now.lora_A
+        before.bias is now.bias
+        and before.lora_A is now.lora_A
         and before.lora_B is now.lora_B
         and before[4:] == now[4:]
         and before.weight.data_ptr() == now.weight.data_ptr()
     )
+
+
+def _state(call: LinearCall, x: Tensor) -> tuple:
+    """What the result of a call depends on besides x and what `_same` compares: whether a graph is recorded, autocast's
+    dtype, and the versions of its tensors, which count changes in place."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tensors = call.weight, call.bias, call.lora_A, call.lora_B
+    return torch.is_grad_enabled(), autocast, *(None if t is None else t._version for t in tensors)
 
 
 def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Module, LinearCall]:
@@ -184,8 +204,9 @@ def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Mo
         other_call = None if hooked else other.linear_call(x)
         if other_call is None:
             continue
-        weight, _, lora_A, lora_B, _, *settings = other_call
-        plain = all(type(t) in _PLAIN_TENSORS and t.device == x.device for t in (weight, lora_A, lora_B))
+        weight, bias, lora_A, lora_B, _, *settings = other_call
+        tensors = [t for t in (weight, bias, lora_A, lora_B) if t is not None]
+        plain = all(type(t) in _PLAIN_TENSORS and t.device == x.device and not t.is_inference() for t in tensors)
         alike = weight.dtype == call.weight.dtype and weight.shape[1] == call.weight.shape[1]
         if plain and alike and settings == list(call[5:]):
             calls[other] = other_call

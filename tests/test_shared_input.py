@@ -155,6 +155,21 @@ def test_a_switch_in_between_is_seen():
     torch.testing.assert_close(got, twin(x_and_base()[0]), rtol=0, atol=64 * EPS)
 
 
+@pytest.mark.parametrize("what", ["lora_B", "lora_A", "weight", "autocast"])
+@torch.no_grad()
+def test_weights_changed_and_autocast_left_in_between_are_seen(what):
+    model, (x, _) = adapted(), x_and_base(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        model.q(x)
+    assert shared_input._slot.waiting
+    if what in ("lora_A", "lora_B"):
+        getattr(model.k, what)["default"].weight.mul_(3)
+    elif what == "weight":
+        model.k.weight.add_(3)
+    got = model.k(x)
+    torch.testing.assert_close(got, apart(model).k(x), rtol=1e-5, atol=64 * EPS)
+
+
 def test_a_layer_that_is_not_called_costs_and_leaves_nothing():
     class Sometimes(Attention):
         def forward(self, x, values=True):
