@@ -165,7 +165,7 @@ def apply_lora(
     The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another
     adapter_name it adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B;
     products run in the base's dtype.
-    backend: "auto", "torch" or "triton" (raises where Triton can't run). Returns `model`.
+    backend: "auto", "torch" or "triton" (a call raises where Triton can't run). Returns `model`.
     Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
     check_backend(backend)
     check_adapter_dtype(adapter_dtype)

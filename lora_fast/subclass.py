@@ -66,6 +66,10 @@ class LoraCalledBase(LoraSubclass):
             backend=self.backend,
         )
 
+    def linear_call(self, x: Tensor) -> None:
+        """None: its own forward may compute anything, so that no op of several layers takes it in."""
+        return None
+
     def fusion_path(self) -> tuple[str, str | None]:
         if not self.adapter_runs():
             return super().fusion_path()

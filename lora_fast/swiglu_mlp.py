@@ -1,21 +1,22 @@
 """SwiGLU MLPs of a model run as one op (`lora_swiglu_mlp`), found by what they compute: no names, no list of models.
 
 A module with three adapted linear layers, two (K → I) and one (I → N), may be one. Whether it is, and which layer is
-which, a probe decides: on random rows its own forward must agree with down(silu(gate(x)) ∘ up(x)). Its class then
-becomes a subclass of itself whose forward is the op, call by call, wherever that computes what the layers would: their
-adapters run, with one dropout, and nothing hooks into them. Everywhere else its own forward runs."""
+which, a probe decides: on random rows its own forward must agree with down(silu(gate(x)) ∘ up(x)), in evaluation and in
+training, where it may have a dropout of its own. Its class then becomes a subclass of itself whose forward is the op,
+call by call, wherever that computes what the layers would: their adapters run, with one dropout, and nothing hooks into
+them. Everywhere else its own forward runs."""
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import permutations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from lora_fast.mlp import lora_swiglu_mlp
-from lora_fast.shared_input import LinearCall
+from lora_fast.shared_input import LinearCall, has_global_hooks
 
 PROBE_ROWS = 4
 # Rows are scaled until gate(x) has this deviation: silu and gelu are alike near zero and differ by 8% here.
@@ -29,7 +30,7 @@ def _is_hooked(layer: nn.Module) -> bool:
 
 def _calls(layers: list[nn.Module], x: Tensor) -> list[LinearCall] | str:
     """What gate, up and down would compute now, or why they have to be called one by one."""
-    if any(map(_is_hooked, layers)) or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+    if any(map(_is_hooked, layers)) or has_global_hooks():
         return "a layer inside has hooks or a forward of its own"
     calls = [layer.linear_call(x) if hasattr(layer, "linear_call") else None for layer in layers]
     if None in calls:
@@ -104,7 +105,7 @@ def _has_sizes(layer: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
-    """Whether the parent's own forward computes the SwiGLU MLP of these layers, on random rows."""
+    """Whether the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes."""
     layers = [getattr(parent, name) for name in names]
     weight = layers[0].base_layer.weight if hasattr(layers[0], "base_layer") else layers[0].weight
     if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
@@ -118,15 +119,44 @@ def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
     x *= PROBE_DEVIATION / deviation.clamp_min(1e-6)
     gate, up, down = layers
     expected = down(nn.functional.silu(gate(x)) * up(x))
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        return all(_computes(parent.train(training), layers, x, expected) for training in (False, True))
+
+
+def _computes(parent: nn.Module, layers: list[nn.Module], x: Tensor, expected: Tensor) -> bool:
+    """Whether forward of the parent, without the dropout of its adapters, gives `expected`."""
+    for layer in layers:
+        layer.eval()
     try:
-        result = parent(x)
+        result = parent.forward(x)  # without the hooks of the parent: they stay outside the op too
     except Exception:  # a forward of other arguments: whatever it is, it is no such MLP
         return False
     if not isinstance(result, Tensor) or result.shape != expected.shape or not result.any():
         return False
     # The same layers called in the same dtype: an MLP that is one computes these very bits, or nearly.
-    bound = max(torch.finfo(weight.dtype).eps / 8, 1e-6)
+    bound = max(torch.finfo(x.dtype).eps / 8, 1e-6)
     return bool((expected.float() - result.float()).norm() <= bound * result.float().norm())
+
+
+@contextmanager
+def _probed(parent: nn.Module) -> Iterator[None]:
+    """The parent in evaluation and its layers on PyTorch, wherever they run later; as it was before, afterwards."""
+    modules = list(parent.modules())
+    modes = {module: module.training for module in modules}
+    counts = {module: Counter(module.calls_by_path) for module in modules if hasattr(module, "calls_by_path")}
+    backends = {module: module.backend for module in modules if hasattr(module, "linear_call")}
+    parent.eval()
+    for module in backends:
+        module.backend = "torch"
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = modes[module]
+        for module, calls in counts.items():
+            module.calls_by_path = calls
+        for module, backend in backends.items():
+            module.backend = backend
 
 
 def fuse_mlps(model: nn.Module) -> None:
@@ -135,14 +165,8 @@ def fuse_mlps(model: nn.Module) -> None:
         found = [] if isinstance(parent, FusedSwiglu) or "forward" in parent.__dict__ else list(_candidates(parent))
         if not found:
             continue
-        modes = {module: module.training for module in parent.modules()}
-        counts = {m: Counter(m.calls_by_path) for m in parent.modules() if hasattr(m, "calls_by_path")}
-        parent.eval()
-        names = next((names for names in found if _agrees(parent, names)), None)
-        for module, training in modes.items():
-            module.training = training
-        for module, calls in counts.items():
-            module.calls_by_path = calls
+        with _probed(parent):
+            names = next((names for names in found if _agrees(parent, names)), None)
         if names is not None:
             parent.__class__ = _fused_class(type(parent))
             parent.swiglu_layers, parent.calls_by_path = names, Counter()

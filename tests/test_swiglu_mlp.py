@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_fast import (
     LoraConfig,
+    LoraFastError,
     accelerate_peft,
     apply_lora,
     disable_adapters,
@@ -106,6 +107,82 @@ def test_what_only_looks_like_one_is_left_alone(forward, dtype):
     model.to(dtype)
     apply_lora(model, LoraConfig(r=3))
     assert not fused(model)
+
+
+class Halved(nn.Linear):
+    """A forward of its own, which no op of several layers computes."""
+
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+class Swiglu(nn.Module):
+    """A SwiGLU MLP of any linear layers, with a dropout of its own."""
+
+    def __init__(self, linear=nn.Linear, p=0.0):
+        super().__init__()
+        torch.manual_seed(3)
+        self.gate, self.up, self.down = linear(8, 20), linear(8, 20), linear(20, 8)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        return self.down(self.dropout(nn.functional.silu(self.gate(x)) * self.up(x)))
+
+
+def test_layers_with_a_forward_of_their_own_are_called():
+    model = apply_lora(Swiglu(Halved), LoraConfig(r=3, init_lora_weights=False))
+    assert not fused(model)
+    x = torch.randn(5, 8)
+    with disable_adapters(model):
+        base = model.gate(x)
+    gate = model.gate
+    update = x @ gate.lora_A["default"].weight.t() @ gate.lora_B["default"].weight.t() * (8 / 3)
+    torch.testing.assert_close(gate(x), base + update)
+    torch.testing.assert_close(base, 0.5 * nn.functional.linear(x, gate.weight, gate.bias))
+    torch.testing.assert_close(model(x), model.down(nn.functional.silu(gate(x)) * model.up(x)))
+
+
+@pytest.mark.parametrize(("p", "mlps"), [(0.0, 1), (0.01, 0)])
+def test_a_dropout_of_its_own_is_kept(p, mlps):
+    model = Swiglu(p=p).train()
+    torch.manual_seed(9)
+    apply_lora(model, LoraConfig(r=3))
+    after = torch.rand(1)
+    assert len(fused(model)) == mlps and model.training and model.dropout.training
+    # What a model without an MLP draws for adapters of the same sizes: the probe draws nothing that lasts.
+    model = nn.Sequential(*Swiglu().children())
+    torch.manual_seed(9)
+    apply_lora(model, LoraConfig(r=3))
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_hooks_on_the_mlp_see_calls_of_the_model_alone():
+    model, seen = Swiglu(), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output) or 2 * output)
+    apply_lora(model, LoraConfig(r=3, init_lora_weights=False))
+    assert len(fused(model)) == 1 and not seen
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(model(x), by_layers(model)(x))
+    assert len(seen) == 2
+
+
+def test_hooks_for_all_modules_see_each_layer():
+    model, seen = apply_lora(Swiglu(), LoraConfig(r=3)), []
+    handle = nn.modules.module.register_module_full_backward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(torch.randn(5, 8, requires_grad=True)).sum().backward()
+    finally:
+        handle.remove()
+    assert {model.gate, model.up, model.down} <= set(seen)
+
+
+def test_a_backend_that_can_not_run_is_refused_by_the_first_call():
+    model = build("llama", dtype=torch.bfloat16)  # on a CPU: no kernel takes it, interpreted or not
+    apply_lora(model, LoraConfig(r=4), backend="triton")
+    assert len(fused(model)) == 2
+    assert {module.backend for module in model.modules() if hasattr(module, "linear_call")} == {"triton"}
+    with pytest.raises(LoraFastError, match="backend='triton': "):
+        model(**CAUSAL_LM)
 
 
 def test_states_in_which_its_own_forward_runs():
