@@ -6,8 +6,9 @@ measured on a GPU), and in the user's cache file; else the candidates are timed 
 repetitions with a cold L2 cache) and the winner is kept in all processes to come. Given the tables the choice is
 deterministic.
 
-Where timing is not possible (a CUDA graph is being captured, memory is short, the CPU interpreter) the first candidate
-runs and nothing is remembered."""
+Where timing is not possible (a CUDA graph is being captured, the CPU interpreter) the first candidate runs and nothing
+is remembered. Where memory is too short for it, the first candidate is this process's choice: it is not tried again in
+every step of a training near the limit."""
 
 import json
 import os
@@ -46,18 +47,22 @@ def _known() -> dict[tuple[str, str], str]:
     known = read_table((files("lora_fast") / "tuned.json").read_text(encoding="utf-8"))
     try:
         return read_table(cache_file().read_text(encoding="utf-8")) | known
-    except OSError:
+    except (OSError, ValueError, RuntimeError):  # not there, not text, or no home folder
         return known
 
 
 def _remember(gpu: str, key: str, choice: str, ms: Mapping[str, float]) -> None:
     """Adds a row to the cache file; another process's row may be lost to a race, and is then timed again."""
-    path = cache_file()
+    try:
+        path = cache_file()
+    except RuntimeError:
+        return  # no home folder: the choice lives as long as the process
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema_version"] != SCHEMA_VERSION:
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
+        document["gpus"].setdefault(gpu, {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         document = {"schema_version": SCHEMA_VERSION, "gpus": {}}
     row = {"choice": choice, "ms": {name: round(value, 4) for name, value in ms.items()}}
     document["gpus"].setdefault(gpu, {})[key] = row
@@ -107,9 +112,10 @@ def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: M
         try:
             ms = _time(candidates)
         except torch.OutOfMemoryError:
-            return next(iter(candidates.values()))()
-        name = min(ms, key=ms.get)
-        _remember(gpu, key, name, ms)
+            name = next(iter(candidates))  # runs below: in here the exception still holds what was allocated
+        else:
+            name = min(ms, key=ms.get)
+            _remember(gpu, key, name, ms)
     _choices[gpu, key] = name
     return candidates[name]()
 
