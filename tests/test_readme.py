@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lora_fast
 from lora_fast.checkpoint import read_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,11 @@ def test_the_first_example_runs_and_saves_an_adapter(tmp_path):
     assert config.r == 16
     # One AdamW step has moved B away from zero.
     assert tensors["model.layers.0.self_attn.q_proj.lora_B.weight"].abs().max() > 0
+
+
+def test_every_public_name_is_explained():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Names")[2].partition("\n## ")[0]
+    assert [name for name in lora_fast.__all__ if not re.search(rf"`{name}\b", table)] == []
 
 
 def test_the_tables_are_what_the_result_files_say():
