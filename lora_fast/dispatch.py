@@ -21,6 +21,7 @@ library = torch.library.Library("lora_fast", "DEF")
 library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 library.impl("dropout_mask", reference.dropout_mask, "CompositeExplicitAutograd")
 
+
 def steps_for(triton: bool) -> ModuleType:
     if not triton:
         return reference

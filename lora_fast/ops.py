@@ -168,14 +168,19 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
         if dy is not None:
             m = None if mask is None else mask[i]
             y = plain_update(x, lora_As[i], lora_Bs[i], ctx.scalings[i], m, ctx.dropout_p)
-            outputs.append(y if weight is None else y + flatten(x) @ weight.to(x.dtype).t())
-            dys_used.append(flatten(dy).to(x.dtype))
-    inputs = [x] * needs_dx + list(lora_As) * needs_dA + list(lora_Bs) * needs_dB
-    found = list(torch.autograd.grad(outputs, inputs, dys_used, create_graph=True, allow_unused=True))
-    dx = found.pop(0) if needs_dx else None
+            y = y if weight is None else y + flatten(x) @ weight.to(x.dtype).t()
+            if y.requires_grad:  # not where all that reaches this output is frozen
+                outputs.append(y)
+                dys_used.append(flatten(dy).to(x.dtype))
     none = [None] * len(dys)
-    dAs = [found.pop(0) for _ in lora_As] if needs_dA else none
-    return dx, dAs, found if needs_dB else none
+    wanted = [x if needs_dx else None, *(lora_As if needs_dA else none), *(lora_Bs if needs_dB else none)]
+    trained = [tensor is not None and tensor.requires_grad for tensor in wanted]
+    inputs = [tensor for tensor, is_trained in zip(wanted, trained) if is_trained]
+    found = iter(())
+    if inputs and outputs:
+        found = iter(torch.autograd.grad(outputs, inputs, dys_used, create_graph=True, allow_unused=True))
+    dx, *factors = [next(found, None) if is_trained else None for is_trained in trained]
+    return dx, factors[: len(dys)], factors[len(dys) :]
 
 
 def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s) -> None:

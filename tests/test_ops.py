@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_fast import LoraFastError, lora_linear, lora_update
+from lora_fast import LoraFastError, lora_linear, lora_linears, lora_update
 from lora_fast.kernels import reference
 
 OPS = torch.ops.lora_fast
@@ -233,6 +233,26 @@ def test_second_derivatives():
             assert all(gradient.requires_grad for gradient in first)
             torch.testing.assert_close(tuple(gradient.detach() for gradient in first), usual)
             assert torch.autograd.gradgradcheck(function, (x, a, bb))
+
+
+def test_second_derivatives_of_layers_that_are_frozen_in_part():
+    generator = torch.Generator().manual_seed(3)
+    x, *weights = (torch.randn(*size, generator=generator).double() for size in ((5, 7), (6, 7), (4, 7)))
+    factors = [torch.randn(*size, generator=generator).double() for size in ((3, 7), (2, 7), (6, 3), (4, 2))]
+    bias = torch.zeros(6).double().requires_grad_()
+    for trained in ([0], [2], [0, 2], [0, 3], []):
+        values = [f.clone().requires_grad_(i in trained) for i, f in enumerate(factors)]
+        leaves = [values[i] for i in trained] + [bias]
+        ys = lora_linears(x, weights, values[:2], values[2:], [SCALING, SCALING], [bias, None])
+        plain = [x @ w.t() + SCALING * x @ a.t() @ b.t() for w, a, b in zip(weights, values[:2], values[2:])]
+        got, expected = ((p0.square().sum() + p1.square().sum()) for p0, p1 in (ys, (plain[0] + bias, plain[1])))
+        first, usual = (torch.autograd.grad(loss, leaves, create_graph=True) for loss in (got, expected))
+        torch.testing.assert_close(first, usual)
+        second, usual = (
+            torch.autograd.grad(sum(g.square().sum() for g in grads), leaves, allow_unused=True)
+            for grads in (first, usual)
+        )
+        torch.testing.assert_close(second, usual)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
