@@ -391,9 +391,11 @@ def gemm_lora_sum(
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of it: contiguous rows, base and rows at multiples of 16 bytes."""
+    """Whether a tensor descriptor can be made of it: contiguous rows, base and rows at multiples of 16 bytes, none
+    overlapping (CUDA asks for strides of a row at least; of an expanded dy they are 0)."""
+    rows_lie_so = tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
     row_bytes = tensor.stride(0) * tensor.itemsize
-    return tensor.stride(1) == 1 and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and tensor.numel() > 0
+    return rows_lie_so and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and tensor.numel() > 0
 
 
 @functools.cache

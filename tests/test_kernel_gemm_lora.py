@@ -204,6 +204,14 @@ def test_base_address_off_by_one_element(descriptors):
     assert descriptors.call_count == 0
 
 
+def test_rows_that_overlap(descriptors):
+    """As dy is where every row has the same gradient: no tensor descriptor has strides of 0."""
+    dtype, M, N, K = torch.float16, 33, 72, 48
+    x = random(1, K, dtype=dtype).expand(M, K)
+    check([x], [random(K, N, dtype=dtype, seed=1)], [factors(M, N, 8, dtype)], capability=NEWEST)
+    assert descriptors.call_count == 0
+
+
 @pytest.mark.parametrize("M, N", [(0, 72), (33, 0)])
 def test_nothing_to_compute(M, N):
     with mock.patch.object(module, "gemm_lora_kernel", None):
