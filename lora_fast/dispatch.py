@@ -102,6 +102,14 @@ def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
     return x
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    places = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(places.values())) > 1:
+        (first, place), *others = places.items()
+        told = ", ".join(f"{name} on {other}" for name, other in others)
+        raise LoraFastError(f"{first} is on {place}, {told}; expected one device")
+
+
 def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: float) -> None:
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
         raise LoraFastError(
@@ -124,12 +132,7 @@ def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias
     check_factors(x, lora_A, lora_B, weight.shape[0], p)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
-    devices = {str(t.device) for t in (x, weight, lora_A, lora_B)}
-    if len(devices) > 1:
-        raise LoraFastError(
-            f"x is on {x.device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
-            "expected one device"
-        )
+    check_devices(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
 
 
 def draw_masks(x: Tensor, count: int, dropout_p: float, triton: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -18,6 +18,7 @@ from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
     KERNEL_GROUP,
+    check_devices,
     check_factors,
     check_linear,
     compute_input,
@@ -101,7 +102,7 @@ def _linears_backward(
     if dss:
         ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
         if mask is not None and len(used) < len(ranks):
-            mask = mask[used]
+            mask = torch.stack(part(mask))  # indexing would copy the index to the GPU, which no capture allows
         found, dA = steps.grad_x_and_a(dys, part(weights), ds, a, rows, part(ranks), mask, needs_dx, needs_dA)
         if needs_dx:
             dx = found.view(x.shape)
@@ -412,6 +413,7 @@ def lora_update(
     if x.dim() < 1 or x.shape[:-1] != base.shape[:-1]:
         raise LoraFastError(f"x is {tuple(x.shape)}, base is {tuple(base.shape)}; all sizes but the last must be equal")
     check_factors(x, lora_A, lora_B, base.shape[-1], dropout_p)
+    check_devices(x=x, base=base, lora_A=lora_A, lora_B=lora_B)
     x = compute_input(x, None)
     p = dropout_p if training else 0.0
     if is_transformed():

@@ -532,6 +532,8 @@ def test_bad_sizes_are_named():
     refused(r"x is \(33, 70\), lora_A is \(5, 12\); x's last size must be K", lora_A=torch.zeros(5, 12))
     refused(r"lora_B has N=70, the linear layer has N=12; lora_B is \(out_features, R\)", lora_B=torch.zeros(70, 5))
     refused(r"bias is \(11,\); expected \(N,\)=\(12,\)", bias=torch.zeros(11))
+    refused(r"x is on cpu, .* lora_B on cpu, bias on meta; expected one device", bias=torch.zeros(12, device="meta"))
+    refused(r"x is on cpu, weight on meta, lora_A on cpu, .*", weight=torch.zeros(12, 70, device="meta"))
 
 
 def test_bad_values_are_named():
@@ -555,6 +557,8 @@ def test_update_refuses_too():
         lora_update(x, torch.zeros(33, 11), a, bb)
     with pytest.raises(LoraFastError, match=r"x is \(33, 70\), base is \(32, 12\)"):
         lora_update(x, torch.zeros(32, 12), a, bb)
+    with pytest.raises(LoraFastError, match=r"x is on cpu, base on cpu, lora_A on meta, lora_B on cpu; expected one"):
+        lora_update(x, torch.zeros(33, 12), a.to("meta"), bb)
     with pytest.raises(LoraFastError, match=r"dropout_p=2"):
         lora_update(x, torch.zeros(33, 12), a, bb, dropout_p=2)
 
