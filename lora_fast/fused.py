@@ -58,7 +58,7 @@ def _fused_routes(
 
 def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x = _contiguous_rows(x)
-    weight = weight.to(x.dtype)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.contiguous()
     (M, K), (N, R) = x.shape, b.shape
 
     def fused(tile: Tile | None) -> Tensor:

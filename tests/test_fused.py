@@ -2,13 +2,16 @@
 
 Without a GPU Triton's interpreter runs them, on small sizes, in fp32 and fp16."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, nan_filled, random
 
-from lora_fast import LoraFastError, lora_linear, lora_linears, lora_update, tuning
+from lora_fast import LoraFastError, grouped, lora_linear, lora_linears, lora_update, mlp, ops, tuning
+from lora_fast.dispatch import on_own_device
 from lora_fast.kernels import reference
 
 OPS = torch.ops.lora_fast
@@ -181,6 +184,47 @@ def test_a_transposed_weight_and_strided_x():
             with nan_filled(), tuning.only(route):
                 mine = run(ours, None, x, *leaves, [dy])
             check(mine, run(eager([0.75]), None, x, *leaves, [dy]), run(eager([0.75]), torch.float64, x, *leaves, [dy]))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_strided_bias(route):
+    x, (weight,), _, (a,), (b,) = random(33, 24, seed=1), *layers([12], 24, [5], torch.float32)
+    bias = random(12, 3, seed=2)[:, 1]
+    with tuning.only(route):
+        y = lora_linear(x, weight, a, b, 0.75, bias, backend="triton")
+    exact = eager([0.75])(*(t.double() for t in (x,)), [weight.double()], [a.double()], [b.double()], [bias.double()])
+    torch.testing.assert_close(y.double(), exact[0], rtol=0, atol=1e-5)
+
+
+class OnASecondGpu(torch.Tensor):
+    """Says that it is there; its numbers are on the CPU."""
+
+    device, is_cuda = torch.device("cuda", 1), True
+
+    def get_device(self):
+        return 1
+
+
+def test_every_op_makes_the_gpu_of_its_tensors_the_current_one(monkeypatch):
+    """Triton launches on the current GPU; a model spread over several has layers on others."""
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def device(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
+    x = torch.empty(3, 4).as_subclass(OnASecondGpu)
+    launch = on_own_device(lambda *arguments: current[-1])
+    assert launch(x, 1) == launch([None, x], x) == x.device
+    assert launch(torch.empty(0)) == torch.device("cuda", 0) and len(current) == 1
+    for step in (ops._linears_forward, ops._linears_backward, ops._update_forward):
+        assert step.__wrapped__
+    for op in (mlp, grouped):
+        assert op._forward.__wrapped__ and op._backward.__wrapped__
 
 
 def test_checkpoints_redraw_the_same_mask():
