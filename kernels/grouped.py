@@ -244,7 +244,7 @@ def _mask_tile(mask_ptr, rows, rows_in, first_column, mask_bytes, ROWS: tl.const
     return spread_bytes(byte, ROWS, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["drop_below"])
 def _project_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, blocks_ptr,
     K, width, mask_bytes, drop_below,
