@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from lora_fast.config import warn
+
 SCHEMA_VERSION = 1
 _choices: dict[tuple[str, str], str] = {}
 _forced: str | None = None
@@ -90,6 +92,12 @@ def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
             ms[name] = do_bench(call, warmup=10, rep=40, return_mode="median")
         except OutOfResources:
             continue
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a compiler that can't do this tile: the others can still run
+            if not name.startswith("triton"):
+                raise
+            warn(f"{name} failed to compile or run and is left out: {type(error).__name__}: {error}")
     return ms
 
 
