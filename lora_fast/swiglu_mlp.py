@@ -25,7 +25,7 @@ PROBE_DEVIATION = 3.0
 
 def _is_hooked(layer: nn.Module) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return any(hooks) or not {"forward", "_hf_hook"}.isdisjoint(layer.__dict__)
+    return any(hooks) or "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__
 
 
 def _calls(layers: list[nn.Module], x: Tensor) -> list[LinearCall] | str:
