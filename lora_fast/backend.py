@@ -31,15 +31,6 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a CUDA GPU, (0, 0) for the interpreter and for AMD's GPUs, whose numbers mean something
-    else."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0, 0
-    return torch.cuda.get_device_capability(device)
-
-
 def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
     """None where Triton kernels can run `op` on tensors of this device and dtype with this rank, else the reason as a
     sentence.
@@ -55,8 +46,9 @@ def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: 
             return "the tensors are on the CPU"
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes bf16 wrongly"
-    elif torch.version.hip is None and capability(device) < (8, 0):
-        return f"the GPU has compute capability {'.'.join(map(str, capability(device)))}; 8.0 or newer is needed"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):  # AMD's numbers differ
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed"
     if dtype not in _DTYPES:
         return f"{op} computes in {dtype}; the kernels take bf16, fp16 and fp32"
     if rank > MAX_RANK:
