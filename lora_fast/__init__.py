@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
+    from lora_fast.svd import lora_svd, lora_svdvals
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,8 @@ __all__ = [
     "lora_linear",
     "lora_linears",
     "lora_parameters",
+    "lora_svd",
+    "lora_svdvals",
     "lora_swiglu_mlp",
     "lora_update",
     "merge_lora",
@@ -68,6 +71,7 @@ _HOMES = {
     "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
+    "svd": ("lora_svd", "lora_svdvals"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -33,9 +33,12 @@ fused
 dispatch
 ops
 mlp grouped shared_input
-linear conv1d subclass peft_layers swiglu_mlp spectrum delta rank_rules
+linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_rules
+delta
 targets injection
-peft_bridge checkpoint resize
+peft_bridge checkpoint
+adapter_spectra
+resize
 rank_search decision
 __init__
 profiler

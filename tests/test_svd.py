@@ -1,0 +1,214 @@
+"""lora_svdvals, lora_svd and update_svds against singular values in 60 digits."""
+
+import functools
+import math
+
+import mpmath
+import pytest
+import torch
+
+from lora_fast import LoraFastError, lora_svd, lora_svdvals
+from lora_fast.kernels import reference_svd
+from lora_fast.svd import update_svds
+
+SIZES = [(33, 70, 12), (70, 33, 5), (64, 48, 16)]
+
+
+def orthonormal(n, r, generator):
+    return torch.linalg.qr(torch.randn(n, r, dtype=torch.float64, generator=generator))[0]
+
+
+def cases():
+    """name → (lora_A, lora_B, bound on the relative error of σ above 1e-6 σ₁). The bounds are the issue's for each
+    factor condition after scaling columns to one length: 1e-9 up to 1e3, 1e-7 up to 1e4."""
+    g = torch.Generator().manual_seed(7)
+    R, N, K = 16, 64, 48
+
+    def randn(*size):
+        return torch.randn(*size, dtype=torch.float64, generator=g)
+
+    def graded(last):
+        powers = torch.logspace(0, math.log10(last), R, dtype=torch.float64)
+        return orthonormal(N, R, g) * powers.sqrt(), powers.sqrt()[:, None] * orthonormal(K, R, g).mT
+
+    def conditioned(kappa):
+        """B = U diag(1…1/κ) Wᵀ with a full W: no scaling of columns mends it."""
+        powers = torch.logspace(0, -math.log10(kappa), R, dtype=torch.float64)
+        return (orthonormal(N, R, g) * powers) @ orthonormal(R, R, g).mT
+
+    found = {
+        "random, bf16": (randn(R, K).bfloat16(), randn(N, R).bfloat16(), 1e-9),
+        "random, fp16": (randn(R, K).half(), randn(N, R).half(), 1e-9),
+        "random, fp32": (randn(R, K).float(), randn(N, R).float(), 1e-9),
+        "condition 300": (randn(R, K).float(), conditioned(300).float(), 1e-9),
+        "condition 1e3": (randn(R, K).float(), conditioned(1e3).float(), 1e-9),
+        "condition 1e4": (randn(R, K).float(), conditioned(1e4).float(), 1e-7),
+        "condition 1e7, both": (conditioned(1e7)[:K].mT.contiguous(), conditioned(1e7), None),
+        "condition 1e12": (randn(R, K), conditioned(1e12), None),
+    }
+    for name, last in (("graded to 1e-8", 1e-8), ("graded to 1e-12", 1e-12)):
+        b, a = graded(last)
+        found[name] = (a, b, 1e-9)
+    b, a = graded(1e-8)
+    found["graded to 1e-8, bf16"] = (a.bfloat16(), b.bfloat16(), 1e-9)
+    found["duplicate values"] = (3 * orthonormal(K, R, g).mT, orthonormal(N, R, g), 1e-9)
+    b = randn(N, R).float()
+    b[:, 5], b[:, 11] = b[:, 2], b[:, 2]
+    found["duplicate columns"] = (randn(R, K).float(), b, 1e-9)
+    found["rank 8"] = (randn(R, K).float(), (randn(N, 8) @ randn(8, R)).float(), 1e-9)
+    scales = torch.logspace(0, -12, R, dtype=torch.float64)
+    found["columns scaled over 1e12"] = (randn(R, K).bfloat16(), (randn(N, R) * scales).bfloat16(), 1e-9)
+    found["columns and rows scaled"] = ((scales[:, None] * randn(R, K)).float(), (randn(N, R) / scales).float(), 1e-9)
+    found["zero columns"] = (randn(R, K).float(), randn(N, R).float() * (torch.arange(R) % 3 > 0), 1e-9)
+    return found
+
+
+CASES = cases()
+
+
+@functools.cache
+def exact(name, scaling):
+    """Singular values of scaling · B A as the first 30 digits of a computation in 60."""
+    lora_A, lora_B, _ = CASES[name]
+    with mpmath.workdps(60):
+        upper_b, upper_a = (
+            mpmath.qr(mpmath.matrix(factor.double().tolist()), mode="skinny")[1] for factor in (lora_B, lora_A.mT)
+        )
+        return [mpmath.mpf(scaling) * s for s in mpmath.svd_r(upper_b * upper_a.T, compute_uv=False)]
+
+
+def errors(S, values):
+    """(largest relative error above 1e-6 σ₁, largest absolute error over σ₁)."""
+    gaps = [abs(mpmath.mpf(s) - value) for s, value in zip(S.tolist(), values, strict=True)]
+    relative = [gap / value for gap, value in zip(gaps, values) if value > 1e-6 * values[0]]
+    return float(max(relative)), float(max(gaps) / values[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_singular_values_to_sixty_digits(name):
+    lora_A, lora_B, bound = CASES[name]
+    (found,) = update_svds([lora_A], [lora_B], [0.3])
+    relative, absolute = errors(found.S, exact(name, 0.3))
+    assert absolute <= 1e-12
+    assert relative <= found.certificate
+    assert bound is None or relative <= bound
+    assert found.S.dtype == torch.float64
+    assert (found.S[:-1] >= found.S[1:]).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vectors_are_orthonormal_and_give_the_update(name):
+    lora_A, lora_B, _ = CASES[name]
+    U, S, Vh = lora_svd(lora_A, lora_B, 0.3)
+    update = 0.3 * lora_B.double() @ lora_A.double()
+    rank = int((S > 0).sum())
+    for vectors in (U, Vh.mT):
+        assert torch.linalg.matrix_norm(vectors[:, :rank].mT @ vectors[:, :rank] - torch.eye(rank)) <= 1e-9
+        assert (vectors[:, rank:] == 0).all()
+    assert torch.linalg.matrix_norm(U * S @ Vh - update) <= 1e-13 * torch.linalg.matrix_norm(update)
+
+
+def test_what_needs_a_second_pass_gets_it():
+    statuses = {name: update_svds([a], [b], [1.0])[0].status for name, (a, b, _) in CASES.items()}
+    refined = {name for name, status in statuses.items() if status == "refined"}
+    assert {"condition 1e4", "condition 1e7, both", "condition 1e12", "duplicate columns", "rank 8"} <= refined
+    assert not refined & {
+        "random, bf16",
+        "condition 300",
+        "graded to 1e-12",
+        "columns scaled over 1e12",
+        "zero columns",
+    }
+
+
+@pytest.mark.parametrize("name", ["condition 300", "condition 1e3"])
+def test_the_first_pass_alone_keeps_its_certificate(name, monkeypatch):
+    monkeypatch.setattr("lora_fast.svd._REFINE_ABOVE", 1.0)
+    lora_A, lora_B, bound = CASES[name]
+    (found,) = update_svds([lora_A], [lora_B], [0.3])
+    relative, _ = errors(found.S, exact(name, 0.3))
+    assert found.status == "ok"
+    assert relative <= min(bound, found.certificate)
+
+
+def test_rank_deficient_updates_have_exact_zeros():
+    for name, rank in (("duplicate columns", 14), ("zero columns", 10)):
+        lora_A, lora_B, _ = CASES[name]
+        S = lora_svdvals(lora_A, lora_B)
+        assert (S[:rank] > 1e-3).all()
+        assert (S[rank:] == 0).all()
+
+
+@pytest.mark.parametrize("N, K, R", [*SIZES, (1, 9, 3), (9, 1, 3), (6, 70, 8), (70, 6, 8), (5, 4, 1)])
+def test_any_shape(N, K, R):
+    g = torch.Generator().manual_seed(N * K + R)
+    lora_A, lora_B = torch.randn(R, K, generator=g), torch.randn(N, R, generator=g)
+    p = min(N, K, R)
+    update = 0.7 * lora_B.double() @ lora_A.double()
+    values = torch.linalg.svdvals(update)[:p]
+    assert lora_svdvals(lora_A, lora_B, 0.7).sub(values).abs().max() <= 1e-13 * values[0]
+    for k in (None, 1, p):
+        U, S, Vh = lora_svd(lora_A, lora_B, 0.7, k)
+        k = p if k is None else k
+        assert (U.shape, S.shape, Vh.shape) == ((N, k), (k,), (k, K))
+        left, s, right = torch.linalg.svd(update, full_matrices=False)
+        best = left[:, :k] * s[:k] @ right[:k]
+        assert torch.linalg.matrix_norm(U * S @ Vh - best) <= 1e-12 * s[0]
+
+
+def test_batched_over_leading_sizes():
+    g = torch.Generator().manual_seed(1)
+    lora_A, lora_B = torch.randn(2, 3, 5, 33, generator=g), torch.randn(2, 3, 40, 5, generator=g)
+    lora_B[1, 0] = 0
+    U, S, Vh = lora_svd(lora_A, lora_B, -2.0)
+    assert (U.shape, S.shape, Vh.shape) == ((2, 3, 40, 5), (2, 3, 5), (2, 3, 5, 33))
+    update = -2.0 * lora_B.double() @ lora_A.double()
+    assert torch.allclose(U * S[..., None, :] @ Vh, update, rtol=0, atol=1e-12)
+    assert torch.allclose(S, lora_svdvals(lora_A, lora_B, -2.0), rtol=1e-14, atol=0)
+    assert (S[1, 0] == 0).all() and (U[1, 0] == 0).all() and (Vh[1, 0] == 0).all()
+    assert lora_svdvals(lora_A[:0], lora_B[:0]).shape == (0, 3, 5)
+
+
+def test_mixed_shapes_and_ranks_at_once_equal_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(reference_svd, "CHUNK", 1 << 9)  # several chunks, and matrices that are cut in pieces
+    g = torch.Generator().manual_seed(2)
+    As, Bs = [], []
+    for i in range(30):
+        N, K, R = SIZES[i % 3]
+        As.append(torch.randn(R, K, generator=g))
+        Bs.append(torch.randn(N + i % 2, R, generator=g) if i % 5 else torch.randn(R, N, generator=g).mT)
+    Bs[4] = Bs[4].bfloat16()
+    Bs[7] = Bs[7] * torch.nan
+    Bs[8][:, 1] = Bs[8][:, 0]
+    scalings = [0.5 + i for i in range(30)]
+    told = []
+    found = update_svds(As, Bs, scalings, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (30, 30)
+    assert [f.status for f in found].count("refined") == 1
+    for i, (f, a, b) in enumerate(zip(found, As, Bs)):
+        if i == 7:
+            assert f.status == "not finite" and f.S.isnan().all()
+            continue
+        values = torch.linalg.svdvals(scalings[i] * b.double() @ a.double())[: len(f.S)]
+        assert f.S.sub(values).abs().max() <= 1e-13 * values[0]
+
+
+def test_nothing_is_said_of_vectors_that_were_not_computed():
+    lora_A, lora_B, _ = CASES["random, fp32"]
+    with pytest.raises(LoraFastError, match="vectors=True"):
+        update_svds([lora_A], [lora_B], [1.0])[0].left(lora_B)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "k", "message"),
+    [
+        ((4, 9), (7, 5), None, r"lora_A is \(4, 9\), lora_B is \(7, 5\); expected \(R, K\) and \(N, R\) of one R"),
+        ((9,), (7, 5), None, "expected"),
+        ((2, 4, 9), (3, 7, 4), None, "the same leading sizes"),
+        ((4, 9), (7, 4), 5, r"k=5; expected a whole number from 1 to min\(R, N, K\) = 4"),
+        ((4, 9), (7, 4), 0, "k=0"),
+    ],
+)
+def test_sizes_that_do_not_fit(a, b, k, message):
+    with pytest.raises(LoraFastError, match=message):
+        lora_svd(torch.ones(a), torch.ones(b), k=k)
