@@ -340,10 +340,8 @@ def gemm_lora_sum(
     if y.numel() == 0:
         return y
     capability = capability or capability_of(s)
-    # One flag serves all w: of mixed layouts only pointers know what to do.
-    w_is_nk = all(w.stride(0) == 1 for w in ws)
-    rows = [*xs, *(w.t() if w_is_nk else w for w in ws), y, *(() if accumulate is None else (accumulate,))]
-    aligned = bool(xs) and all(map(_aligned, rows))
+    w_is_nk = _is_nk(ws)
+    aligned = bool(xs) and are_aligned(xs, ws) and (accumulate is None or _aligned(accumulate))
     descriptors = aligned and uses_descriptors(capability)
     tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
 
@@ -388,6 +386,19 @@ def gemm_lora_sum(
         num_stages=tile.num_stages,
     )
     return y
+
+
+def _is_nk(ws: Sequence[Tensor]) -> bool:
+    """Whether every w (K, N) is the transpose of a matrix with contiguous rows. One flag serves all w: of mixed layouts
+    only pointers know what to do."""
+    return all(w.stride(0) == 1 for w in ws)
+
+
+def are_aligned(xs: Sequence[Tensor], ws: Sequence[Tensor]) -> bool:
+    """Whether xs (M, Kᵢ), ws (Kᵢ, N) and a new y (M, N) can be read and written 16 bytes at a time, by descriptors."""
+    w_is_nk = _is_nk(ws)
+    y_row_bytes = ws[0].shape[1] * ws[0].itemsize
+    return y_row_bytes % 16 == 0 and all(map(_aligned, (*xs, *(w.t() if w_is_nk else w for w in ws))))
 
 
 def _aligned(tensor: Tensor) -> bool:

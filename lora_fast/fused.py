@@ -4,7 +4,8 @@ Where two routes compute the same, tuning.py picks the faster one for the shape:
 and the update added to it (2 Y or 2 X more bytes), or "triton", one kernel that adds the update before it stores."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from lora_fast import tuning
 from lora_fast.kernels import adapter_grads, factors, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
-from lora_fast.kernels.gemm_lora import Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
+from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, pick_tile
 
 # Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
 TRIED_TILES = 3
@@ -41,19 +42,34 @@ def shrink(x: Tensor, a: Tensor, ranks: Sequence[int], mask: Tensor | None) -> T
     return shrink_kernels.shrink(_contiguous_rows(x), a)[0]
 
 
-def _fused_routes(
-    call: Callable[[Tile | None], Tensor], like: Tensor, N: int, inner: Sequence[int], masks: int
-) -> dict[str, Callable[[], Tensor]]:
-    """{name: call} with the tile that the model of `pick_tile` prefers, then a few others for the tuner to try."""
-    if any(size * like.itemsize % 16 for size in (N, *inner)):  # rows that the kernel can't load 16 bytes at a time
-        return {"triton": lambda: call(None)}
-    capability, pairs = capability_of(like), len(inner)
-    best = pick_tile(like.shape[0], N, like.dtype, capability, pairs=pairs, masks=masks)
-    others = [tile for tile in candidates(like.dtype, capability, pairs=pairs, masks=masks) if tile != best]
+def layout(xs: Sequence[Tensor], weights: Sequence[Tensor], ws: Sequence[Tensor]) -> dict[str, Any]:
+    """What the speed of Σᵢ xᵢ wᵢ depends on besides sizes: weight: which dimension of the (N, K) weights is contiguous,
+    the last ("NK") or the first ("KN"); aligned: whether all rows are multiples of 16 bytes at such an address.
+
+    ws: the weights or their transposes, as they are multiplied."""
+    rows, columns = (all(weight.stride(dim) == 1 for weight in weights) for dim in (1, 0))
+    return {"weight": "NK" if rows else "KN" if columns else "mixed", "aligned": are_aligned(xs, ws)}
+
+
+@lru_cache(maxsize=256)
+def _tiles(
+    M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], pairs: int, masks: int, aligned: bool
+) -> dict[str, Tile]:
+    """{name: tile}: the one that the model of `pick_tile` prefers, then a few others for the tuner to try."""
+    kind = {"pairs": pairs, "masks": masks, "aligned": aligned}
+    best = pick_tile(M, N, dtype, capability, **kind)
+    others = [tile for tile in candidates(dtype, capability, **kind) if tile != best]
     return {
-        f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}": partial(call, t)
+        f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}": t
         for t in (best, *others[:TRIED_TILES])
     }
+
+
+def _fused_routes(
+    call: Callable[[Tile], Tensor], like: Tensor, N: int, pairs: int, masks: int, aligned: bool
+) -> dict[str, Callable[[], Tensor]]:
+    tiles = _tiles(like.shape[0], N, like.dtype, capability_of(like), pairs, masks, aligned)
+    return {name: partial(call, tile) for name, tile in tiles.items()}
 
 
 def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,12 +77,14 @@ def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | 
     weight, bias = weight.to(x.dtype), None if bias is None else bias.contiguous()
     (M, K), (N, R) = x.shape, b.shape
 
-    def fused(tile: Tile | None) -> Tensor:
+    def fused(tile: Tile) -> Tensor:
         return gemm_lora(x, weight.t(), s, b.t(), bias=bias, tile=tile)
 
+    lies = layout([x], [weight], [weight.t()])
     routes = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias)}
-    routes |= _fused_routes(fused, x, N, [K], 0)
-    return tuning.run("linear_lora", {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype}, x.device, routes)
+    routes |= _fused_routes(fused, x, N, 1, 0, lies["aligned"])
+    sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
+    return tuning.run("linear_lora", sizes | lies, x.device, routes)
 
 
 def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
@@ -119,14 +137,15 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
             dx.addmm_(dy, weight)
         return dx
 
-    def fused(tile: Tile | None) -> Tensor:
+    def fused(tile: Tile) -> Tensor:
         return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=tile)
 
     (M, _), (R, K) = ds.shape, a.shape
     Ns = [dy.shape[1] for dy in xs]
-    routes = {"cublas": cublas} | _fused_routes(fused, ds, K, Ns, len(masks))
-    sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype}
-    return tuning.run("grad_x", sizes | {"masks": len(masks)}, ds.device, routes)
+    lies = layout(xs, ws, ws)
+    routes = {"cublas": cublas} | _fused_routes(fused, ds, K, len(xs), len(masks), lies["aligned"])
+    sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype, "masks": len(masks)}
+    return tuning.run("grad_x", sizes | lies, ds.device, routes)
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -117,9 +117,12 @@ def _kernels_and_table(x: Tensor, segments, ranks: Sequence[int], scales: Sequen
     return import_module("lora_fast.kernels.grouped"), *found
 
 
-def _sizes(x: Tensor, N: int, K: int, table, **others) -> dict:
+def _sizes(x: Tensor, weight: Tensor, w: Tensor, table, **others) -> dict:
+    """What the choice of a route depends on, for x (M, K or N) times w: weight (N, K) or its transpose."""
     # block_rows stands for the lengths of the segments, on which the choice depends most: each block reads all of W.
-    return {"M": x.shape[0], "N": N, "K": K, "R": table.width, "rows": table.block_rows, "dtype": x.dtype, **others}
+    N, K = weight.shape
+    sizes = {"M": x.shape[0], "N": N, "K": K, "R": table.width, "rows": table.block_rows, "dtype": x.dtype, **others}
+    return sizes | import_module("lora_fast.fused").layout([x], [weight], [w])
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
@@ -144,7 +147,8 @@ def _triton_forward(x, weight, bias, lora_As, lora_Bs, scales, segments, mask, s
         return kernels.grouped_expand(y, s, b_all, table, out=y)
 
     routes = {"cublas": cublas, "triton": lambda: kernels.grouped_gemm(x, weight, s, b_all, table, bias=bias)}
-    return tuning.run("grouped_linear", _sizes(x, *weight.shape, table), x.device, routes), s, mask
+    sizes = _sizes(x, weight, weight.t(), table, bias=bias is not None)
+    return tuning.run("grouped_linear", sizes, x.device, routes), s, mask
 
 
 def _triton_backward(
@@ -170,7 +174,7 @@ def _triton_backward(
         def fused() -> Tensor:
             return kernels.grouped_gemm(dy, weight.t(), ds, a_all.t(), table, mask=mask)
 
-        sizes = _sizes(dy, *weight.shape, table, masks=int(mask is not None))
+        sizes = _sizes(dy, weight, weight, table, masks=int(mask is not None))
         dx = tuning.run("grouped_grad_x", sizes, dy.device, {"cublas": cublas, "triton": fused})
     if needs_dA:
         dAs = _split(kernels.grouped_grad_a(ds, x, table, mask=mask), lora_As, 0)

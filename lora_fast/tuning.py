@@ -1,10 +1,15 @@
 """Which of several implementations of one step runs for a shape: timed once on the user's GPU, then remembered.
 
-A choice belongs to a GPU, a step ("linear_lora", "grad_x"), its sizes (M rounded up to a power of two) and its dtype.
-It is looked up in this process, in the table that ships with the package (`tuned.json`: empty until shapes were
-measured on a GPU), and in the user's cache file; else the candidates are timed on the call's own tensors (median of
-repetitions with a cold L2 cache) and the winner is kept in all processes to come. Given the tables the choice is
-deterministic.
+A choice belongs to a GPU, the versions of torch and triton, a step ("linear_lora", "grad_x") and what its speed depends
+on: sizes (M rounded up to a power of two), dtype, and, as the step names them, how the weight lies, whether rows are
+aligned, whether there is a bias. It is looked up in this process, in the table that ships with the package
+(`tuned.json`: empty until shapes were measured on a GPU), and in the user's cache file; else the candidates are timed
+on the call's own tensors (median of repetitions with a cold L2 cache) and the winner is kept in all processes to come.
+
+Given the tables the choice is deterministic. The shipped table holds for every version of torch and triton, its rows
+for those that run first: the same GPU then chooses the same everywhere, and a choice measured under other versions is
+at worst slower, never wrong. Of the cache file only rows timed under the very versions that run are used; after an
+update of either what the shipped table doesn't know is timed again, and the older rows stay for whoever goes back.
 
 Where timing is not possible (a CUDA graph is being captured, the CPU interpreter) the first candidate runs and nothing
 is remembered. Where memory is too short for it, the first candidate is this process's choice: it is not tried again in
@@ -23,7 +28,7 @@ import torch
 
 from lora_fast.config import warn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _choices: dict[tuple[str, str], str] = {}
 _forced: str | None = None
 
@@ -33,24 +38,50 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_fast" / "tuning.json"
 
 
-def read_table(text: str) -> dict[tuple[str, str], str]:
-    """{(GPU, step and sizes): candidate} of a table's JSON; nothing of one that is broken or of another version."""
+@cache
+def versions() -> str:
+    """The versions that timings hold for: torch's with its build, which names the CUDA or ROCm of the BLAS."""
+    import triton
+
+    return f"torch {torch.__version__}, triton {triton.__version__}"
+
+
+def _document(text: str) -> dict[str, Any]:
+    """A table's JSON, an empty one for one that is broken or of another schema.
+
+    {"schema_version", "gpus": {GPU: {versions: {step and sizes: {"choice", "ms": {candidate: ms}}}}}}"""
     try:
         document = json.loads(text)
-        if document["schema_version"] != SCHEMA_VERSION:
-            return {}
-        return {(gpu, key): row["choice"] for gpu, rows in document["gpus"].items() for key, row in rows.items()}
+        if document["schema_version"] == SCHEMA_VERSION:
+            for tables in document["gpus"].values():
+                for rows in tables.values():
+                    for row in rows.values():
+                        row["choice"]
+            return document
     except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        pass
+    return {"schema_version": SCHEMA_VERSION, "gpus": {}}
+
+
+def read_table(text: str, *, any_versions: bool) -> dict[tuple[str, str], str]:
+    """{(GPU, step and sizes): candidate} of a table's JSON: the rows of the versions that run, or those of others too,
+    where the running ones have none, the first in the file."""
+    found: dict[tuple[str, str], str] = {}
+    for gpu, tables in _document(text)["gpus"].items():
+        others = list(tables) if any_versions else []
+        for name in (versions(), *others):
+            for key, row in tables.get(name, {}).items():
+                found.setdefault((gpu, key), row["choice"])
+    return found
 
 
 @cache
 def _known() -> dict[tuple[str, str], str]:
-    known = read_table((files("lora_fast") / "tuned.json").read_text(encoding="utf-8"))
+    shipped = read_table((files("lora_fast") / "tuned.json").read_text(encoding="utf-8"), any_versions=True)
     try:
-        return read_table(cache_file().read_text(encoding="utf-8")) | known
+        return read_table(cache_file().read_text(encoding="utf-8"), any_versions=False) | shipped
     except (OSError, ValueError, RuntimeError):  # not there, not text, or no home folder
-        return known
+        return shipped
 
 
 def _remember(gpu: str, key: str, choice: str, ms: Mapping[str, float]) -> None:
@@ -60,14 +91,12 @@ def _remember(gpu: str, key: str, choice: str, ms: Mapping[str, float]) -> None:
     except RuntimeError:
         return  # no home folder: the choice lives as long as the process
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema_version"] != SCHEMA_VERSION:
-            raise ValueError
-        document["gpus"].setdefault(gpu, {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        document = {"schema_version": SCHEMA_VERSION, "gpus": {}}
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    document = _document(text)
     row = {"choice": choice, "ms": {name: round(value, 4) for name, value in ms.items()}}
-    document["gpus"].setdefault(gpu, {})[key] = row
+    document["gpus"].setdefault(gpu, {}).setdefault(versions(), {})[key] = row
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(f".{os.getpid()}")
@@ -104,7 +133,8 @@ def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
 def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: Mapping[str, Callable[[], Any]]) -> Any:
     """The result of the candidate that is fastest for these sizes; every candidate computes the same.
 
-    candidates: {name: call}, the safest first. sizes: what the choice depends on, M by its next power of two."""
+    candidates: {name: call}, the safest first. sizes: what the choice depends on, M by its next power of two, dtype
+    with what torch lets cuBLAS make of fp32."""
     if _forced is not None:
         name = next((name for name in candidates if name.startswith(_forced)), None)
         if name is not None:
@@ -112,7 +142,7 @@ def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: M
     if device.type != "cuda" or len(candidates) == 1:
         return next(iter(candidates.values()))()
     gpu = torch.cuda.get_device_name(device)
-    key = f"{step} " + " ".join(f"{name}={_bucket(name, value)}" for name, value in sizes.items())
+    key = f"{step} " + " ".join(f"{name}={_told(name, value)}" for name, value in sizes.items())
     name = _choices.get((gpu, key)) or _known().get((gpu, key))
     if name not in candidates:
         if not _may_time():
@@ -128,8 +158,12 @@ def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: M
     return candidates[name]()
 
 
-def _bucket(name: str, value: Any) -> Any:
-    return 1 << max(value - 1, 0).bit_length() if name == "M" else value
+def _told(name: str, value: Any) -> Any:
+    if name == "M":
+        return 1 << max(value - 1, 0).bit_length()
+    if value is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return f"{value} by TF32"  # eight times as fast by cuBLAS; the kernels stay with fp32
+    return value
 
 
 def choices() -> dict[str, str]:

@@ -3,6 +3,7 @@
 Without a GPU Triton's interpreter runs them, on small sizes, in fp32 and fp16."""
 
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, n
 
 from lora_fast import LoraFastError, grouped, lora_linear, lora_linears, lora_update, mlp, ops, tuning
 from lora_fast.dispatch import on_own_device
-from lora_fast.kernels import reference
+from lora_fast.kernels import gemm_lora, reference
 
 OPS = torch.ops.lora_fast
 ROUTES = ("cublas", "triton")
@@ -194,6 +195,61 @@ def test_a_strided_bias(route):
         y = lora_linear(x, weight, a, b, 0.75, bias, backend="triton")
     exact = eager([0.75])(*(t.double() for t in (x,)), [weight.double()], [a.double()], [b.double()], [bias.double()])
     torch.testing.assert_close(y.double(), exact[0], rtol=0, atol=1e-5)
+
+
+@contextmanager
+def choices_asked():
+    """Yields the [(step, what its choice depends on, names of the candidates), …] of the calls inside the block."""
+    asked = []
+
+    def asking(step, sizes, device, candidates):
+        asked.append((step, sizes, list(candidates)))
+        return tuning_run(step, sizes, device, candidates)
+
+    tuning_run = tuning.run
+    with mock.patch.object(tuning, "run", asking):
+        yield asked
+
+
+def matrix(n, k, layout, aligned, dtype=torch.float16):
+    """(n, k) with contiguous rows ("NK") or columns ("KN"), at an odd address unless aligned."""
+    rows, columns = (n, k) if layout == "NK" else (k, n)
+    lies = random(rows * columns + 1, dtype=dtype, seed=5)[0 if aligned else 1 :][: rows * columns].view(rows, columns)
+    return lies if layout == "NK" else lies.t()
+
+
+@pytest.mark.parametrize("layout", ["NK", "KN"])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
+    """On each the two routes differ in speed; an address that is no multiple of 16 bytes rules tiles out too."""
+    x, weight = random(9, 24, dtype=torch.float16, seed=1), matrix(16, 24, layout, aligned)
+    (lora_A,), (lora_B,) = layers([16], 24, [5], torch.float32)[2:]
+    bias = random(16, dtype=torch.float16, seed=2) if has_bias else None
+    x.requires_grad_()
+    with choices_asked() as asked:
+        y = lora_linear(x, weight, lora_A, lora_B, 0.75, bias, backend="triton")
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    (forward, sizes, routes), (backward, sizes_back, routes_back) = asked
+    lies = {"weight": layout, "aligned": aligned}
+    shape = {"M": 9, "N": 16, "K": 24, "R": 5, "dtype": torch.float16}
+    assert (forward, sizes) == ("linear_lora", shape | {"bias": has_bias} | lies)
+    assert (backward, sizes_back) == ("grad_x", shape | {"N": "16", "masks": 0} | lies)
+    tiles = gemm_lora.TILES["sm_89" if aligned else "unaligned"]
+    names = {f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles}
+    assert set(routes) <= {"cublas", *names} and len(routes) == len(routes_back) > 2
+
+
+def test_weights_of_a_group_that_lie_differently_are_one_kind():
+    x, dys = random(9, 24, seed=1), [random(9, 16, seed=2), random(9, 16, seed=3)]
+    weights = [matrix(16, 24, layout, True, torch.float32) for layout in ("NK", "KN")]
+    (a, b), (c, d) = layers([16, 16], 24, [5, 3], torch.float32)[2:]
+    x.requires_grad_()
+    with choices_asked() as asked:
+        ys = lora_linears(x, weights, [a, b], [c, d], [1.0, 1.0], backend="triton")
+        torch.autograd.grad(ys, x, dys)
+    told = [(step, sizes["weight"], sizes["aligned"]) for step, sizes, _ in asked]
+    assert told == [("linear_lora", "NK", True), ("linear_lora", "KN", True), ("grad_x", "mixed", False)]
 
 
 class OnASecondGpu(torch.Tensor):

@@ -1,6 +1,8 @@
 """lora_grouped_linear: values and all gradients against float64 and against lora_linear segment by segment, in PyTorch
 and on the kernels, and what PyTorch asks of an op."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -464,3 +466,20 @@ def test_bad_input_is_named():
     refused(r"backend='gpu'; expected one of", backend="gpu")
     wide = {"lora_As": [random(513, K)], "lora_Bs": [random(N, 513)], "scalings": [1.0], "segments": []}
     refused(r"backend='triton': r=513 is above 512", **wide, backend="triton")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_choice_knows_how_the_weight_lies(transposed):
+    x, weight, lora_As, lora_Bs, bias = leaves(torch.float16, sizes=(M, 72, 16))
+    weight = weight.t().contiguous().t() if transposed else weight
+    asked = []
+
+    def asking(step, sizes, device, candidates):
+        asked.append((step, sizes["weight"], sizes["aligned"], sizes.get("bias")))
+        return candidates["cublas"]()
+
+    with mock.patch.object(tuning, "run", asking):
+        y = lora_grouped_linear(x, weight, lora_As, lora_Bs, SCALINGS, SEGMENTS, bias, backend="triton")
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    layout = "KN" if transposed else "NK"
+    assert asked == [("grouped_linear", layout, True, True), ("grouped_grad_x", layout, True, None)]

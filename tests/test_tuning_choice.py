@@ -40,6 +40,10 @@ def new_process(monkeypatch) -> None:
     tuning._known.cache_clear()
 
 
+def rows_kept(versions=None) -> dict:
+    return json.loads(tuning.cache_file().read_text())["gpus"]["GPU of a test"][versions or tuning.versions()]
+
+
 def candidates(ran=None, names=("cublas", "triton a", "triton b")):
     """Each gives its name, which it also appends to `ran`."""
 
@@ -58,14 +62,43 @@ def test_the_fastest_is_timed_once_and_kept_for_all_processes(ms, monkeypatch):
     for sizes in (SIZES, SIZES | {"M": 65}, SIZES | {"M": 128}):  # all up to the same power of two
         assert tuning.run("linear_lora", sizes, GPU, candidates(ran)) == "triton b"
     assert len(ran) == 7 and tuning.choices() == {KEY: "triton b"}
-    row = json.loads(tuning.cache_file().read_text())["gpus"]["GPU of a test"][KEY]
+    row = rows_kept()[KEY]
     assert row == {"choice": "triton b", "ms": {"cublas": 3.0, "triton a": 2.0, "triton b": 1.0}}
     new_process(monkeypatch)
     ms["triton b"] = 9.0
     ran.clear()
     assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "triton b" and ran == ["triton b"]
     assert tuning.run("linear_lora", SIZES | {"M": 129}, GPU, candidates()) == "triton a"  # another bucket: timed
-    assert len(json.loads(tuning.cache_file().read_text())["gpus"]["GPU of a test"]) == 2
+    assert len(rows_kept()) == 2
+
+
+def test_other_versions_time_again_and_leave_each_other_their_rows(ms, monkeypatch):
+    tuning.run("linear_lora", SIZES, GPU, candidates())
+    running = tuning.versions()
+    new_process(monkeypatch)
+    monkeypatch.setattr(tuning, "versions", lambda: "torch 9, triton 9")
+    ms["triton a"] = 0.5
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
+    assert rows_kept()[KEY]["choice"] == "triton a" and rows_kept(running)[KEY]["choice"] == "triton b"
+    new_process(monkeypatch)
+    monkeypatch.setattr(tuning, "versions", lambda: running)
+    ran = []
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "triton b" and ran == ["triton b"]
+
+
+def test_fp32_by_tf32_is_another_choice(ms):
+    sizes = SIZES | {"dtype": torch.float32}
+    assert tuning.run("linear_lora", sizes, GPU, candidates()) == "triton b"
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        ms["cublas"] = 0.1
+        assert tuning.run("linear_lora", sizes, GPU, candidates()) == "cublas"
+        assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "cublas"  # bf16, timed now
+        assert len(tuning.choices()) == 3
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert tuning.run("linear_lora", sizes, GPU, candidates()) == "triton b"
 
 
 def test_a_choice_that_is_no_candidate_any_more_is_made_again(ms, monkeypatch):
