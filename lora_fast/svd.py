@@ -136,7 +136,7 @@ def _batch_svds(
     bounds = 8 * EPS * core.kappa.square() / R
     finite = torch.isfinite(total)
     short = torch.tensor([min(a.shape[1], b.shape[0]) < R for a, b in zip(lora_As, lora_Bs)])
-    again = finite & (~(bounds <= _REFINE_ABOVE) | short | ~torch.isfinite(core.S).all(1))
+    again = finite & (~(bounds <= _REFINE_ABOVE) | short)
     results: list[UpdateSvd | None] = [None] * len(lora_As)
     for index in (~again).nonzero().flatten().tolist():
         if finite[index]:
