@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
+    from lora_fast.spectrum import Reading, Spectrum, kept_energy, ranks_for, readings
     from lora_fast.svd import lora_svd, lora_svdvals
 
 __version__ = "0.1.0"
@@ -33,10 +34,13 @@ __all__ = [
     "LoraFastError",
     "LoraFastWarning",
     "LoraLinear",
+    "Reading",
+    "Spectrum",
     "accelerate_peft",
     "apply_lora",
     "disable_adapters",
     "fusion_report",
+    "kept_energy",
     "load_adapter",
     "lora_grouped_linear",
     "lora_linear",
@@ -47,6 +51,8 @@ __all__ = [
     "lora_swiglu_mlp",
     "lora_update",
     "merge_lora",
+    "ranks_for",
+    "readings",
     "remove_lora",
     "save_adapter",
     "set_adapter",
@@ -71,6 +77,7 @@ _HOMES = {
     "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
+    "spectrum": ("Reading", "Spectrum", "kept_energy", "ranks_for", "readings"),
     "svd": ("lora_svd", "lora_svdvals"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
