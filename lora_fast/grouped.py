@@ -4,9 +4,11 @@
 
 as one op, whatever the number of adapters: kernels/grouped.py, or in PyTorch a loop over the segments of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,15 +36,18 @@ from lora_fast.kernels import reference
 
 # segments: first row, end and adapter of each, one after another, checked by the op itself, which sees numbers where a
 # compiler sees symbols. SymInt: a compiled graph then serves as many other segments. Without a weight the op is the
-# update alone. With `seed` the op draws the mask and returns it last.
+# update alone. With `seed` the op draws the mask and returns it last. Tagged so that a compiler leaves the ops out of
+# its CUDA graphs: the table of a batch that they see for the first time is copied from the host.
 library.define(
     "grouped_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor[] lora_As, Tensor[] lora_Bs, float[] scalings, "
-    "SymInt[] segments, Tensor? mask, Tensor? seed, float dropout_p, bool triton) -> Tensor[]"
+    "SymInt[] segments, Tensor? mask, Tensor? seed, float dropout_p, bool triton) -> Tensor[]",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 library.define(
     "grouped_backward(Tensor dy, Tensor x, Tensor? weight, Tensor[] lora_As, Tensor[] lora_Bs, Tensor s, Tensor? mask, "
     "float[] scalings, SymInt[] segments, float dropout_p, bool needs_dx, bool needs_dA, bool needs_dB, bool triton) "
-    "-> Tensor[]"
+    "-> Tensor[]",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
@@ -100,21 +105,64 @@ def _triples(flat: Sequence[int]) -> list[tuple[int, int, int]]:
 # --- The op in PyTorch and on the kernels -----------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def _cached_table(segments: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...], rows: int, device):
-    table = import_module("lora_fast.kernels.grouped").block_table(_triples(segments), ranks, rows, device)
-    return table, torch.tensor(scales, dtype=torch.float32, device=device)
+class _Copies:
+    """What was copied to a device, by what it was made from: the last KEPT of them, and all that a CUDA graph reads.
+
+    A graph reads the same memory at every replay, and nothing tells when it has gone: what was found inside a capture
+    is kept as long as the process. Nothing can be copied there: what was not made before is refused."""
+
+    KEPT = 64  # as many as batches above
+
+    def __init__(self, what: str, make: Callable[..., Any]):
+        self.what, self.make = what, make
+        self.recent: dict[tuple, Any] = {}  # the most recently used last
+        self.captured: dict[tuple, Any] = {}
+        self.lock = Lock()
+
+    def get(self, *key, device: torch.device) -> Any:
+        """make(*key, device), or what it made before."""
+        key = (*key, device)
+        with self.lock:
+            found = self.captured.get(key)
+            if found is None:
+                found = self.recent.pop(key, None)
+            if _is_captured(device):
+                if found is None:
+                    raise LoraFastError(
+                        f"a CUDA graph is being captured, in which {self.what} can't be copied to the GPU; call "
+                        "lora_grouped_linear once before the capture, forward and backward, with the same segments, "
+                        "ranks, scalings and dropout"
+                    )
+                self.captured[key] = found
+            elif found is None:
+                found = self.make(*key)
+            if key not in self.captured:
+                self.recent[key] = found
+                if len(self.recent) > self.KEPT:
+                    del self.recent[next(iter(self.recent))]
+        return found
 
 
-_captured: dict[int, tuple] = {}
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _kernels_and_table(x: Tensor, segments, ranks: Sequence[int], scales: Sequence[float]):
-    """The kernels, the table of these segments, and s' as a tensor: copied there once a batch, for all layers."""
-    found = _cached_table(tuple(segments), tuple(ranks), tuple(scales), x.shape[0], x.device)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured[id(found)] = found  # a CUDA graph reads its table at every replay, also when the cache has dropped it
-    return import_module("lora_fast.kernels.grouped"), *found
+def _make_table(flat: tuple[int, ...], ranks: tuple[int, ...], rows: int, device: torch.device):
+    return import_module("lora_fast.kernels.grouped").block_table(_triples(flat), ranks, rows, device)
+
+
+def _make_scales(scales: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(scales, dtype=torch.float32, device=device)
+
+
+_tables = _Copies("the table of these segments", _make_table)
+_scales = _Copies("the scalings", _make_scales)
+
+
+def _kernels_and_table(x: Tensor, segments, ranks: Sequence[int]):
+    """The kernels, and the table of these segments: copied to the device once a batch, for all layers."""
+    table = _tables.get(tuple(segments), tuple(ranks), x.shape[0], device=x.device)
+    return import_module("lora_fast.kernels.grouped"), table
 
 
 def _sizes(x: Tensor, weight: Tensor, w: Tensor, table, **others) -> dict:
@@ -131,7 +179,7 @@ def _contiguous_rows(x: Tensor) -> Tensor:
 
 def _triton_forward(x, weight, bias, lora_As, lora_Bs, scales, segments, mask, seed, dropout_p):
     """y (M, N), S (M, width), mask."""
-    kernels, table, _ = _kernels_and_table(x, segments, ranks_of(lora_As), scales)
+    kernels, table = _kernels_and_table(x, segments, ranks_of(lora_As))
     x = _contiguous_rows(x)
     a_all, b_all = kernels.stack_factors(lora_As, lora_Bs, scales, x.dtype)
     if mask is None:
@@ -155,8 +203,7 @@ def _triton_backward(
     dy, x, weight, lora_As, lora_Bs, s, mask, scales, segments, needs_dx, needs_dA, needs_dB
 ) -> tuple[Tensor | None, list[Tensor] | None, list[Tensor] | None]:
     """dx, every dA, every dB; None where not needed."""
-    ranks = ranks_of(lora_As)
-    kernels, table, scale_tensor = _kernels_and_table(x, segments, ranks, scales)
+    kernels, table = _kernels_and_table(x, segments, ranks_of(lora_As))
     x, dy = _contiguous_rows(x), _contiguous_rows(dy)
     dx = dAs = dBs = None
     if needs_dx or needs_dA:
@@ -179,14 +226,18 @@ def _triton_backward(
     if needs_dA:
         dAs = _split(kernels.grouped_grad_a(ds, x, table, mask=mask), lora_As, 0)
     if needs_dB:
+        scale_tensor = _scales.get(tuple(scales), device=x.device)
         dBs = _split(kernels.grouped_grad_b(dy, s, table, scale_tensor), lora_Bs, 1)
     return dx, dAs, dBs
 
 
 def _split(grads: Tensor, factors: Sequence[Tensor], dim: int) -> list[Tensor]:
     """The parts of `grads`, each like its factor and with memory of its own, in one launch where factors are fp32."""
-    parts = [grads.new_empty(factor.shape) for factor in factors]
-    torch.split_with_sizes_copy(grads, [factor.shape[dim] for factor in factors], dim, out=parts)
+    parts, sizes = [grads.new_empty(factor.shape) for factor in factors], [factor.shape[dim] for factor in factors]
+    if _is_captured(grads.device):  # split_with_sizes_copy copies its addresses from memory that a replay finds reused
+        torch._foreach_copy_(parts, grads.split(sizes, dim))
+    else:
+        torch.split_with_sizes_copy(grads, sizes, dim, out=parts)
     return [part.to(factor.dtype) for part, factor in zip(parts, factors)]
 
 
@@ -382,8 +433,13 @@ def lora_grouped_linear(
     values are those of `lora_linear` on the rows of each adapter; an adapter without rows gets gradients of zero.
     `weight` is frozen: where it requires a gradient, the base product is left to torch and only the update is ours.
     Kept for backward: x, S (M, largest rank rounded up to 16) and, with dropout, one bit per element of x. The kernels
-    get a table of the segments, made once a batch for all layers whose adapters have the same ranks and scalings.
-    Raises LoraFastError for segments, sizes, dtypes or devices that do not fit, or a backend that can't run."""
+    get a table of the segments, made once a batch for all layers whose adapters have the same ranks, and copied to the
+    GPU. That copy can't be part of a CUDA graph: before a capture run the step once as it will be captured (forward,
+    backward, training or not), with the same segments, ranks and scalings. A replay then keeps to those segments, and
+    the table of a captured batch, 4 bytes a row and 16 a block of rows, is kept as long as the process. torch.compile
+    leaves the op out of the CUDA graphs that it makes.
+    Raises LoraFastError for segments, sizes, dtypes or devices that do not fit, a backend that can't run, or a capture
+    without that first run."""
     check_backend(backend)
     if not len(lora_As) == len(lora_Bs) == len(scalings):
         raise LoraFastError(

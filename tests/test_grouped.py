@@ -419,20 +419,113 @@ def test_function_transforms_differentiate_and_batch():
     torch.testing.assert_close(torch.func.vmap(lambda x: ours()(x, *rest))(batch)[0], y)
 
 
-def test_the_table_is_made_once_a_batch_and_the_caches_stay_small():
+@pytest.fixture
+def copies(monkeypatch):
+    """Empty caches; yields the keys of what is copied to the device, as it is made."""
+    made = []
+    for cache in (grouped._tables, grouped._scales):
+        monkeypatch.setattr(cache, "recent", {})
+        monkeypatch.setattr(cache, "captured", {})
+        make = cache.make
+        monkeypatch.setattr(cache, "make", lambda *key, make=make: (made.append(key), make(*key))[1])
+    return made
+
+
+def test_the_table_is_made_once_a_batch(copies):
     tensors, dy = leaves(torch.float32, sizes=(41, 24, 12)), random(41, 12, seed=4)
-    grouped._cached_table.cache_clear()
     with tuning.only("cublas"):
         for _ in range(2):
             run(ours(backend="triton"), None, *tensors, dy)
         run(ours([*reversed(SEGMENTS), (38, 41, -1)], backend="triton"), None, *tensors, dy)  # the same batch
-    info = grouped._cached_table.cache_info()
-    assert (info.misses, info.hits) == (1, 5)
-    for row in range(2 * info.maxsize):
-        grouped._cached_table((row, row + 1, 0), (5,), (1.0,), 2 * info.maxsize, DEVICE)
-        grouped._cached_spans((row, row + 1, 0), 2 * info.maxsize, 1)
-    assert grouped._cached_table.cache_info().currsize == info.maxsize
+        expected = [(tuple(FLAT), RANKS, 41, DEVICE), (SCALINGS, DEVICE)]
+        assert copies == expected
+        run(ours(backend="triton", dropout_p=0.5), None, *tensors, dy)  # other scalings, the same table
+        assert copies == [*expected, (tuple(2 * scaling for scaling in SCALINGS), DEVICE)]
+
+
+def test_the_caches_stay_small_and_keep_what_is_used(copies):
+    kept, tables = grouped._tables.KEPT, grouped._tables
+
+    def ask(row):
+        return tables.get((row, row + 1, 0), (5,), 2 * kept, device=DEVICE)
+
+    first = ask(0)
+    for row in range(2 * kept):
+        ask(row)
+        assert ask(0) is first
+        grouped._cached_spans((row, row + 1, 0), 2 * kept, 1)
+    assert len(tables.recent) == kept and len(copies) == 2 * kept
     assert grouped._cached_spans.cache_info().currsize == grouped._cached_spans.cache_info().maxsize
+
+
+def test_what_a_capture_has_seen_is_kept_and_nothing_is_copied_in_it(copies, monkeypatch):
+    """The device is what the tests run on; that a graph is being captured is only said."""
+    tensors, dy = leaves(torch.float32, sizes=(41, 24, 12)), random(41, 12, seed=4)
+    step = ours(backend="triton", dropout_p=0.5)
+
+    def seeded(*arguments):
+        torch.manual_seed(5)
+        return step(*arguments)
+
+    def captured(is_captured):
+        monkeypatch.setattr(grouped, "_is_captured", lambda device: is_captured)
+
+    sentence = r"a CUDA graph is being captured, in which the table of these segments can't be copied to the GPU; call"
+    with tuning.only("cublas"):
+        captured(True)
+        with pytest.raises(LoraFastError, match=sentence):
+            run(seeded, None, *tensors, dy)
+        assert not copies and not grouped._tables.recent
+        captured(False)
+        before = run(seeded, None, *tensors, dy)
+        assert len(copies) == 2
+        captured(True)
+        torch.testing.assert_close(run(seeded, None, *tensors, dy), before, rtol=0, atol=0)
+        with pytest.raises(LoraFastError, match="in which the scalings can't be copied to the GPU"):
+            run(ours(backend="triton", dropout_p=0.25), None, *tensors, dy)
+        assert len(copies) == 2 and len(grouped._tables.captured) == len(grouped._scales.captured) == 1
+        captured(False)
+        for row in range(2 * grouped._tables.KEPT):
+            grouped._tables.get((row, row + 1, 0), (5,), 2 * grouped._tables.KEPT, device=DEVICE)
+        captured(True)  # another graph of the same batch, after many other batches
+        torch.testing.assert_close(run(seeded, None, *tensors, dy), before, rtol=0, atol=0)
+        assert len(grouped._tables.recent) == grouped._tables.KEPT
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph needs a GPU")
+def test_a_cuda_graph(copies):
+    tensors, dy = leaves(torch.float16), random(M, N, dtype=torch.float16, seed=4)
+    x, weight, lora_As, lora_Bs, bias = tensors
+
+    def step():
+        y = lora_grouped_linear(x, weight, lora_As, lora_Bs, SCALINGS, SEGMENTS, bias, backend="triton")
+        return [y.detach(), *torch.autograd.grad(y, [x, *lora_As, *lora_Bs, bias], dy)]
+
+    with tuning.only("triton"):
+        with (
+            pytest.raises(LoraFastError, match="a CUDA graph is being captured"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            step()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        with torch.no_grad():
+            x.copy_(random(M, K, dtype=torch.float16, seed=7))
+        for row in range(2 * grouped._tables.KEPT):  # the graph's table has to survive other batches
+            grouped._tables.get((row, row + 1, 0), (5,), 2 * grouped._tables.KEPT, device=DEVICE)
+        graph.replay()
+        assert all(torch.equal(replayed, eager) for replayed, eager in zip(results, step(), strict=True))
+
+
+def test_compilers_leave_the_ops_out_of_their_cuda_graphs():
+    for op in (OPS.grouped_forward.default, OPS.grouped_backward.default):
+        assert torch.Tag.cudagraph_unsafe in op.tags
 
 
 def refused(sentence, **changes):
