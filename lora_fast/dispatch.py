@@ -19,7 +19,18 @@ KERNEL_GROUP = 3
 library = torch.library.Library("lora_fast", "DEF")
 # Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
 library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-library.impl("dropout_mask", reference.dropout_mask, "CompositeExplicitAutograd")
+
+# The functions behind the registered ops: a dispatch mode that looks inside an op (a memory tracker) calls these.
+IMPLEMENTATIONS: dict[str, Callable] = {}
+
+
+def implement(name: str, function: Callable) -> None:
+    """Makes `function` what the defined op `name` computes, on every device."""
+    library.impl(name, function, "CompositeExplicitAutograd")
+    IMPLEMENTATIONS[f"{library.ns}::{name}"] = function
+
+
+implement("dropout_mask", reference.dropout_mask)
 
 
 def steps_for(triton: bool) -> ModuleType:

@@ -23,6 +23,7 @@ from lora_fast.dispatch import (
     draw_masks,
     fake_mask,
     flatten,
+    implement,
     is_observed,
     is_transformed,
     library,
@@ -293,8 +294,8 @@ def _backward(
     return [x.new_empty(0) if dx is None else dx.view(x.shape), *(dAs or nothing()), *(dBs or nothing())]
 
 
-library.impl("grouped_forward", _forward, "CompositeExplicitAutograd")
-library.impl("grouped_backward", _backward, "CompositeExplicitAutograd")
+implement("grouped_forward", _forward)
+implement("grouped_backward", _backward)
 
 
 @torch.library.register_fake("lora_fast::grouped_forward", lib=library)

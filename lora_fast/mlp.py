@@ -20,6 +20,7 @@ from lora_fast.dispatch import (
     draw_masks,
     fake_mask,
     flatten,
+    implement,
     is_observed,
     is_transformed,
     library,
@@ -92,8 +93,8 @@ def _backward(
     return [dx, *dAs, *(dB.to(b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs))]
 
 
-library.impl("swiglu_mlp_forward", _forward, "CompositeExplicitAutograd")
-library.impl("swiglu_mlp_backward", _backward, "CompositeExplicitAutograd")
+implement("swiglu_mlp_forward", _forward)
+implement("swiglu_mlp_backward", _backward)
 
 
 @torch.library.register_fake("lora_fast::swiglu_mlp_forward", lib=library)

@@ -25,6 +25,7 @@ from lora_fast.dispatch import (
     draw_masks,
     fake_mask,
     flatten,
+    implement,
     is_observed,
     is_transformed,
     library,
@@ -112,12 +113,9 @@ def _linears_backward(
     return [dx, *dAs, *dBs]
 
 
-for _name, _function in {
-    "linears_forward": _linears_forward,
-    "update_forward": _update_forward,
-    "linears_backward": _linears_backward,
-}.items():
-    library.impl(_name, _function, "CompositeExplicitAutograd")
+implement("linears_forward", _linears_forward)
+implement("update_forward", _update_forward)
+implement("linears_backward", _linears_backward)
 
 
 @torch.library.register_fake("lora_fast::linears_forward", lib=library)
