@@ -34,7 +34,7 @@ dispatch
 ops
 mlp grouped shared_input
 linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_rules
-delta
+checkpoint_pair delta
 targets injection
 peft_bridge checkpoint
 adapter_spectra
