@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lora_fast.adapter_updates import adapter_factors
     from lora_fast.checkpoint import load_adapter, save_adapter
     from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
     from lora_fast.fusion import FusionReport, fusion_report
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from lora_fast.peft_bridge import accelerate_peft
     from lora_fast.spectrum import Reading, Spectrum, kept_energy, ranks_for, readings
     from lora_fast.svd import lora_svd, lora_svdvals
+    from lora_fast.update_spectra import (
+        adapter_spectra,
+        amplification_factor,
+        intruder_dimensions,
+        subspace_similarity,
+    )
 
 __version__ = "0.1.0"
 
@@ -37,9 +44,13 @@ __all__ = [
     "Reading",
     "Spectrum",
     "accelerate_peft",
+    "adapter_factors",
+    "adapter_spectra",
+    "amplification_factor",
     "apply_lora",
     "disable_adapters",
     "fusion_report",
+    "intruder_dimensions",
     "kept_energy",
     "load_adapter",
     "lora_grouped_linear",
@@ -56,10 +67,12 @@ __all__ = [
     "remove_lora",
     "save_adapter",
     "set_adapter",
+    "subspace_similarity",
     "unmerge_lora",
 ]
 
 _HOMES = {
+    "adapter_updates": ("adapter_factors",),
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
     "fusion": ("FusionReport", "fusion_report"),
@@ -79,6 +92,12 @@ _HOMES = {
     "peft_bridge": ("accelerate_peft",),
     "spectrum": ("Reading", "Spectrum", "kept_energy", "ranks_for", "readings"),
     "svd": ("lora_svd", "lora_svdvals"),
+    "update_spectra": (
+        "adapter_spectra",
+        "amplification_factor",
+        "intruder_dimensions",
+        "subspace_similarity",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

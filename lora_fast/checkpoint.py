@@ -196,10 +196,11 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(one)
 
 
-def read_adapter(folder: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
+def read_adapter(folder: str | os.PathLike, *, check_finite: bool = True) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The config and the tensors (keyed by module path in the base model, on the CPU, as stored) of a PEFT adapter
     folder.
 
+    check_finite=False leaves it to the caller to find NaN and inf.
     Raises LoraFastError for a missing or damaged file, another PEFT method, a field that lora-fast can't honour, NaN or
     inf."""
     folder = Path(folder)
@@ -225,7 +226,7 @@ def read_adapter(folder: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tenso
     for key, value in stored.items():
         if not key.startswith(_PREFIX):
             raise LoraFastError(f"{folder / WEIGHTS_NAME}: {key} doesn't start with {_PREFIX!r}, as PEFT's keys do")
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if check_finite and value.is_floating_point() and not torch.isfinite(value).all():
             raise LoraFastError(
                 f"{folder / WEIGHTS_NAME}: {key} holds NaN or inf; the training run that wrote it diverged"
             )

@@ -37,7 +37,9 @@ linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_rules
 checkpoint_pair delta
 targets injection
 peft_bridge checkpoint
-adapter_spectra
+adapter_updates
+base_weights
+update_spectra
 resize
 rank_search decision
 __init__

@@ -1,0 +1,226 @@
+"""The updates ΔW = s·B·A of an adapter: their factors, read from a PEFT folder or out of a model."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from lora_fast.config import BASE_CHANGING_INITS, LoraFastError
+from lora_fast.injection import lora_layers, lora_state
+
+# PEFT's values of init_lora_weights that leave the base weights as they are.
+_STARTS_OF_FACTORS_ALONE = frozenset({"True", "False", "gaussian", "orthogonal", "eva"})
+DIVERGED = "holds NaN or inf; the training run that wrote it diverged"
+
+
+class Factors(NamedTuple):
+    """One update ΔW = scaling · lora_B lora_A: lora_A (R, K), lora_B (N, R), in the dtype and on the device that they
+    have. Of a convolution, K = C_in · kh · kw. Of an embedding N is its width and K the vocabulary, and ΔW is the
+    transpose of what is added to its weight."""
+
+    name: str
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterUpdates:
+    """An adapter's updates; the layers whose base weight is stored as (K, N); what a reader of spectra should know."""
+
+    source: str
+    factors: list[Factors]
+    transposed: frozenset[str]
+    note: str | None
+
+
+def adapter_factors(adapter: str | os.PathLike | nn.Module) -> list[Factors]:
+    """The factors of every update that `adapter` makes, in its order.
+
+    adapter: a PEFT folder, a model adapted by lora-fast (its active adapter), or one adapted by PEFT (likewise).
+    Weights that an adapter trains in full (modules_to_save) and biases are no s·B·A and are not listed.
+    What the updates are relative to: the base weights; but an adapter that started with PiSSA or OLoRA took s·B₀·A₀ off
+    them first, and a folder's s·B·A is relative to what was left. In a model adapted by lora-fast B₀ and A₀ are known:
+    there such a layer gives [B, −B₀] and [A; A₀], of rank 2 R, relative to the original weights.
+    Raises LoraFastError for what is no adapter, another method than plain LoRA (DoRA among them, by name), A without B,
+    ranks that differ, NaN or inf."""
+    found = read_updates(adapter, check_finite=True)
+    if not isinstance(adapter, (str, os.PathLike)):
+        for name, lora_A, lora_B, _ in found.factors:
+            if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+                raise LoraFastError(f"{found.source}: {name} {DIVERGED}")
+    return found.factors
+
+
+def read_updates(adapter: str | os.PathLike | nn.Module, *, check_finite: bool) -> AdapterUpdates:
+    if isinstance(adapter, (str, os.PathLike)):
+        return _from_folder(Path(adapter), check_finite)
+    if not isinstance(adapter, nn.Module):
+        raise LoraFastError(
+            f"adapter is a {type(adapter).__name__}; expected a PEFT folder, or a model that carries an adapter"
+        )
+    while len(adapter._modules) == 1 and (inner := adapter._modules.keys() & {"_orig_mod", "module"}):
+        adapter = adapter._modules[inner.pop()]  # compiled, or wrapped for data parallelism
+    return _from_peft(adapter) if _carries_peft(adapter) else _from_model(adapter)
+
+
+def _from_folder(folder: Path, check_finite: bool) -> AdapterUpdates:
+    config, tensors = read_adapter(folder, check_finite=check_finite)
+    source = str(folder / WEIGHTS_NAME)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    embeddings, others = set(), []
+    for key, value in tensors.items():
+        path, _, rest = key.rpartition(".lora_")
+        if rest in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
+            pairs.setdefault(path, {})[rest.removeprefix("embedding_")[0]] = value
+            if rest.startswith("embedding"):
+                embeddings.add(path)
+        elif path:
+            raise LoraFastError(
+                f"{source}: {path} has a lora_{rest}"
+                + (", so it is DoRA" if "magnitude" in rest else "")
+                + "; its update is not scaling · lora_B lora_A, use PEFT for it"
+            )
+        else:
+            others.append(key)
+    factors = []
+    for path, pair in sorted(pairs.items(), key=_counting_order):
+        factor = _factors(source, path, pair.get("A"), pair.get("B"), config.scaling_of(path))
+        if (rank := factor.lora_A.shape[0]) != config.rank_of(path):
+            raise LoraFastError(
+                f"{source}: {path} has rank {rank}, {CONFIG_NAME} gives it {config.rank_of(path)} (r, rank_pattern): "
+                "its scaling can't be known; correct the config"
+            )
+        factors.append(factor)
+    if not factors:
+        raise LoraFastError(f"{source} holds no lora_A and lora_B; expected the weights of a LoRA adapter")
+    transposed = frozenset(pairs) if config.fan_in_fan_out else frozenset(embeddings)
+    notes = []
+    if config.init_lora_weights in BASE_CHANGING_INITS:
+        notes.append(_start_note(config.init_lora_weights))
+    if others:
+        notes.append(_others_note(others))
+    return AdapterUpdates(source, factors, transposed, "; ".join(notes) or None)
+
+
+def _counting_order(item: tuple[str, object]) -> list[tuple[int, str]]:
+    """layers.2 before layers.10, which the file sorts as words."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
+
+
+def _from_model(model: nn.Module) -> AdapterUpdates:
+    state = lora_state(model)
+    name, source = state.active, f"adapter {state.active!r} of this {type(model).__name__}"
+    config = state.configs[name]
+    factors, transposed = [], set()
+    for path, layer in lora_layers(model).items():
+        if name not in layer.adapter_specs:
+            continue
+        if config.init_lora_weights in BASE_CHANGING_INITS:
+            lora_A, lora_B = layer.plain_factors(name, config.init_lora_weights)
+            scaling = 1.0
+        else:
+            lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            scaling = layer.adapter_specs[name].scaling
+        factors.append(_factors(source, path, lora_A, lora_B, scaling))
+        if layer.fan_in_fan_out:
+            transposed.add(path)
+    others = [*state.copies.get(name, {}), *(state.biases if config.bias != "none" else ())]
+    return AdapterUpdates(source, factors, frozenset(transposed), _others_note(others) if others else None)
+
+
+def _carries_peft(model: nn.Module) -> bool:
+    """Whether PEFT adapted `model` (get_peft_model, or Transformers' add_adapter), without importing peft to ask."""
+    return any(hasattr(module, "peft_config") for module in model.modules())
+
+
+def _from_peft(model: nn.Module) -> AdapterUpdates:
+    # Imported here and not above: `import lora_fast` must not bring in peft.
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    source = f"this {type(model).__name__}"
+    factors, transposed, names = [], set(), set()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        path = path.removeprefix("base_model.model.")
+        if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
+            raise LoraFastError(
+                f"{source}: {path} is a {type(layer).__module__}.{type(layer).__name__}; expected plain LoRA, whose "
+                "update is scaling · lora_B lora_A"
+            )
+        held = layer.lora_A.keys() | layer.lora_embedding_A.keys()
+        active = [name for name in layer.active_adapters if name in held]
+        if len(active) > 1:
+            raise LoraFastError(
+                f"{source}: {len(active)} adapters are active on {path} ({', '.join(active)}); set_adapter to one"
+            )
+        if not active:
+            continue
+        name = active[0]
+        names.add(name)
+        if name in layer.lora_variant or layer.lora_bias.get(name):
+            variant = "lora_bias" if layer.lora_bias.get(name) else type(layer.lora_variant[name]).__name__
+            raise LoraFastError(
+                f"{source}: {path} is a LoRA variant ({variant}{', DoRA' if layer.use_dora.get(name) else ''}); its "
+                "update is not scaling · lora_B lora_A, use PEFT for it"
+            )
+        if name in layer.lora_embedding_A:
+            lora_A, lora_B = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+            transposed.add(path)
+        else:
+            lora_A, lora_B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if getattr(layer, "fan_in_fan_out", False):
+                transposed.add(path)
+        factors.append(_factors(source, path, lora_A, lora_B, layer.scaling[name]))
+    if not factors:
+        raise LoraFastError(f"{source} has no active LoRA adapter; set_adapter to one")
+    configs = next(module.peft_config for module in model.modules() if hasattr(module, "peft_config"))
+    starts = {str(configs[name].init_lora_weights) for name in names} - _STARTS_OF_FACTORS_ALONE
+    notes = [_start_note(start) for start in sorted(starts)]
+    if others := [other for name in names for other in configs[name].modules_to_save or ()]:
+        notes.append(_others_note(others))
+    return AdapterUpdates(source, factors, frozenset(transposed), "; ".join(notes) or None)
+
+
+def _start_note(start: str) -> str:
+    remedy = "; for the update of the original ones, load_adapter it into the base model and give that model"
+    return (
+        f"init_lora_weights={start!r} took something off the base weights at the start, and s·B·A is relative to what "
+        "was left" + (remedy if start in BASE_CHANGING_INITS else "")
+    )
+
+
+def _others_note(others: list[str]) -> str:
+    return f"it also trains {few(others)} in full; that is no product of factors, and is left out"
+
+
+def _factors(source: str, path: str, lora_A: Tensor | None, lora_B: Tensor | None, scaling: float) -> Factors:
+    """Both factors as matrices. Raises LoraFastError where they are not two of one rank."""
+    if lora_A is None or lora_B is None:
+        there, gone = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
+        raise LoraFastError(f"{source}: {path} has {there} and no {gone}; the file is incomplete")
+    lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    for factor in (lora_A, lora_B):
+        if factor.dim() < 2 or not factor.is_floating_point() or factor.is_meta:
+            raise LoraFastError(
+                f"{source}: a factor of {path} is {factor.dtype} of shape {tuple(factor.shape)} on {factor.device}; "
+                "expected a matrix of floating-point numbers that are in memory"
+            )
+    shapes = tuple(lora_A.shape), tuple(lora_B.shape)
+    lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
+    if lora_A.shape[0] != lora_B.shape[1]:
+        raise LoraFastError(
+            f"{source}: the ranks of {path} differ: lora_A is {shapes[0]}, of rank {lora_A.shape[0]}, lora_B is "
+            f"{shapes[1]}, of rank {lora_B.shape[1]}"
+        )
+    return Factors(path, lora_A, lora_B, float(scaling))
+
+
+def few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
