@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
+    from lora_fast.resize import ResizeReport, merge_adapters, resize_adapter
     from lora_fast.spectrum import Reading, Spectrum, kept_energy, ranks_for, readings
     from lora_fast.svd import lora_svd, lora_svdvals
     from lora_fast.update_spectra import (
@@ -42,6 +43,7 @@ __all__ = [
     "LoraFastWarning",
     "LoraLinear",
     "Reading",
+    "ResizeReport",
     "Spectrum",
     "accelerate_peft",
     "adapter_factors",
@@ -61,10 +63,12 @@ __all__ = [
     "lora_svdvals",
     "lora_swiglu_mlp",
     "lora_update",
+    "merge_adapters",
     "merge_lora",
     "ranks_for",
     "readings",
     "remove_lora",
+    "resize_adapter",
     "save_adapter",
     "set_adapter",
     "subspace_similarity",
@@ -90,6 +94,7 @@ _HOMES = {
     "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
+    "resize": ("ResizeReport", "merge_adapters", "resize_adapter"),
     "spectrum": ("Reading", "Spectrum", "kept_energy", "ranks_for", "readings"),
     "svd": ("lora_svd", "lora_svdvals"),
     "update_spectra": (
