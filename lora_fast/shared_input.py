@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from lora_fast.dispatch import KERNEL_GROUP
 from lora_fast.ops import lora_linear, lora_linears
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
+# A fake tensor has no memory, and else is as plain: what is estimated groups as what runs.
+_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 class LinearCall(NamedTuple):
@@ -182,7 +184,8 @@ def _same(before: LinearCall, now: LinearCall) -> bool:
         and before.lora_A is now.lora_A
         and before.lora_B is now.lora_B
         and before[4:] == now[4:]
-        and before.weight.data_ptr() == now.weight.data_ptr()
+        and before.weight.untyped_storage()._cdata == now.weight.untyped_storage()._cdata
+        and before.weight.storage_offset() == now.weight.storage_offset()
     )
 
 

@@ -6,8 +6,9 @@ training, where it may have a dropout of its own. Its class then becomes a subcl
 call by call, wherever that computes what the layers would: their adapters run, with one dropout, and nothing hooks into
 them. Everywhere else its own forward runs."""
 
+import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import permutations
@@ -103,13 +104,32 @@ def _has_sizes(layer: nn.Module) -> bool:
     return hasattr(layer, "in_features") and hasattr(layer, "out_features")
 
 
+def _weight(layer: nn.Module) -> Tensor:
+    return layer.base_layer.weight if hasattr(layer, "base_layer") else layer.weight
+
+
+def _with_values(parent: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device that can compute: a few random numbers, repeated, on the CPU."""
+    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+    copied = copy.deepcopy(parent).to_empty(device="cpu")
+    for tensor in (*copied.parameters(), *copied.buffers()):
+        if tensor.is_floating_point():
+            scale = tensor.shape[-1] ** -0.5 if tensor.dim() else 1.0
+            for part in tensor.view(-1).split(len(numbers)):
+                part.copy_(numbers[: len(part)] * scale)
+    return copied
+
+
 @torch.no_grad()
 def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
     """Whether the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes."""
-    layers = [getattr(parent, name) for name in names]
-    weight = layers[0].base_layer.weight if hasattr(layers[0], "base_layer") else layers[0].weight
-    if type(weight) not in (nn.Parameter, Tensor) or weight.is_meta or not weight.is_floating_point():
+    weight = _weight(getattr(parent, names[0]))
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return False
+    if weight.is_meta:
+        parent = _with_values(parent)
+    layers = [getattr(parent, name) for name in names]
+    weight = _weight(layers[0])
     generator = torch.Generator().manual_seed(0)  # not torch's own: a training run's seed must not notice the probe
     x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight)
     calls = _calls(layers, x)
@@ -159,14 +179,26 @@ def _probed(parent: nn.Module) -> Iterator[None]:
             module.backend = backend
 
 
+def _kind(parent: nn.Module) -> Hashable:
+    """What a module on the meta device is: classes and sizes."""
+    return tuple((name, type(m)) for name, m in parent.named_modules()), tuple(
+        (name, p.shape, p.dtype) for name, p in parent.named_parameters()
+    )
+
+
 def fuse_mlps(model: nn.Module) -> None:
-    """Makes every SwiGLU MLP of the model whose three layers run adapters one op, after a probe of each."""
+    """Makes every SwiGLU MLP of the model whose three layers run adapters one op, after a probe of each; of those on
+    the meta device, which differ in nothing, one of each class and size is probed."""
+    known: dict[Hashable, tuple[str, str, str] | None] = {}
     for parent in list(model.modules()):
         found = [] if isinstance(parent, FusedSwiglu) or "forward" in parent.__dict__ else list(_candidates(parent))
         if not found:
             continue
-        with _probed(parent):
-            names = next((names for names in found if _agrees(parent, names)), None)
+        key = _kind(parent) if _weight(getattr(parent, found[0][0])).is_meta else parent
+        if key not in known:
+            with _probed(parent):
+                known[key] = next((names for names in found if _agrees(parent, names)), None)
+        names = known[key]
         if names is not None:
             parent.__class__ = _fused_class(type(parent))
             parent.swiglu_layers, parent.calls_by_path = names, Counter()

@@ -72,6 +72,18 @@ def test_what_is_one_is_found_and_equals_its_layers(family, mlps, p, with_peft):
     assert calls_by_path(model)["lora_swiglu_mlp", None] == mlps
 
 
+@pytest.mark.parametrize(("family", "mlps"), [("llama", 2), ("gemma3", 0)])
+def test_on_the_meta_device_the_same_are_found(family, mlps):
+    """One of each kind is filled with numbers and probed, so that an estimate sees what a run would."""
+    real = fused(injected(family))
+    with torch.device("meta"):
+        model = build(family)
+    apply_lora(model, LoraConfig(r=4, target_modules="all-linear"))
+    assert [module.swiglu_layers for module in fused(model)] == [module.swiglu_layers for module in real]
+    assert len(real) == mlps
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 def test_gate_and_up_are_told_apart_by_what_they_do():
     class Renamed(nn.Module):
         def __init__(self):
