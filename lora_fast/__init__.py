@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_fast.adapter_updates import adapter_factors
     from lora_fast.checkpoint import load_adapter, save_adapter
     from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+    from lora_fast.extract import extract_adapter
     from lora_fast.fusion import FusionReport, fusion_report
     from lora_fast.grouped import lora_grouped_linear
     from lora_fast.injection import (
@@ -51,6 +52,7 @@ __all__ = [
     "amplification_factor",
     "apply_lora",
     "disable_adapters",
+    "extract_adapter",
     "fusion_report",
     "intruder_dimensions",
     "kept_energy",
@@ -79,6 +81,7 @@ _HOMES = {
     "adapter_updates": ("adapter_factors",),
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
+    "extract": ("extract_adapter",),
     "fusion": ("FusionReport", "fusion_report"),
     "grouped": ("lora_grouped_linear",),
     "injection": (

@@ -40,10 +40,12 @@ peft_bridge checkpoint
 adapter_updates
 base_weights
 update_spectra
-resize
+resize extract
 rank_search decision
 __init__
 profiler
+cli_output
+cli_spectra
 cli
 """
 
