@@ -19,8 +19,8 @@ from lora_fast.config import LoraFastError
 
 FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-# Elements of one panel: 32 MB in float64, and long enough that a GEMM over it runs at full speed.
-PANEL = 1 << 22
+# Elements of one panel: 8 MB in float64; its 128 rows of 8192 still make a GEMM that memory does not hold up.
+PANEL = 1 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -33,8 +33,9 @@ class _Stored(NamedTuple):
 
     @property
     def is_matrix(self) -> bool:
-        """Floating point (also fp8, which is then refused by name) and more than a vector. (1, 1, n) is a vector."""
-        return self.type.startswith(("F", "BF")) and sum(size > 1 for size in self.shape) >= 2
+        """Floating point (fp8 too, which is then refused by name), of two dimensions or more. (1, 1, n) is a vector."""
+        dimensions = len(self.shape) if len(self.shape) == 2 else sum(size > 1 for size in self.shape)
+        return self.type.startswith(("F", "BF")) and dimensions >= 2
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class CheckpointPair:
         files are open only while the iteration lasts, so that no page of them stays in the memory of the process."""
         matrix = self._matrices[name]
         with ExitStack() as stack:
-            slices = [_open(side[matrix.tensor], matrix.tensor, stack) for side in (self._base, self._tuned)]
-            whole = self._base[matrix.tensor].shape
+            sides = [side[matrix.tensor] for side in (self._base, self._tuned)]
+            slices = [_open(side, matrix.tensor, stack) for side in sides]
+            whole = sides[0].shape
             N, K = matrix.shape
             rows = N >= K
             lead = (matrix.expert,) if matrix.expert is not None else ()
@@ -124,11 +126,13 @@ class CheckpointPair:
             length = whole[axis]
             step = max(1, elements * length // (N * K))
             for start in range(0, length, step):
-                part = slice(start, start + step)
-                place = (*lead, part) if rows else (*lead, slice(None), part)
-                found = [_read(one, place, side[matrix.tensor]) for one, side in zip(slices, (self._base, self._tuned))]
-                flat = [(t.reshape(-1, K) if rows else t.reshape(N, -1)).to(device).double() for t in found]
-                yield tuple(flat) if rows else tuple(t.T for t in flat)
+                long = slice(start, start + step)
+                place = (*lead, long) if rows else (*lead, slice(None), long)
+                # Not named, so that nothing here keeps them alive while the next ones are read.
+                yield tuple(
+                    part.reshape(-1, K).to(device).double() if rows else part.reshape(N, -1).to(device).double().T
+                    for part in map(_read, slices, (place, place), sides)
+                )
 
     def delta(self, name: str, device: torch.device | str | None = None) -> Tensor:
         """ΔW = tuned − base (N, K), float64, whole."""
