@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_fast import LoraFastError, apply_lora, lora_parameters
+from lora_fast import LoraFastError
 from lora_fast.dispatch import IMPLEMENTATIONS
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.workload import Workload, adamw, loss_of
+from lora_fast.profiler.workload import Workload, adamw, loss_of, train_adapter, train_full
 
 MiB = 2**20
+# PyTorch's CUDA allocator hands out multiples of this many bytes.
+CUDA_GRANULE = 512
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporaries")
 PHASES = ("forward", "backward", "optimizer")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -42,8 +44,9 @@ class MemoryTracker(TorchDispatchMode):
         self.total = self.peak = 0
         self.at_peak = dict(self.current)
         self.peak_phase: str | None = None
-        self.phase_peaks: dict[str, int] = {}
+        self.phase_peaks: dict[str, dict[str, int]] = {}
         self.phase: str | None = None
+        self._highest = 0
         self._live: dict[int, list] = {}
 
     def add(self, tensor: Tensor, category: str) -> None:
@@ -79,13 +82,15 @@ class MemoryTracker(TorchDispatchMode):
     def _note_peak(self) -> None:
         if self.phase is None:
             return
-        self.phase_peaks[self.phase] = max(self.phase_peaks.get(self.phase, 0), self.total)
+        if self.total >= self._highest:
+            self._highest, self.phase_peaks[self.phase] = self.total, dict(self.current)
         # >=, so that a storage that is only now known to be a gradient is named so in the snapshot of the peak it made.
         if self.total >= self.peak:
             self.peak, self.at_peak, self.peak_phase = self.total, dict(self.current), self.phase
 
     def start(self, phase: str) -> None:
-        self.phase = phase
+        if phase != self.phase:
+            self.phase, self._highest = phase, sum(self.phase_peaks.get(phase, {}).values())
         self._note_peak()
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
@@ -105,12 +110,20 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def track_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], *, adapters=(), round_to: int = 1
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    *,
+    adapters=(),
+    round_to: int = 1,
+    micro_steps: int = 1,
 ) -> dict:
-    """One training step under the tracker, after at least one plain step, so that the optimizer's states exist.
+    """One training step under the tracker, after at least one plain step, so that the optimizer's states exist; of
+    micro_steps passes forward and backward.
 
-    Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, and after_step: the
-    categories after the optimizer's step, gradients not yet freed."""
+    Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, phase_categories (the
+    categories at each phase's peak), and after_step: the categories after the optimizer's step, gradients not yet
+    freed."""
     tracker = MemoryTracker(round_to)
     adapter_ids = {id(parameter) for parameter in adapters}
     for parameter in model.parameters():
@@ -127,11 +140,12 @@ def track_step(
     hooks = [p.register_post_accumulate_grad_hook(lambda p: tracker.add(p.grad, "gradients")) for p in trained]
     try:
         with tracker:
-            tracker.start("forward")
-            loss = loss_of(model, batch)
-            tracker.start("backward")
-            loss.backward()
-            del loss
+            for _ in range(micro_steps):
+                tracker.start("forward")
+                loss = loss_of(model, batch)
+                tracker.start("backward")
+                loss.backward()
+                del loss
             tracker.start("optimizer")
             optimizer.step()
             after_step = dict(tracker.current)
@@ -143,7 +157,8 @@ def track_step(
         "peak": tracker.peak,
         "by_category": tracker.at_peak,
         "peak_phase": tracker.peak_phase,
-        "phase_peaks": tracker.phase_peaks,
+        "phase_peaks": {phase: sum(held.values()) for phase, held in tracker.phase_peaks.items()},
+        "phase_categories": tracker.phase_peaks,
         "after_step": after_step,
     }
 
@@ -163,13 +178,9 @@ def measure_arm(
     _limit_memory(memory_limit_MiB, device)
 
     model = build(source, device=device, dtype=workload.torch_dtype, seed=workload.seed)
-    if rank is None:
-        trained = list(model.requires_grad_(True).parameters())
-        adapters: list[nn.Parameter] = []
-    else:
-        apply_lora(model, workload.lora_config(rank), adapter_name=f"r{rank}")
-        trained = adapters = lora_parameters(model)
-    optimizer = adamw(trained)
+    trained = train_full(model, workload) if rank is None else train_adapter(model, workload, rank)
+    adapters = [] if rank is None else trained
+    optimizer = adamw(trained, workload.foreach)
     batch = workload.batch(model)
 
     # A step on a few tokens creates the optimizer's states and loads the code that a step needs.
@@ -178,7 +189,10 @@ def measure_arm(
     besides = None if resident is None else resident - _held_bytes(model, optimizer) / MiB
     _reset_peak(device)
     _plain_step(model, optimizer, batch)
-    tracked = track_step(model, optimizer, batch, adapters=adapters, round_to=1 if on_cpu else 512)
+    # From the second pass on, gradients are there while the forward runs; a third changes nothing.
+    passes = min(workload.gradient_accumulation, 2)
+    round_to = 1 if on_cpu else CUDA_GRANULE
+    tracked = track_step(model, optimizer, batch, adapters=adapters, round_to=round_to, micro_steps=passes)
     highest = _status_MiB("VmHWM")
     return {
         "status": "ok",

@@ -17,10 +17,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lora_fast import LoraFastError, apply_lora, disable_adapters, lora_parameters, set_adapter
+from lora_fast import LoraFastError, disable_adapters, set_adapter
 from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload, adamw, describe, loss_of
+from lora_fast.profiler.workload import (
+    FULL,
+    FULL_AGAIN,
+    Workload,
+    adamw,
+    describe,
+    loss_of,
+    train_adapter,
+    train_full,
+)
 
 WARM_UP_ROUNDS = 3
 
@@ -31,9 +40,9 @@ SERIES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "cpu_ms")
 class _Arm:
     """What is trained and by which optimizer; `active` makes the shared model compute this arm and no other."""
 
-    def __init__(self, model: nn.Module, adapter: str | None, trained: list[nn.Parameter]):
-        self.model, self.adapter = model, adapter
-        self.optimizer = adamw(trained)
+    def __init__(self, model: nn.Module, adapter: str | None, trained: list[nn.Parameter], workload: Workload):
+        self.model, self.adapter, self.passes = model, adapter, workload.gradient_accumulation
+        self.optimizer = adamw(trained, workload.foreach)
 
     @contextlib.contextmanager
     def active(self, base: list[nn.Parameter]):
@@ -67,7 +76,7 @@ def time_arms(
     SERIES}}}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or raises has its
     status and error instead, and no values, since a partial series cannot be paired; the others go on."""
     model = build(source, device=workload.device, dtype=workload.torch_dtype, seed=workload.seed)
-    base = list(model.parameters())
+    base = train_full(model, workload)
     results: dict[str, dict] = {}
     built: dict[str, _Arm] = {}
     for name in arms:
@@ -112,50 +121,47 @@ def time_arms(
 
 def _build_arm(model: nn.Module, workload: Workload, name: str, base: list[nn.Parameter]) -> _Arm:
     if name in (FULL, FULL_AGAIN):
-        return _Arm(model, None, base)
-    apply_lora(model, workload.lora_config(int(name[1:])), adapter_name=name)
-    return _Arm(model, name, lora_parameters(model))
+        return _Arm(model, None, base, workload)
+    return _Arm(model, name, train_adapter(model, workload, int(name[1:])), workload)
 
 
 def _cpu_step(arm: _Arm, batch) -> dict[str, float]:
-    cpu = time.process_time()
-    start = time.perf_counter()
-    loss = loss_of(arm.model, batch)
-    forward = time.perf_counter()
-    loss.backward()
-    backward = time.perf_counter()
-    arm.optimizer.step()
-    arm.optimizer.zero_grad(set_to_none=True)
-    end = time.perf_counter()
-    return {
-        "cpu_ms": 1e3 * (time.process_time() - cpu),
-        "step_ms": 1e3 * (end - start),
-        "forward_ms": 1e3 * (forward - start),
-        "backward_ms": 1e3 * (backward - forward),
-        "optimizer_ms": 1e3 * (end - backward),
-    }
+    cpu, marks = time.process_time(), [time.perf_counter()]
+    _step(arm, batch, lambda: marks.append(time.perf_counter()))
+    spans = [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
+    return {"cpu_ms": 1e3 * (time.process_time() - cpu), "step_ms": 1e3 * (marks[-1] - marks[0]), **_phases(spans)}
 
 
 def _cuda_step(arm: _Arm, batch) -> dict[str, float]:
     """Events mark the phases on the GPU's own clock; one synchronization per step reads them."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    marks: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+
     torch.cuda.synchronize()
-    events[0].record()
-    loss = loss_of(arm.model, batch)
-    events[1].record()
-    loss.backward()
-    events[2].record()
+    mark()
+    _step(arm, batch, mark)
+    torch.cuda.synchronize()
+    spans = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    return {"step_ms": marks[0].elapsed_time(marks[-1]), **_phases(spans)}
+
+
+def _step(arm: _Arm, batch, mark: Callable[[], None]) -> None:
+    """One step, with a mark after each forward, each backward, and the optimizer."""
+    for _ in range(arm.passes):
+        loss = loss_of(arm.model, batch)
+        mark()
+        loss.backward()
+        mark()
     arm.optimizer.step()
     arm.optimizer.zero_grad(set_to_none=True)
-    events[3].record()
-    torch.cuda.synchronize()
-    forward, backward, optimizer = (a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return {
-        "step_ms": events[0].elapsed_time(events[3]),
-        "forward_ms": forward,
-        "backward_ms": backward,
-        "optimizer_ms": optimizer,
-    }
+    mark()
+
+
+def _phases(spans: list[float]) -> dict[str, float]:
+    return {"forward_ms": sum(spans[:-1:2]), "backward_ms": sum(spans[1::2]), "optimizer_ms": spans[-1]}
 
 
 def _release(arm: _Arm) -> None:

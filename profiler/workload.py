@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_fast import LoraConfig, LoraFastError
+from lora_fast import LoraConfig, LoraFastError, apply_lora, lora_parameters
+from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 
@@ -22,7 +23,12 @@ FULL, FULL_AGAIN = "full", "full again"
 
 @dataclass(frozen=True)
 class Workload:
-    """batch_size sequences of seq_len random token ids, no padding; dtype is the base weights'; adapters are fp32."""
+    """batch_size sequences of seq_len random token ids, no padding; dtype is the base weights'.
+
+    gradient_accumulation: forward and backward passes of such a batch in one step. gradient_checkpointing: every
+    decoder layer is recomputed in backward (Transformers' own, not reentrant). foreach: AdamW's updates over lists of
+    parameters, which hold temporaries of their size; None: PyTorch's choice, which is True on a GPU.
+    attn_implementation: as Transformers takes it; None: its choice. backend: as apply_lora takes it."""
 
     batch_size: int
     seq_len: int
@@ -31,31 +37,41 @@ class Workload:
     device: str
     seed: int
     exclude_modules: str | tuple[str, ...] | None = None
+    adapter_dtype: str = "fp32"
+    lora_dropout: float = 0.0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    foreach: bool | None = None
+    attn_implementation: str | None = None
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("seq_len", 2)):
+        check_backend(self.backend)
+        for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise LoraFastError(f"{name}={value!r}; expected a whole number of at least {least}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise LoraFastError(f"seed={self.seed!r}; expected a whole number from 0 to 2**63 - 1")
-        if self.dtype not in DTYPES:
-            raise LoraFastError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for name in ("dtype", "adapter_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise LoraFastError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(DTYPES)}")
 
     @property
     def tokens(self) -> int:
-        """Tokens in one step (M)."""
-        return self.batch_size * self.seq_len
+        """Tokens in one step."""
+        return self.batch_size * self.seq_len * self.gradient_accumulation
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
     def lora_config(self, rank: int) -> LoraConfig:
-        """scaling 2, as most recipes have it; no dropout."""
+        """scaling 2, as most recipes have it."""
         return LoraConfig(
             r=rank,
             lora_alpha=2 * rank,
+            lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
         )
@@ -64,7 +80,6 @@ class Workload:
         return {
             **asdict(self),
             "tokens_per_step": self.tokens,
-            "adapter_dtype": "fp32",
             "optimizer": "AdamW",
             "learning_rate": LEARNING_RATE,
         }
@@ -102,9 +117,35 @@ def parse_modules(value: str | Iterable[str], argument: str = "target_modules") 
     return value
 
 
-def adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    """PyTorch's own choice of implementation: for-loop on a CPU, foreach on a GPU."""
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPS)
+def train_full(model: nn.Module, workload: Workload) -> list[nn.Parameter]:
+    """Prepares `model` for full fine-tuning; returns what is trained."""
+    _checkpoint(model, workload)
+    return list(model.requires_grad_(True).parameters())
+
+
+def train_adapter(model: nn.Module, workload: Workload, rank: int) -> list[nn.Parameter]:
+    """Puts an adapter of this rank, called r<rank>, beside those that `model` has; returns what is trained."""
+    apply_lora(
+        model,
+        workload.lora_config(rank),
+        adapter_name=f"r{rank}",
+        backend=workload.backend,
+        adapter_dtype=DTYPES[workload.adapter_dtype],
+    )
+    _checkpoint(model, workload)
+    return lora_parameters(model)
+
+
+def _checkpoint(model: nn.Module, workload: Workload) -> None:
+    if workload.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise LoraFastError(f"{type(model).__name__} can't checkpoint; leave gradient_checkpointing out")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def adamw(parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.AdamW:
+    """PyTorch's own choice of implementation unless told: for-loop on a CPU, foreach on a GPU."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPS, foreach=foreach)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
