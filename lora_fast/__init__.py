@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_fast.adapter_updates import adapter_factors
     from lora_fast.checkpoint import load_adapter, save_adapter
     from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+    from lora_fast.delta import delta_spectra
     from lora_fast.extract import extract_adapter
     from lora_fast.fusion import FusionReport, fusion_report
     from lora_fast.grouped import lora_grouped_linear
@@ -51,6 +52,7 @@ __all__ = [
     "adapter_spectra",
     "amplification_factor",
     "apply_lora",
+    "delta_spectra",
     "disable_adapters",
     "extract_adapter",
     "fusion_report",
@@ -81,6 +83,7 @@ _HOMES = {
     "adapter_updates": ("adapter_factors",),
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
+    "delta": ("delta_spectra",),
     "extract": ("extract_adapter",),
     "fusion": ("FusionReport", "fusion_report"),
     "grouped": ("lora_grouped_linear",),
