@@ -1,6 +1,7 @@
 """What the choice of a tile needs to know of a chip."""
 
 import torch
+import triton
 from torch import Tensor
 
 # AMD's gfx942; no Nvidia chip has this capability.
@@ -33,3 +34,11 @@ def stages_that_fit(wanted: int, stage_bytes: int, capability: tuple[int, int], 
     room = shared_memory(capability) * 9 // 10 - other_bytes
     stages = min(wanted, 2 if capability == AMD else wanted, room // stage_bytes)
     return stages if stages >= 2 else 0
+
+
+def fp64_dot_options(capability: tuple[int, int]) -> dict[str, int]:
+    """What a launch passes besides, if its kernel has an fp64 tl.dot."""
+    # triton 3.6 and 3.7 choose AMD's fp64 matrix instruction, and then have no code for it. It is 16 wide; of those 32
+    # wide none takes fp64, and asked for these, Triton multiplies in plain registers.
+    before_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    return {"matrix_instr_nonkdim": 32} if capability == AMD and before_3_9 else {}
