@@ -4,24 +4,25 @@ Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing writt
 noise floor is too high for the answer (the results are printed and written all the same); 130 interrupted.
 What takes long to import (torch, Transformers, plotting) is imported by the command that needs it."""
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lora_fast import cli_output, cli_spectra
+
 BAD_INPUT, NOTHING_MEASURED, TOO_NOISY, INTERRUPTED = 2, 3, 4, 130
-# Plain output has no window to fit into: wide enough for every column.
-PLAIN_WIDTH = 120
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+for command in (cli_spectra.svd, cli_spectra.resize, cli_spectra.extract, cli_spectra.merge):
+    app.command()(command)
+
+
 @app.callback()
 def commands() -> None:
-    """LoRA at the speed of the frozen model, and what each rank costs on your machine."""
+    """LoRA at the speed of the frozen model, what each rank costs on your machine, and what an adapter learned."""
 
 
 @app.command()
@@ -97,12 +98,8 @@ def profile(
     interval. Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new
     folder.
     """
-    from rich.console import Console
-
-    if json is not None and json != "-":
-        _check_json_target(Path(json))
-    errors = Console(stderr=True)
-    with _progress(errors) as report:
+    cli_output.check_json_target(json)
+    with cli_output.progress(STAGES) as report:
         from lora_fast.profiler import runs, sweep
 
         _quiet()
@@ -123,36 +120,24 @@ def profile(
             progress=report,
         )
     document = runs.to_json(result.to_dict())
-    if json == "-":
-        sys.stdout.write(document)
-    else:
+    cli_output.write_json(json, document)
+    if json != "-":
         from lora_fast.profiler.table import print_profile
 
-        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        console = cli_output.console()
         print_profile(result, console)
-        if json is not None:
-            runs.write_whole(Path(json), document)
         console.print(
             f"Written: {result.folder}/ (run.json, arms.jsonl, rank_cost.png)", soft_wrap=True, highlight=False
         )
     if not result.measured:
-        _say("nothing could be measured; the table and run.json say why for each arm")
+        cli_output.say("nothing could be measured; the table and run.json say why for each arm")
         raise typer.Exit(NOTHING_MEASURED)
     if result.too_noisy:
-        _say(
+        cli_output.say(
             f"noise floor too high: two equal arms differed by up to {result.aa['noise_floor']:.1%}, more than the "
             f"{result.aa['limit']:.0%} up to which the times mean something; quiet the machine, or raise --steps"
         )
         raise typer.Exit(TOO_NOISY)
-
-
-def _check_json_target(path: Path) -> None:
-    from lora_fast import LoraFastError
-
-    if path.is_dir():
-        raise LoraFastError(f"--json {path} is a folder; expected a file, or - for stdout")
-    if not path.absolute().parent.is_dir():
-        raise LoraFastError(f"--json {path}: the folder {path.absolute().parent} does not exist")
 
 
 def _quiet() -> None:
@@ -166,58 +151,6 @@ def _quiet() -> None:
 STAGES = {"memory": "Memory, a process per arm", "time": "Time, randomized rounds"}
 
 
-@contextlib.contextmanager
-def _progress(console) -> Iterator:
-    """Yields the callback of `profile_ranks`: bars with the time left on a terminal, a line now and then elsewhere."""
-    if not console.is_terminal:
-        yield _plain_progress()
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[at]}"),
-        console=console,
-        transient=True,
-    ) as bars:
-        tasks: dict[str, int] = {}
-        waiting = bars.add_task("Loading", total=None, at="")
-
-        def report(stage: str, done: int, total: int, text: str) -> None:
-            if stage not in tasks:
-                bars.remove_task(waiting) if not tasks else None
-                tasks[stage] = bars.add_task(STAGES[stage], total=total, at=text)
-            bars.update(tasks[stage], completed=done, total=total, at=text)
-
-        yield report
-
-
-def _plain_progress():
-    """Lines on stderr: each arm of the memory pass, and every fifth of the rounds."""
-
-    def report(stage: str, done: int, total: int, text: str) -> None:
-        if stage == "memory" or done in (0, total) or done * 5 // total != (done - 1) * 5 // total:
-            print(f"{STAGES[stage]}: {done}/{total} ({text})", file=sys.stderr, flush=True)
-
-    return report
-
-
-def _say(text: str) -> None:
-    print(f"lora-fast: {text}", file=sys.stderr)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; arguments default to the command line's. Returns the exit code."""
     try:
@@ -225,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as stop:  # how typer ends, always
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        _say("interrupted")
+        cli_output.say("interrupted")
         return INTERRUPTED
     except Exception as error:
         # Imported here and not above: `lora-fast --help` does without torch.
@@ -234,6 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
         # A file or folder that the system refuses is bad input too, and its error names it.
         if not isinstance(error, (LoraFastError, OSError)):
             raise
-        _say(f"error: {error}")
+        cli_output.say(f"error: {error}")
         return BAD_INPUT
     return 0

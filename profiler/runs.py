@@ -40,6 +40,21 @@ def environment(device: str) -> dict:
     }
 
 
+def resolve_device(name: str) -> str:
+    """The device that --device names; "auto" is the GPU where there is one. Raises LoraFastError for any other."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if kind not in ("cpu", "cuda"):
+        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise LoraFastError(f"device={name!r}, but PyTorch sees no CUDA GPU here; use --device cpu")
+    return name
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -100,7 +115,7 @@ class RunFolder:
         self.path = Path(path).expanduser()
         if self.path.is_dir():
             content = sorted(entry.name for entry in self.path.iterdir())
-            if "run.json" in content or "arms.jsonl" in content:
+            if {"run.json", "arms.jsonl", "spectra.json"} & set(content):
                 raise LoraFastError(
                     f"{self.path} holds an earlier run; give another --out, or remove that folder first"
                 )
@@ -112,20 +127,20 @@ class RunFolder:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise LoraFastError(f"{self.path} cannot be made: {parent} cannot be written to")
 
-    def _write(self, name: str, data: str | bytes) -> Path:
+    def write(self, name: str, data: str | bytes) -> Path:
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / name, data)
         return self.path / name
 
     def write_arms(self, arms: list[dict]) -> Path:
         """One line of JSON per arm measured so far."""
-        return self._write("arms.jsonl", "".join(json.dumps(arm, allow_nan=False) + "\n" for arm in arms))
+        return self.write("arms.jsonl", "".join(json.dumps(arm, allow_nan=False) + "\n" for arm in arms))
 
     def write_run(self, document: dict) -> Path:
-        return self._write("run.json", to_json(document))
+        return self.write("run.json", to_json(document))
 
     def write_chart(self, png: bytes) -> Path:
-        return self._write("rank_cost.png", png)
+        return self.write("rank_cost.png", png)
 
 
 def default_folder(model_name: str) -> Path:

@@ -19,7 +19,7 @@ from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
 from lora_fast.profiler.report import chart, draw_png
-from lora_fast.profiler.runs import RunFolder, default_folder, environment
+from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
 from lora_fast.profiler.timing import WARM_UP_ROUNDS
 from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_modules
 
@@ -87,7 +87,7 @@ def profile_ranks(
         models.check_module(given)
         parameter = next(given.parameters())
         device, dtype = str(parameter.device), _given_dtype(parameter.dtype, dtype)
-    device = _device(device)
+    device = resolve_device(device)
     defaults = DEFAULTS[torch.device(device).type]
     workload = Workload(
         batch_size=defaults["batch_size"] if batch_size is None else batch_size,
@@ -155,20 +155,6 @@ def _given_dtype(actual: torch.dtype, asked: str | None) -> str:
         raise LoraFastError(f"the model's dtype is {actual}; expected one of {', '.join(DTYPES)}")
     if asked is not None and asked != name:
         raise LoraFastError(f"dtype={asked!r}, but the model is in {name}; convert the model, or leave dtype out")
-    return name
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if kind not in DEFAULTS:
-        raise LoraFastError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise LoraFastError(f"device={name!r}, but PyTorch sees no CUDA GPU here; use --device cpu")
     return name
 
 

@@ -1,0 +1,119 @@
+"""What the commands of `lora-fast` share: where JSON goes, the width of tables, progress and warnings on stderr."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+# Plain output has no window to fit into: wide enough for every column.
+PLAIN_WIDTH = 120
+# A stage of so few steps gets a line for each of them where there is no terminal, a longer one for every fifth part.
+FEW = 20
+
+Report = Callable[[str, int, int, str], None]
+
+
+def say(text: str) -> None:
+    print(f"lora-fast: {text}", file=sys.stderr)
+
+
+def check_json_target(json: str | None) -> None:
+    """Raises LoraFastError where --json names a place that no file can be written to."""
+    from lora_fast import LoraFastError
+
+    if json is None or json == "-":
+        return
+    path = Path(json)
+    if path.is_dir():
+        raise LoraFastError(f"--json {path} is a folder; expected a file, or - for stdout")
+    if not path.absolute().parent.is_dir():
+        raise LoraFastError(f"--json {path}: the folder {path.absolute().parent} does not exist")
+
+
+def write_json(json: str | None, document: str) -> None:
+    from lora_fast.profiler.runs import write_whole
+
+    if json == "-":
+        sys.stdout.write(document)
+    elif json is not None:
+        write_whole(Path(json), document)
+
+
+def console():
+    """For tables on stdout: as wide as the window, or PLAIN_WIDTH where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """What lora-fast warns of inside, as lines on stderr like its errors, once each."""
+    from lora_fast import LoraFastWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LoraFastWarning)
+        yield
+    told = set()
+    for warning in caught:
+        if not issubclass(warning.category, LoraFastWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif str(warning.message) not in told:
+            told.add(str(warning.message))
+            say(f"warning: {warning.message}")
+
+
+@contextlib.contextmanager
+def progress(stages: Mapping[str, str]) -> Iterator[Report]:
+    """Yields report(stage, done, total, text): bars with the time left on a terminal, a line now and then elsewhere,
+    both on stderr. stages: what each stage is called."""
+    from rich.console import Console
+
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield _lines(stages)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[at]}"),
+        console=errors,
+        transient=True,
+    ) as bars:
+        tasks: dict[str, int] = {}
+        waiting = bars.add_task("Loading", total=None, at="")
+
+        def report(stage: str, done: int, total: int, text: str = "") -> None:
+            if stage not in tasks:
+                bars.remove_task(waiting) if not tasks else None
+                tasks[stage] = bars.add_task(stages[stage], total=total, at=text)
+            bars.update(tasks[stage], completed=done, total=total, at=text)
+
+        yield report
+
+
+def _lines(stages: Mapping[str, str]) -> Report:
+    told: dict[str, int] = {}
+
+    def report(stage: str, done: int, total: int, text: str = "") -> None:
+        part = done if total <= FEW else total if done == total else done * 5 // total
+        if told.get(stage) == part:
+            return
+        told[stage] = part
+        print(f"{stages[stage]}: {done}/{total}" + (f" ({text})" if text else ""), file=sys.stderr, flush=True)
+
+    return report
