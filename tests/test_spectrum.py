@@ -338,7 +338,8 @@ def test_a_global_budget_prefers_what_a_parameter_buys():
         spectrum([2.0, 2.0], name="wide", shape=(900, 100)),
         spectrum([1.9, 1.9], name="narrow", shape=(5, 5)),
     )
-    assert ranks_for([wide, narrow], budget=1020, scope="global") == [1, 2]
+    assert ranks_for([wide, narrow], budget=2010, scope="global") == [1, 2]  # one more of `wide`, or of `narrow`
+    assert ranks_for([wide, narrow], budget=2020, scope="global") == [2, 2]
     assert ranks_for([wide, narrow], rank=1, scope="global", minimum=0) == [2, 0]
 
 
@@ -346,6 +347,14 @@ def test_ties_go_to_the_earlier_layer_and_the_count_is_exact():
     spectra = [spectrum([1.0] * 4, name=f"layer{n}") for n in range(3)]
     assert ranks_for(spectra, rank=2, scope="global", minimum=0) == [4, 2, 0]
     assert ranks_for(spectra, rank=2, scope="global") == [4, 1, 1]
+    many = [spectrum([1.0] * 40, name=f"layer{n}") for n in range(5)]
+    assert ranks_for(many, rank=10, scope="global", minimum=0) == [40, 10, 0, 0, 0]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("budget", "rank"), [(103, 1), (205, 1), (206, 2), (308, 2), (309, 3), (10**6, 3)])
+def test_a_budget_to_the_parameter(scope, budget, rank):
+    assert ranks_for([spectrum([3.0, 2.0, 1.0])], budget=budget, scope=scope) == [rank]
 
 
 def test_layer_scope_treats_each_alone():
@@ -431,6 +440,27 @@ def test_a_few_large_values_and_a_fast_decay_fit():
     assert found["shape (guide)"] == "fits"
     assert found["saturation"] == "fits"
     assert found["energy"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("large", "verdict"), [(1, "too small"), (2, "too small"), (3, "fits"), (4, "fits"), (5, "too large")]
+)
+def test_the_guides_rule_counts_values_within_a_decade(large, verdict):
+    found = verdicts([spectrum([1.0, *[0.1] * (large - 1), *[0.099] * (8 - large)])])
+    assert found["shape (guide)"] == verdict
+
+
+@pytest.mark.parametrize(("needed", "verdict"), [(3, "too large"), (4, "too large"), (5, "fits")])
+def test_the_energy_rule_asks_for_half_the_parameters(needed, verdict):
+    assert verdicts([spectrum([1.0] * needed + [0.01] * (8 - needed))])["energy"] == verdict
+
+
+def test_saturation_needs_a_high_effective_rank_and_no_gap():
+    assert verdicts([spectrum([1.99, *[1.0] * 7])])["saturation"] == "too small"
+    assert verdicts([spectrum([2.0, *[1.0] * 7])])["saturation"] == "fits"
+    low = spectrum([1.7**-n for n in range(8)])
+    assert low.effective_rank < 0.8 * 8
+    assert verdicts([low])["saturation"] == "fits"
 
 
 def test_readings_say_their_figures():
