@@ -107,6 +107,8 @@ def subspace_similarity(
     paper does.
     Source: Hu et al. 2021, arXiv:2106.09685, section 7.2 and appendix G.
     Raises LoraFastError where the adapters share no layer, or one of another shape."""
+    _check_count(i, "i")
+    _check_count(j, "j")
     for name, value, allowed in (("side", side, _SIDES), ("of", of, _OF)):
         if value not in allowed:
             raise LoraFastError(f"{name}={value!r}; expected {' or '.join(map(repr, allowed))}")
