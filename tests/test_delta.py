@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -460,7 +461,7 @@ from lora_fast.checkpoint_pair import CheckpointPair
 def status(key):
     return 1024 * int(re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 small, base, tuned, method = sys.argv[1:]
 delta_spectra(small, small, method=method, k=8)  # loads what is loaded on first use
 before = status("VmRSS")
@@ -472,11 +473,11 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("method", ["exact", "topk"])
 def test_memory_is_bounded_by_panels_and_the_short_side(tmp_path, method):
-    """Resident memory, mapped pages of the files included, in a process of its own. Both matrices are 84 MB, in fp64
-    336 MB."""
+    """Resident memory, mapped pages of the files included, in a process of its own with one thread, for two matrices
+    one after the other. As stored each is 84 MB with its base, in fp64 336 MB."""
     N, K = 700, 30000
     base = random(N, K).bfloat16()
-    files = pair_of(tmp_path, {"w": base}, {"w": base + 0.01})
+    files = pair_of(tmp_path, {"w": base, "v": base + 1}, {"w": base + 0.01, "v": base})
     small = tmp_path / "small.safetensors"
     save_file({"w": random(200, 100).bfloat16()}, small)
     script = tmp_path / "memory.py"
@@ -508,12 +509,33 @@ def test_matrices_are_spread_by_cost():
     assert delta._assigned({"a": 1}, 3) == [["a"], [], []]
 
 
-def test_one_matrix_at_a_time_where_memory_holds_no_more(tmp_path, monkeypatch):
-    base, tuned = model(torch.float32, torch.float32)
-    files = pair_of(tmp_path, base, tuned)
-    spectra = delta_spectra(*files)
-    monkeypatch.setattr(delta, "_HOST_BYTES", 1)
-    assert list(delta_spectra(*files)) == list(spectra)
+@pytest.mark.parametrize(("host_bytes", "at_a_time"), [(1, 1), (10**9, 3)])
+def test_as_many_matrices_at_a_time_as_memory_holds(tmp_path, monkeypatch, host_bytes, at_a_time):
+    files = pair_of(tmp_path, *model(torch.float32, torch.float32))
+    one_spectrum, lock, running, most = delta._one_spectrum, threading.Lock(), 0, 0
+    full = threading.Barrier(3, timeout=30)
+
+    def counted(*arguments):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        if at_a_time == 3 and "experts" in arguments[1]:
+            full.wait()  # passed only by the three of them together
+        found = one_spectrum(*arguments)
+        with lock:
+            running -= 1
+        return found
+
+    monkeypatch.setattr(delta, "_HOST_BYTES", host_bytes)
+    monkeypatch.setattr(delta, "_one_spectrum", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(delta_spectra(*files)) == list(MATRICES)
+    finally:
+        torch.set_num_threads(before)
+    assert most == at_a_time
 
 
 RANKS = """
@@ -577,7 +599,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             found.append(delta_spectra(*files)["w"].singular_values)
-            assert torch.get_num_threads() == threads
+            seen = [torch.get_num_threads()]
+            later = threading.Thread(target=lambda seen=seen: seen.append(torch.get_num_threads()))
+            later.start()
+            later.join()
+            assert seen == [threads, threads]  # as before, in threads that start later too
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
