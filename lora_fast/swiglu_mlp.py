@@ -108,15 +108,26 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.base_layer.weight if hasattr(layer, "base_layer") else layer.weight
 
 
-def _with_values(parent: nn.Module) -> nn.Module:
-    """A copy of a module on the meta device that can compute: a few random numbers, repeated, on the CPU."""
-    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-    copied = copy.deepcopy(parent).to_empty(device="cpu")
-    for tensor in (*copied.parameters(), *copied.buffers()):
-        if tensor.is_floating_point():
-            scale = tensor.shape[-1] ** -0.5 if tensor.dim() else 1.0
-            for part in tensor.view(-1).split(len(numbers)):
-                part.copy_(numbers[: len(part)] * scale)
+def _with_values(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
+    """A copy of a module on the meta device that can compute: on the CPU, with random numbers, its sizes K, I and N
+    replaced by small ones (a forward that counts on its own sizes fails the probe then)."""
+    gate, _, down = (getattr(parent, name) for name in names)
+    small = {gate.in_features: 48, gate.out_features: 112}
+    small.setdefault(down.out_features, 80)
+    copied = copy.deepcopy(parent)
+    generator = torch.Generator().manual_seed(0)
+    for module in copied.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    shape = [small.get(size, size) for size in tensor.shape]
+                    value = torch.randn(shape, generator=generator) / (shape[-1] if shape else 1) ** 0.5
+                    value = value.to(tensor.dtype)
+                    tensors[name] = nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value
+        if _has_sizes(module):
+            module.in_features, module.out_features = (
+                small.get(size, size) for size in (module.in_features, module.out_features)
+            )
     return copied
 
 
@@ -127,7 +138,7 @@ def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return False
     if weight.is_meta:
-        parent = _with_values(parent)
+        parent = _with_values(parent, names)
     layers = [getattr(parent, name) for name in names]
     weight = _weight(layers[0])
     generator = torch.Generator().manual_seed(0)  # not torch's own: a training run's seed must not notice the probe

@@ -10,6 +10,7 @@ Nothing is timed here: the tracker sees every operation and slows it down."""
 
 import contextlib
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -117,9 +118,10 @@ def track_step(
     adapters=(),
     round_to: int = 1,
     micro_steps: int = 1,
+    mark: Callable[[], None] = lambda: None,
 ) -> dict:
     """One training step under the tracker, after at least one plain step, so that the optimizer's states exist; of
-    micro_steps passes forward and backward.
+    micro_steps passes forward and backward. mark is called after each forward and each backward.
 
     Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, phase_categories (the
     categories at each phase's peak), and after_step: the categories after the optimizer's step, gradients not yet
@@ -143,8 +145,10 @@ def track_step(
             for _ in range(micro_steps):
                 tracker.start("forward")
                 loss = loss_of(model, batch)
+                mark()
                 tracker.start("backward")
                 loss.backward()
+                mark()
                 del loss
             tracker.start("optimizer")
             optimizer.step()

@@ -226,10 +226,19 @@ def _config(source: ModelSource):
     return read_config(path / "config.json" if source.kind == "folder" else path)
 
 
-def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+def build(
+    source: ModelSource,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    layers: int | None = None,
+) -> nn.Module:
     """The model in training mode, its key-value cache off. On device "meta" it has shapes and no memory.
 
-    Random weights are drawn from `seed`. Raises LoraFastError where Transformers cannot make or load it."""
+    Random weights are drawn from `seed`. layers: so many decoder layers instead of the config's. Raises LoraFastError
+    where Transformers cannot make or load it."""
     if source.kind == "module":
         model = torch.load(source.location, map_location=device, weights_only=False)
         model.config.use_cache = False
@@ -239,6 +248,10 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
 
     config = _config(source)
     config.use_cache = False
+    if layers is not None:
+        _shorten(config, layers)
+    if attn_implementation is not None:
+        config._attn_implementation = attn_implementation
     try:
         if source.kind == "folder" and str(device) != "meta":
             model = AutoModelForCausalLM.from_pretrained(
@@ -257,6 +270,22 @@ def build(source: ModelSource, *, device: str | torch.device, dtype: torch.dtype
             raise LoraFastError(f"{source.name}: a weight file is damaged: {_first_line(error)}") from error
         raise
     return model.train()
+
+
+def layer_count(config) -> int | None:
+    """Number of decoder layers; None where the config doesn't say."""
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
+
+
+def _shorten(config, layers: int) -> None:
+    """Leaves the first `layers` decoder layers, and of every list with an entry per layer the first entries."""
+    text = config.get_text_config()
+    count = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
 
 
 def check_module(model: nn.Module) -> None:

@@ -1,0 +1,235 @@
+"""Bytes and FLOPs of one training step of an arm, without its memory: traced on fake tensors, which have shapes alone.
+
+The arm is put together as for a measurement (the same injection, operators, optimizer) on the meta device, its
+parameters are replaced by fake ones, and a step runs under the memory tracker. Decoder layers that are all alike cost
+the same each, so two depths are traced and every number is extended to the model's depth on a straight line; a model
+with layers of several kinds is traced whole.
+
+What fake tensors can't show: memory that an operator takes and gives back inside itself, fragmentation, and what the
+CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward what FlashAttention keeps on a GPU."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lora_fast import LoraFastError
+from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
+from lora_fast.profiler.models import ModelSource, build, layer_count
+from lora_fast.profiler.workload import Workload, adamw, loss_of, train_adapter, train_full
+
+# The first layer may differ in what is alive around it; from the second on each adds the same.
+DEPTHS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """phases: {"forward": {category: bytes}, …}, what is held at each phase's peak; by_category: at the peak of all.
+    trainable, parameters: numbers of them. forward_flops, backward_flops: of all passes of a step, a multiply-add being
+    two. traced_layers: the depths that were traced."""
+
+    phases: dict[str, dict[str, int]]
+    after_step: dict[str, int]
+    trainable: int
+    parameters: int
+    forward_flops: int
+    backward_flops: int
+    traced_layers: tuple[int, ...]
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def by_category(self) -> dict[str, int]:
+        return self.phases[self.peak_phase]
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.by_category.values())
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+
+def predict(source: ModelSource, workload: Workload, rank: int | None, *, whole: bool = False) -> Prediction:
+    """One arm's step; rank None is full fine-tuning. whole: trace every layer even where they are alike. Raises
+    LoraFastError where the model can't be traced."""
+    depth, alike = _layers(source, workload.torch_dtype)
+    if whole or not alike:
+        return replace(_trace(source, workload, rank, None), traced_layers=() if depth is None else (depth,))
+    low, high = (_trace(source, workload, rank, layers) for layers in DEPTHS)
+    return _extend(low, high, depth)
+
+
+@lru_cache(maxsize=8)
+def _layers(source: ModelSource, dtype: torch.dtype) -> tuple[int | None, bool]:
+    """Number of decoder layers, and whether two depths tell what all of them cost."""
+    model = build(source, device="meta", dtype=dtype)
+    depth = layer_count(model.config)
+    return depth, depth is not None and depth > DEPTHS[-1] and layers_are_alike(model, depth)
+
+
+def layers_are_alike(model: nn.Module, depth: int) -> bool:
+    """Whether the `depth` decoder layers of the model differ in nothing but values."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        return False
+    kinds = {
+        (
+            *((name, type(m).__qualname__) for name, m in layer.named_modules()),
+            *((name, tuple(p.shape), p.dtype) for name, p in layer.named_parameters()),
+        )
+        for layer in lists[0]
+    }
+    entries = [v for v in vars(model.config.get_text_config()).values() if isinstance(v, list) and len(v) == depth]
+    return len(kinds) == 1 and all(len(set(map(str, values))) == 1 for values in entries)
+
+
+def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
+    steps = (depth - DEPTHS[0]) // (DEPTHS[1] - DEPTHS[0])
+
+    def line(a, b):
+        if isinstance(a, dict):
+            return {key: line(a[key], b[key]) for key in a}
+        return a + steps * (b - a)
+
+    names = ("phases", "after_step", "trainable", "parameters", "forward_flops", "backward_flops")
+    return Prediction(**{name: line(getattr(low, name), getattr(high, name)) for name in names}, traced_layers=DEPTHS)
+
+
+def _trace(source: ModelSource, workload: Workload, rank: int | None, layers: int | None) -> Prediction:
+    attention = workload.attn_implementation
+    model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
+    trained = train_full(model, workload) if rank is None else train_adapter(model, workload, rank)
+    names = {id(p): name for name, p in model.named_parameters()}
+    trained_names = {names[id(p)] for p in trained}
+    on_cuda = torch.device(workload.device).type == "cuda"
+    foreach = on_cuda if workload.foreach is None else workload.foreach
+    with FakeTensorMode(allow_non_fake_inputs=True), _seen_as_real():
+        _make_fake(model)
+        trained = [p for name, p in model.named_parameters() if name in trained_names]
+        optimizer = adamw(trained, foreach)
+        batch = replace(workload, device="cpu").batch(model)
+        passes = min(workload.gradient_accumulation, 2)
+        try:
+            # Creates the optimizer's states.
+            loss_of(model, {name: ids[:1, :8] for name, ids in batch.items()}).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with FlopCounter() as counter:
+                marks: list[int] = []
+                tracked = track_step(
+                    model,
+                    optimizer,
+                    batch,
+                    adapters=() if rank is None else trained,
+                    round_to=CUDA_GRANULE if on_cuda else 1,
+                    micro_steps=passes,
+                    mark=lambda: marks.append(counter.flops),
+                )
+        except (torch._subclasses.fake_tensor.DataDependentOutputException,
+                torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:  # fmt: skip
+            raise LoraFastError(
+                f"{source.name}: this model's step depends on values, so that it can't be predicted from shapes ({error})"
+            ) from None
+    # Every pass computes the same: what the last one took, for each of them.
+    forward, backward = (workload.gradient_accumulation * (marks[i] - (marks[i - 1] if i else 0)) for i in (0, 1))
+    return Prediction(
+        phases={phase: _complete(tracked["phase_categories"].get(phase, {})) for phase in PHASES},
+        after_step=_complete(tracked["after_step"]),
+        trainable=sum(p.numel() for p in trained),
+        parameters=sum(p.numel() for p in model.parameters()),
+        forward_flops=forward,
+        backward_flops=backward,
+        traced_layers=(),
+    )
+
+
+def _complete(held: dict[str, int]) -> dict[str, int]:
+    return {category: held.get(category, 0) for category in CATEGORIES}
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Replaces parameters and buffers on the meta device by fake ones on the CPU, tied ones by one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextlib.contextmanager
+def _seen_as_real() -> Iterator[None]:
+    """Transformers takes fake tensors for those of a compiler, for whose sake it makes a causal mask and repeats keys
+    and values of grouped attention; a run with one sequence per row does neither."""
+    from transformers import masking_utils
+
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        yield
+        return
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
+        yield
+
+
+class FlopCounter(TorchDispatchMode):
+    """FLOPs of all operators that have a formula, lora-fast's own among them; a multiply-add is two.
+
+    PyTorch's FlopCounterMode hooks into every module, and a model with hooks on its layers takes other paths."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        formula = _FORMULAS.get(operation._overloadpacket)
+        if operation.name().partition(".")[0] in _METADATA:
+            return NotImplemented
+        if formula is None:
+            # A linear layer below autograd, say, is one operator that consists of others.
+            if operation._can_decompose():
+                with self:
+                    return operation.decompose(*arguments, **keywords)
+            return operation(*arguments, **keywords)
+        result = operation(*arguments, **keywords)
+        self.flops += formula(*arguments, **keywords, out_val=result)
+        return result
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+# Questions that fake tensors answer themselves; asked again from here, they come back here.
+_METADATA = {
+    *("prim::layout", "prim::device", "aten::dim", "aten::is_contiguous", "aten::sym_is_contiguous", "aten::size"),
+    *("aten::sym_size", "aten::stride", "aten::sym_stride", "aten::storage_offset", "aten::sym_storage_offset"),
+    *("aten::numel", "aten::sym_numel", "aten::is_strides_like_format", "aten::is_non_overlapping_and_dense"),
+}
+_FORMULAS = {
+    **flop_registry,
+    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
