@@ -35,7 +35,7 @@ class _Stored(NamedTuple):
     def is_matrix(self) -> bool:
         """Floating point (fp8 too, which is then refused by name), of two dimensions or more. (1, 1, n) is a vector."""
         dimensions = len(self.shape) if len(self.shape) == 2 else sum(size > 1 for size in self.shape)
-        return self.type.startswith(("F", "BF")) and dimensions >= 2
+        return self.type.startswith(("F", "BF")) and dimensions >= 2 and 0 not in self.shape
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,14 @@ class CheckpointPair:
         """What the tuned weights are stored in."""
         return _DTYPES[self._tuned[self._matrices[name].tensor].type]
 
+    def base_dtype(self, name: str) -> torch.dtype:
+        """What the base weights are stored in."""
+        return _DTYPES[self._base[self._matrices[name].tensor].type]
+
     def stored_bytes(self, name: str) -> int:
         """Of both matrices, as they lie on disk."""
         N, K = self.shape(name)
-        sides = (self._base[self.tensor(name)], self._tuned[self.tensor(name)])
-        return N * K * sum(_DTYPES[side.type].itemsize for side in sides)
+        return N * K * (self.base_dtype(name).itemsize + self.dtype(name).itemsize)
 
     def panels(
         self, name: str, device: torch.device | str | None = None, elements: int = PANEL

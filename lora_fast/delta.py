@@ -54,7 +54,8 @@ class _Accumulator:
     """Adds up _Sums over panels; on the device, so that a GPU is not waited for at each of them.
 
     Rounding noise: the base is the reference and exact; tuned = round(W + ΔW), so rounding gives each element of
-    tuned − base an error uniform in ±ulp/2, of variance v = ulp²/12, ulp being that of the stored number. The largest
+    tuned − base an error uniform in ±ulp/2, of variance v = ulp²/12, ulp being that of the stored number. Of a base
+    with more digits than the tuned weights, v is twice that: training may have begun with rounding it. The largest
     singular value of such noise is at most √max_i Σ_j v_ij + √max_j Σ_i v_ij (for large matrices), which is
     σ_n (√N + √K) where all elements are alike. The mean of v alone would be too little for weights whose rows differ in
     size: those of large ones make singular values above the edge that it gives.
@@ -62,8 +63,10 @@ class _Accumulator:
     without any was not trained, like the row of a token that never came, and carries no noise.
     Source: Bandeira and van Handel, Ann. Probab. 44 (2016), arXiv:1408.6185."""
 
-    def __init__(self, n: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
-        self._dtype = dtype
+    def __init__(self, pair: CheckpointPair, name: str, device: torch.device | str | None) -> None:
+        n = min(pair.shape(name))
+        self._dtype = pair.dtype(name)
+        self._roundings = 2 if torch.finfo(pair.base_dtype(name)).eps < torch.finfo(self._dtype).eps else 1
         self._squares = torch.zeros(2, dtype=torch.float64, device=device)
         self._largest_line = torch.zeros((), dtype=torch.float64, device=device)
         self._columns = torch.zeros(n, dtype=torch.float64, device=device)
@@ -76,8 +79,8 @@ class _Accumulator:
         self._columns += touched @ ulps
 
     def sums(self) -> _Sums:
-        edge = (self._largest_line / 12).sqrt() + (self._columns.max() / 12).sqrt()
-        return _Sums(*self._squares.tolist(), float(edge))
+        edge = self._largest_line.sqrt() + self._columns.max().sqrt()
+        return _Sums(*self._squares.tolist(), float(edge) * math.sqrt(self._roundings / 12))
 
 
 def _squared_ulps(stored: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,7 +100,7 @@ def _gram(pair: CheckpointPair, name: str, device: torch.device | str | None) ->
     """The lower triangle of ΔWᵀΔW (n, n), on the short side, and the sums; what lies above it is not set."""
     n = min(pair.shape(name))
     gram = torch.zeros(n, n, dtype=torch.float64, device=device)
-    accumulator = _Accumulator(n, pair.dtype(name), device)
+    accumulator = _Accumulator(pair, name, device)
     for base, tuned in pair.panels(name, device):
         delta = tuned - base
         accumulator.add(base, tuned, delta)
@@ -113,7 +116,7 @@ def _krylov(
 ) -> tuple[Tensor, Tensor, _Sums]:
     """σ̂ (q,) descending, the vectors (n, q) of the short side that belong to them, and the sums."""
     n, width = min(pair.shape(name)), k + _OVERSAMPLING
-    accumulator = _Accumulator(n, pair.dtype(name), device)
+    accumulator = _Accumulator(pair, name, device)
     # Drawn on the CPU and anew for each matrix: the same on every device, in every order.
     block = torch.randn(n, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(device)
     basis = block[:, :0]
@@ -244,15 +247,16 @@ def delta_spectra(
 def _process(device: torch.device | str | None) -> tuple[int, int, torch.device]:
     """This process's rank, the number of ranks, and its device; joins torchrun's process group where nobody has."""
     device = torch.device(device or "cpu")
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)  # the one that nccl gathers on
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if not distributed.is_available():
         return 0, 1, device
-    if not distributed.is_initialized():
-        if not distributed.is_torchelastic_launched() or os.environ.get("WORLD_SIZE") == "1":
-            return 0, 1, device
+    joined = distributed.is_initialized()
+    if not joined and (not distributed.is_torchelastic_launched() or os.environ.get("WORLD_SIZE") == "1"):
+        return 0, 1, device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that nccl gathers on
+    if not joined:
         # A rank may wait for the largest matrix of another for longer than the 10 or 30 minutes that are the default.
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         # Not before the end: a second call could not join the same group again.

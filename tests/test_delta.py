@@ -61,6 +61,7 @@ SHAPES = {
     "thin.weight": (150, 1, 2, 2),
     "norm.weight": (37,),
     "class_token": (1, 1, 12),
+    "empty.weight": (0, 4),
 }
 MATRICES = {
     "conv1": (7, 15),
@@ -156,8 +157,14 @@ def test_pair_tells_what_is_no_matrix_and_leaves_out_what_it_is_told_to(tmp_path
     base["fixed.bias"] = tuned["fixed.bias"] = random(5)
     files = pair_of(tmp_path, base, tuned)
     pair = CheckpointPair(*files)
-    assert pair.skipped == {"norm.weight": (37,), "class_token": (1, 1, 12), "positions": (3, 4), "fixed.bias": (5,)}
-    assert [pair.differs(name) for name in sorted(pair.skipped)] == [True, False, True, True]
+    assert pair.skipped == {
+        "norm.weight": (37,),
+        "class_token": (1, 1, 12),
+        "empty.weight": (0, 4),
+        "positions": (3, 4),
+        "fixed.bias": (5,),
+    }
+    assert {name for name in pair.skipped if not pair.differs(name)} == {"empty.weight", "fixed.bias"}
     left = delta_spectra(*files, exclude=["tall", "experts.up_proj", "embed"])
     assert list(left) == ["conv1", "layers.10.wide", "patch", "row", "thin"]
     with pytest.raises(LoraFastError, match="exclude names 'tal'"):
@@ -282,6 +289,20 @@ def test_rank_8_update_saved_in_bf16_has_rank_8_again(tmp_path, amplitude, raw_r
     rms = float((ulps(tuned).square() / 12).mean().sqrt())
     assert rms <= spectrum.noise_std <= 1.12 * rms
     assert delta_spectra(*files, method="topk", k=16)["w"].corrected_rank == 8
+
+
+@pytest.mark.parametrize("begins_rounded", [False, True])
+def test_a_base_with_more_digits_may_have_been_rounded_too(tmp_path, begins_rounded):
+    n = 500
+    base = (0.02 * random(n, n)).float()
+    start = base.bfloat16() if begins_rounded else base
+    tuned = (start.double() + low_rank(n, n, 8, 0.05 * float(base.double().norm()))).bfloat16()
+    spectrum = delta_spectra(*pair_of(tmp_path, {"w": base}, {"w": tuned}))["w"]
+    assert spectrum.corrected_rank == 8
+    once = delta_spectra(*pair_of(tmp_path, {"w": base.bfloat16()}, {"w": tuned}))["w"].noise_std
+    assert spectrum.noise_std == pytest.approx(math.sqrt(2) * once, rel=1e-6)
+    if begins_rounded:  # by the noise of one rounding, its own would count as rank
+        assert int((spectrum.singular_values > spectrum.noise_threshold / math.sqrt(2)).sum()) > 8
 
 
 def test_rows_of_large_weights_do_not_pass_their_rounding_off_as_rank(tmp_path):
