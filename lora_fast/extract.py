@@ -178,7 +178,7 @@ def _truncated(
         if rank <= len(svd.S):
             return svd, rank
     # Also where "topk" did a small matrix exactly, and more than k are wanted of it.
-    chosen = lambda spectrum: max(1, pick([spectrum])[0] if rank is None else rank)  # noqa: E731
+    chosen = lambda spectrum: pick([spectrum])[0] if rank is None else rank  # noqa: E731
     svd = dense_svd(pair, name, chosen, device=device)
     return svd, pick([svd.spectrum])[0] if rank is None else rank
 

@@ -6,7 +6,7 @@ import math
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import FAMILIES, VOCABULARY, build, logits
 
 from lora_fast import LoraFastError, extract_adapter, load_adapter
@@ -233,6 +233,39 @@ def test_topk_finds_what_exact_finds(tmp_path):
     with pytest.raises(LoraFastError, match="compute more"):
         extract_adapter(*folders, tmp_path / "more", method="topk", k=2, energy=0.99, denoise=False)
     assert not (tmp_path / "more").exists()
+
+
+def test_topk_of_matrices_that_are_done_exactly_takes_more_than_k(tmp_path):
+    base, tuned = checkpoints(tmp_path)
+    report = extract_adapter(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "out", energy=0.95, method="topk", k=2, dtype=torch.float64
+    )
+    assert min(layer.rank for layer in report.layers) > 2
+    assert_truth(report, dense_updates(base, tuned), written(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_the_factors(tmp_path, dtype):
+    base, tuned = checkpoints(tmp_path)
+    options = {} if dtype == torch.float32 else {"dtype": dtype}
+    report = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3, **options)
+    assert {value.dtype for value in load_file(tmp_path / "out" / WEIGHTS_NAME).values()} == {dtype}
+    before, after = dense_updates(base, tuned), written(tmp_path / "out")
+    for layer in report.layers:
+        lost = (after[layer.name] - truncated(before[layer.name], 3)).norm()
+        assert abs(layer.rounding_error - lost) <= 1e-3 * lost
+        assert 0 < lost <= torch.finfo(dtype).eps * layer.frobenius_norm
+
+
+def test_checkpoints_saved_without_the_models_prefix(tmp_path):
+    """As gpt2 on the hub: "h.0…" for transformer.h.0… of the model with a head."""
+    base, tuned = checkpoints(tmp_path, "gpt2")
+    for name in ("base", "tuned"):
+        path = tmp_path / name / "model.safetensors"
+        bare = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+        save_file(bare, path, metadata={"format": "pt"})
+    report = extract_adapter(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=3, dtype=torch.float64)
+    assert_truth(report, dense_updates(base, tuned), written(tmp_path / "out"))
 
 
 def test_only_changed_layers_and_targets(tmp_path):

@@ -275,6 +275,20 @@ def test_nothing_grows_and_nothing_vanishes(tmp_path):
     assert ".lora_B." in moved[0]
 
 
+def test_ill_conditioned_factors(tmp_path):
+    """Two columns of B that are equal to 1e-5 and a third of 1e-6 their size: the SVD takes its second pass."""
+    source = random_adapter(tmp_path / "in", lora={"target_modules": ["q_proj", "down_proj"]})
+    tensors = load_file(source / WEIGHTS_NAME)
+    for key, value in tensors.items():
+        if ".lora_B." in key:
+            value[:, 1] = value[:, 0] + 1e-5 * value[:, 1]
+            value[:, 2] *= 1e-6
+    save_file(tensors, source / WEIGHTS_NAME, metadata={"format": "pt"})
+    for rank in (2, 3, 4):
+        report = resize_adapter(source, tmp_path / "out", rank=rank, dtype=torch.float64)
+        assert_truth(report, dense_updates(source), dense_updates(tmp_path / "out"))
+
+
 def test_a_negative_scaling_keeps_its_sign(tmp_path):
     source = random_adapter(tmp_path / "in", lora={"alpha_pattern": {"q_proj": -3.0}})
     report = resize_adapter(source, tmp_path / "out", rank=4, dtype=torch.float64)
