@@ -30,8 +30,13 @@ SCOPE = Annotated[
     typer.Option(help="layer: each layer meets the criterion; global: one threshold on σ runs through all of them."),
 ]
 DTYPE = Annotated[
-    str | None, typer.Option(help="Of the new factors: bf16, fp16 or fp32.  [default: as stored]", show_default=False)
+    str | None,
+    typer.Option(
+        help="Of the new factors: bf16, fp16 or fp32.  [default: as in the adapters; extract: fp32]", show_default=False
+    ),
 ]
+METHOD = Annotated[str, typer.Option(help="Of checkpoints: exact, all singular values; topk, the K largest, faster.")]
+K = Annotated[int, typer.Option("--k", help="How many with --method topk.")]
 BASE = Annotated[str, typer.Option(help="The checkpoint before fine-tuning, as safetensors.", show_default=False)]
 TUNED = Annotated[str, typer.Option(help="The checkpoint after it.", show_default=False)]
 EXCLUDE = Annotated[
@@ -77,10 +82,8 @@ def svd(
             "work for a GPU where that is thousands.",
         ),
     ] = False,
-    method: Annotated[
-        str, typer.Option(help="Of checkpoints: exact, all singular values; topk, the K largest, faster.")
-    ] = "exact",
-    k: Annotated[int, typer.Option("--k", help="How many with --method topk.")] = 64,
+    method: METHOD = "exact",
+    k: K = 64,
     exclude: EXCLUDE = None,
     device: DEVICE = "auto",
     out: Annotated[
@@ -197,20 +200,41 @@ def extract(
     error: ERROR = None,
     budget: BUDGET = None,
     scope: SCOPE = "layer",
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            help="Names such as q_proj,v_proj, or a regular expression over module paths.  [default: every linear "
+            "layer but the output head]",
+            show_default=False,
+        ),
+    ] = None,
     exclude: EXCLUDE = None,
+    save_others: Annotated[
+        bool, typer.Option("--save-others", help="Take what else changed along whole: norms, embeddings, biases.")
+    ] = False,
+    keep_noise: Annotated[
+        bool,
+        typer.Option("--keep-noise", help="Pick ranks from all of ΔW, what the rounding of storage made of it too."),
+    ] = False,
+    method: METHOD = "exact",
+    k: K = 64,
     dtype: DTYPE = None,
     device: DEVICE = "auto",
     json: JSON = None,
 ) -> None:
     """Write the adapter that comes closest to TUNED − BASE, a full fine-tune, into OUT.
 
-    Exactly one of --rank, --energy, --error, --budget. What an adapter can't carry (norms, biases) is listed.
+    Exactly one of --rank, --energy, --error, --budget, which count what is above the rounding of the stored weights;
+    what is reported as kept is a share of all of ΔW. What the adapter doesn't carry (norms, biases) is listed.
     """
     from lora_fast import extract_adapter
+    from lora_fast.profiler.workload import parse_modules
 
     options = {"rank": rank, "energy": energy, "error": error, "budget": budget, "scope": scope}
-    if exclude is not None:
-        options["exclude"] = _names(exclude)
+    options |= {"exclude": _names(exclude), "save_others": save_others, "denoise": not keep_noise}
+    options |= {"method": method, "k": k}
+    if target_modules is not None:
+        options["target_modules"] = parse_modules(target_modules)
     _write_adapter(extract_adapter, (_local(base), _local(tuned), out), options, [], dtype, device, json)
 
 
@@ -258,6 +282,8 @@ def _write_adapter(function, arguments, options, sources: list[Path], dtype, dev
         raise LoraFastError(f"dtype={dtype!r}; expected one of {', '.join(workload.DTYPES)}")
     cli_output.check_json_target(json)
     device = runs.resolve_device(device)
+    if dtype is not None:
+        options = options | {"dtype": workload.DTYPES[dtype]}
     # Before OUT takes the place of one of them.
     files = [source / WEIGHTS_NAME for source in sources]
     bytes_before = sum(file.stat().st_size for file in files if file.is_file()) if files else None
@@ -265,7 +291,6 @@ def _write_adapter(function, arguments, options, sources: list[Path], dtype, dev
         written = function(
             *arguments,
             **options,
-            dtype=workload.DTYPES[dtype] if dtype else None,
             device=device,
             progress=lambda done, total, text="": report("update", done, total, text),
         )

@@ -51,6 +51,11 @@ QUANTITIES = (
 Progress = Callable[[str, int, int, str], None]
 
 
+def _rounded(phi: torch.Tensor) -> list[list[float]]:
+    """To six digits, with which it is known to."""
+    return [[round(value, 6) for value in row] for row in phi.tolist()]
+
+
 def document(
     spectra: Mapping[str, Spectrum],
     *,
@@ -180,8 +185,8 @@ def _between(
             for n in steps
             if n <= min(rows, columns)
         ],
-        "mean": mean.tolist(),
-        "layers": [{"name": name, "phi": grid.tolist()} for name, grid in grids.items()],
+        "mean": _rounded(mean),
+        "layers": [{"name": name, "phi": _rounded(grid)} for name, grid in grids.items()],
         "only_first": [name for name in spectra if name not in other],
         "only_second": sorted(other - set(spectra)),
     }

@@ -14,7 +14,12 @@ from lora_fast.profiler.spectra_charts import title
 from lora_fast.profiler.table import si
 
 # Quantities whose columns go where the window is too narrow, the first ones first; they can be read in spectra.json.
-EXPENDABLE = (("numerical_rank", "r95"), ("gap", "stable_rank"), ("amplification", "r90"))
+EXPENDABLE = (
+    ("numerical_rank", "r95"),
+    ("gap", "stable_rank"),
+    ("amplification", "r90"),
+    ("relative_size", "corrected_effective_rank"),
+)
 
 # Heading, then the quantity of a document's layers or kinds, and how it is printed.
 ADAPTER_COLUMNS = (
@@ -67,15 +72,12 @@ def _is_dense(found: Mapping[str, Any]) -> bool:
 
 def _table(found: Mapping[str, Any], console: Console, *, by_layer: bool) -> Table:
     """With all columns that fit."""
-    hidden: set[str] = set()
     # By layer the names take the place of the columns that tell least.
-    for names in EXPENDABLE[1:] if by_layer else EXPENDABLE:
-        table = _table_without(hidden if not by_layer else {*EXPENDABLE[0], *hidden}, found, console, by_layer)
+    for count in range(1 if by_layer else 0, len(EXPENDABLE) + 1):
+        hidden = {name for names in EXPENDABLE[:count] for name in names}
+        table = _table_without(hidden, found, console, by_layer)
         if table.__rich_measure__(console, console.options.update(width=1000)).maximum <= console.width:
             break
-        hidden |= set(names)
-    else:
-        table = _table_without({*EXPENDABLE[0], *hidden}, found, console, by_layer)
     return table
 
 
@@ -295,6 +297,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"kept energy: Σσ² kept / ‖ΔW‖_F², against the whole update. error: ‖ΔW − ΔW_k‖_F; rounding the factors adds "
         f"{report['rounding_error']:.1e}."
     ]
+    noisy = [layer for layer in report["layers"] if layer["noise_energy"] is not None]
+    if total := sum(layer["frobenius_norm"] ** 2 for layer in noisy):
+        share = sum(layer["noise_energy"] * layer["frobenius_norm"] ** 2 for layer in noisy) / total
+        lines.append(f"Of ‖ΔW‖_F², {_number(share, 'share')} is not above the rounding of the stored weights.")
     before = f"{_bytes(report['bytes_before'])} before, " if report["bytes_before"] is not None else ""
     lines.append(f"Size of the file: {before}{_bytes(report['bytes'])} now")
     for entry in report["not_carried"][:5]:
