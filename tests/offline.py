@@ -216,6 +216,21 @@ def factors_cases(target: str) -> Iterator[Case]:
     yield Case("factors", "q, k, v", lambda capability: cast_factors(As, Bs, [2.0] * 3, torch.bfloat16))
 
 
+def jacobi_cases(target: str) -> Iterator[Case]:
+    """Each padded rank; what is read is read once, in a kernel that waits for its own results."""
+    from lora_fast.kernels.gram import Grams
+    from lora_fast.kernels.jacobi import svd_of_grams
+
+    for R, vectors in itertools.product((16, 32, 64), (True, False)):
+        grams = Grams(meta(1000, R, R, dtype=torch.float64), meta(449, dtype=torch.int32), R)
+
+        def call(capability, grams=grams, vectors=vectors):
+            return svd_of_grams(grams, grams.R, meta(224, dtype=torch.float64), vectors=vectors)
+
+        label = f"r={R}, {'vectors' if vectors else 'values'}"
+        yield Case("jacobi", label, call, wide=False, thorough=R < 64 and not vectors)
+
+
 CASES = {
     "gemm_lora": gemm_lora_cases,
     "shrink": shrink_cases,
@@ -223,6 +238,7 @@ CASES = {
     "swiglu": swiglu_cases,
     "grouped": grouped_cases,
     "factors": factors_cases,
+    "jacobi": jacobi_cases,
 }
 
 
@@ -383,6 +399,8 @@ SPILLS = [
         "two numbers, for five blocks on a multiprocessor",
     ),
     ("_project_kernel", r"S, p=0.1, r=16.*", r"sm_100", 24, "of drawing the masks; no chip was at hand to tune on"),
+    ("_cholesky_kernel", r"r=16, vectors .*", r"sm_120", 8, "for one more block on a multiprocessor"),
+    ("_jacobi_kernel", r"r=64, vectors .*", r"sm_120", 24, "of 128 registers; fp64 is slow on this chip"),
     (
         "_outer_kernel",
         r"dA, mask, r=16.*",
