@@ -1,13 +1,14 @@
-"""What each LoRA rank costs on this machine, against full fine-tuning: `profile_ranks` measures, a `Profile` answers.
+"""What each LoRA rank costs against full fine-tuning: `profile_ranks` measures on this machine, `estimate_memory`
+predicts without weights or a GPU, a `Profile` answers.
 
-Both names are imported on first use, so that `lora-fast --help` waits for neither torch nor Transformers."""
+The names are imported on first use, so that `lora-fast --help` waits for neither torch nor Transformers."""
 
 import importlib
 
-__all__ = ["Profile", "profile_ranks"]
+__all__ = ["Profile", "estimate_memory", "profile_ranks"]
 
 
-_HOMES = {"Profile": "profile", "profile_ranks": "sweep"}
+_HOMES = {"Profile": "profile", "estimate_memory": "estimate", "profile_ranks": "sweep"}
 
 
 def __getattr__(name: str):

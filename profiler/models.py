@@ -61,6 +61,14 @@ SHAPES: dict[str, dict] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
 }
 MAX_POSITIONS = 131072
 

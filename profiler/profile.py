@@ -16,8 +16,10 @@ class Arm:
     paired.
 
     status: "ok"; "oom": memory ran out; "failed". error says what happened, also where only one of the passes is
-    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass; samples_ms are the timed steps, in
-    rounds."""
+    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass, in an estimate from shapes;
+    samples_ms are the timed steps, in rounds. forward_flops, backward_flops: predicted, of one step, a multiply-add
+    being two; flops_ratio: to full fine-tuning. fits: of an estimate for a given memory, whether the arm fits,
+    largest_batch_size at the same length and largest_seq_len at the same batch (0: none)."""
 
     kind: str
     rank: int | None
@@ -41,7 +43,11 @@ class Arm:
     by_category: dict[str, float] | None = None
     phase_peaks_MiB: dict[str, float] | None = None
     resident_peak_MiB: float | None = None
+    forward_flops: int | None = None
+    backward_flops: int | None = None
+    flops_ratio: float | None = None
     samples_ms: list[float] = field(default_factory=list)
+    fits: dict | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +62,8 @@ class Profile:
     """What `profile_ranks` measured; `to_dict` is the content of run.json.
 
     aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
-    crossover: "time" and "memory". folder: where the run was written, or None."""
+    crossover: "time" and "memory" of a measurement, "memory" and "flops" of an estimate. folder: where the run was
+    written, or None."""
 
     environment: dict
     workload: dict

@@ -117,6 +117,73 @@ def _table(profile: Profile, console: Console) -> Table:
     return table
 
 
+def print_estimate(profile: Profile, console: Console) -> None:
+    """What was predicted: a row per arm, then crossovers and what the reader has to know."""
+    work = profile.workload
+    wide = console.width >= WIDE
+    fitted = work["memory_GiB"] is not None
+    table = Table(
+        title=f"{work['model']} ({si(work['parameters'])} parameters), {work['dtype']}, adapters in "
+        f"{work['adapter_dtype']}, batch {work['batch_size']} × {work['seq_len']} tokens, {_targets(work)}\n{_settings(work)}",
+        caption=_estimate_caption(work),
+        box=box.ROUNDED if console.is_terminal else box.SIMPLE,
+        title_style="bold",
+        caption_justify="left",
+        title_justify="left",
+        show_edge=console.is_terminal,
+        collapse_padding=True,
+    )
+    headers = ["rank", "trained", "share", "peak\nGiB", "vs\nfull", "weights", "adapters", "grads", "states"]
+    headers += ["activ.", "temp."] if wide else []
+    headers += ["FLOPs", "fits", "max\nbatch", "max\nlength"] if fitted else ["FLOPs vs full"]
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm in profile.arms:
+        held = {category: size / 1024 for category, size in arm.by_category.items()}
+        cells = [arm.name.removeprefix("r"), si(arm.trainable), f"{arm.trainable_share:.2%}"]
+        cells += [f"{arm.peak_MiB / 1024:.2f}", f"{arm.memory_ratio:.2f}"]
+        cells += [f"{held[c]:.2f}" for c in ("weights", "adapters", "gradients", "optimizer")]
+        if wide:
+            cells += [f"{held['activations']:.2f}", f"{held['temporaries']:.2f}"]
+        cells.append(f"{arm.flops_ratio:.3f}")
+        if fitted:
+            cells.append("yes" if arm.fits["fits"] else "no")
+            cells += [str(arm.fits[name] or "–") for name in ("largest_batch_size", "largest_seq_len")]
+        style = "bold" if arm.kind == "full" else "" if arm.fits is None or arm.fits["fits"] else "red"
+        table.add_row(*cells, style=style, end_section=arm is profile.arms[-2])
+    console.print(table)
+    shares = " and ".join(f"{share} at r≈{rank:.0f}" for share, rank in work["rank_of_share"].items())
+    lines = [f"Crossover in {profile.crossover[cost].sentence(cost)}" for cost in ("memory", "flops")]
+    lines.append(f"Trained parameters pass {shares} of all: a warning sign by rule of thumb, not the crossover.")
+    for text in lines:
+        console.print(Text(text), soft_wrap=True)
+
+
+def _settings(work: dict) -> str:
+    parts = [f"AdamW{' foreach' if work['foreach'] else ''}"]
+    if work["gradient_checkpointing"]:
+        parts.append("checkpointing")
+    if work["gradient_accumulation"] > 1:
+        parts.append(f"{work['gradient_accumulation']} batches a step")
+    if work["lora_dropout"]:
+        parts.append(f"dropout {work['lora_dropout']}")
+    if work["shards"] > 1:
+        parts.append(f"FSDP over {work['shards']} GPUs, per GPU")
+    return ", ".join(parts)
+
+
+def _estimate_caption(work: dict) -> str:
+    lines = [
+        "Predicted from shapes: GiB at the step's peak, without CUDA context and fragmentation; FLOPs against full."
+    ]
+    if work["memory_GiB"] is not None:
+        lines.append(
+            f"fits: into {work['memory_GiB']:g} GiB less {work['reserve_GiB']:g} for those; max: the largest batch "
+            "of this length, and the largest length (in steps of 64) of this batch."
+        )
+    return "\n".join(lines)
+
+
 def _style(arm: Arm) -> str:
     if arm.status != "ok":
         return "red"

@@ -140,7 +140,10 @@ def _checkpoint(model: nn.Module, workload: Workload) -> None:
     if workload.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise LoraFastError(f"{type(model).__name__} can't checkpoint; leave gradient_checkpointing out")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of Transformers
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def adamw(parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.AdamW:

@@ -45,7 +45,7 @@ rank_search decision
 __init__
 profiler
 cli_output
-cli_spectra
+cli_profile cli_spectra
 cli
 """
 

@@ -1,0 +1,221 @@
+"""The commands of `lora-fast` on what ranks cost: profile measures, estimate predicts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_fast import cli_output
+
+NOTHING_MEASURED, TOO_NOISY = 3, 4
+STAGES = {"memory": "Memory, a process per arm", "time": "Time, randomized rounds"}
+ESTIMATE_STAGES = {"estimate": "Arms", "fits": "What fits"}
+
+
+def profile(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A Hugging Face id or a local folder (with weights), a config.json (random weights), or a built-in "
+            "shape: llama-5m, llama-25m, llama-1b, llama-3b, llama-8b.  "
+            "[default: llama-5m on a CPU, llama-1b on a GPU]",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[
+        str, typer.Option(help="auto, numbers such as 1,2,4, or START:STOP:xFACTOR such as 4:1024:x2.")
+    ] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences in a step.  [default: 4 on a CPU, 2 on a GPU]", show_default=False)
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence.  [default: 256 on a CPU, 1024 on a GPU]", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Base weights: bf16, fp16 or fp32.  [default: fp32 on a CPU, bf16 on a GPU]", show_default=False
+        ),
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names such as q_proj,v_proj, or a regular expression over module paths.")
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None,
+        typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Timed rounds, of one step per arm; at least 6.  [default: 30, or what 90 s allow]", show_default=False
+        ),
+    ] = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(help="Stop timing after so many seconds, once there are 6 rounds.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="For weights, tokens and the order of the arms.")] = 0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="MiB that each arm may take; one that needs more is a row 'out of memory'.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="New folder for run.json, arms.jsonl, rank_cost.png.  [default: runs/MODEL-DATE-TIME]",
+            show_default=False,
+        ),
+    ] = None,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Write run.json's content there too; - prints it, and nothing else, on stdout.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Measure what each LoRA rank costs here, against full fine-tuning.
+
+    Every arm is one training step with AdamW: LoRA at each rank, and all parameters. Memory is measured in a process
+    per arm; time in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95%
+    interval. Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new
+    folder.
+    """
+    cli_output.check_json_target(json)
+    with cli_output.progress(STAGES) as report:
+        from lora_fast.profiler import runs, sweep
+
+        _quiet()
+        result = sweep.profile_ranks(
+            model,
+            ranks,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            dtype=dtype,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            steps=steps,
+            time_budget_s=time_budget,
+            device=device,
+            seed=seed,
+            memory_limit_MiB=memory_limit,
+            out=out or sweep.AUTO,
+            progress=report,
+        )
+    document = runs.to_json(result.to_dict())
+    cli_output.write_json(json, document)
+    if json != "-":
+        from lora_fast.profiler.table import print_profile
+
+        console = cli_output.console()
+        print_profile(result, console)
+        console.print(
+            f"Written: {result.folder}/ (run.json, arms.jsonl, rank_cost.png)", soft_wrap=True, highlight=False
+        )
+    if not result.measured:
+        cli_output.say("nothing could be measured; the table and run.json say why for each arm")
+        raise typer.Exit(NOTHING_MEASURED)
+    if result.too_noisy:
+        cli_output.say(
+            f"noise floor too high: two equal arms differed by up to {result.aa['noise_floor']:.1%}, more than the "
+            f"{result.aa['limit']:.0%} up to which the times mean something; quiet the machine, or raise --steps"
+        )
+        raise typer.Exit(TOO_NOISY)
+
+
+def _quiet() -> None:
+    """Transformers' and the Hub's own bars would run through ours."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in shape (llama-8b, llama-70b, …), a config.json, a local folder, or a Hugging Face id in "
+            "the local cache. No weights are read.",
+            show_default=False,
+        ),
+    ],
+    ranks: Annotated[str, typer.Option(help="auto, numbers such as 1,2,4, or START:STOP:xFACTOR.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="Base weights: bf16, fp16 or fp32.")] = "bf16",
+    adapter_dtype: Annotated[str, typer.Option(help="lora_A and lora_B: fp32, bf16 or fp16.")] = "fp32",
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A.")] = 0.0,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, names such as q_proj,v_proj, or a regular expression over module paths.")
+    ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None,
+        typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
+    ] = False,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches in a step of the optimizer.")] = 1,
+    foreach: Annotated[
+        bool | None,
+        typer.Option(
+            "--foreach/--no-foreach",
+            help="AdamW over lists of parameters, with temporaries of their size.  [default: as PyTorch on DEVICE]",
+            show_default=False,
+        ),
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Memory of one GPU, such as 24GB: what fits, and how much.", show_default=False),
+    ] = None,
+    shards: Annotated[int, typer.Option(help="GPUs that FSDP spreads weights and states over.")] = 1,
+    device: Annotated[str, typer.Option(help="Whose allocator and defaults are meant: cuda or cpu.")] = "cuda",
+    json: Annotated[
+        str | None,
+        typer.Option(
+            help="Write the result there as JSON; - prints it, and nothing else, on stdout.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Predict the peak memory and FLOPs of each LoRA rank and of full fine-tuning, without weights or a GPU.
+
+    One training step of every arm is traced on tensors without memory, through the layers that would run. Not in it:
+    the CUDA context, fragmentation, and time, which `lora-fast profile` measures.
+    """
+    cli_output.check_json_target(json)
+    with cli_output.progress(ESTIMATE_STAGES) as report, cli_output.warnings_as_lines():
+        from lora_fast.profiler import estimate as estimation
+        from lora_fast.profiler import runs
+
+        _quiet()
+        result = estimation.estimate_memory(
+            model,
+            ranks,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            dtype=dtype,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            adapter_dtype=adapter_dtype,
+            lora_dropout=lora_dropout,
+            gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=checkpointing,
+            foreach=foreach,
+            attn_implementation=attn_implementation,
+            device=device,
+            memory_GiB=None if gpu is None else estimation.parse_memory(gpu),
+            shards=shards,
+            progress=report,
+        )
+    cli_output.write_json(json, runs.to_json(result.to_dict()))
+    if json != "-":
+        from lora_fast.profiler.table import print_estimate
+
+        print_estimate(result, cli_output.console())

@@ -1,0 +1,239 @@
+"""What every rank and full fine-tuning would need, predicted without weights and without a GPU: bytes, FLOPs, what
+fits."""
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from lora_fast import LoraFastError, apply_lora
+from lora_fast.profiler.crossover import Crossover, crossover
+from lora_fast.profiler.models import ModelSource, build, layer_count, resolve
+from lora_fast.profiler.predict import Prediction, predict
+from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.ranks import auto_ranks, parse_ranks
+from lora_fast.profiler.runs import environment
+from lora_fast.profiler.workload import Workload, parse_modules
+
+MiB, GiB = 2**20, 2**30
+# What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
+# can't use between blocks. An allowance, not a measurement of this machine.
+RESERVE_GiB = 1.0
+# Shares of all parameters at which a common rule of thumb calls an adapter too large.
+SHARES = (0.10, 0.20)
+# Predictions that the search for a largest size may take.
+MAX_LOOKS = 6
+# Categories that FSDP spreads over its ranks.
+SHARDED = ("weights", "adapters", "gradients", "optimizer")
+
+
+def estimate_memory(
+    model: str | nn.Module | object,
+    ranks: str | int | Sequence[int] = "auto",
+    *,
+    batch_size: int = 1,
+    seq_len: int = 2048,
+    dtype: str = "bf16",
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    adapter_dtype: str = "fp32",
+    lora_dropout: float = 0.0,
+    gradient_accumulation: int = 1,
+    gradient_checkpointing: bool = False,
+    foreach: bool | None = None,
+    attn_implementation: str | None = None,
+    device: str = "cuda",
+    memory_GiB: float | None = None,
+    shards: int = 1,
+    whole: bool = False,
+    progress: Callable[[str, int, int, str], None] = lambda stage, done, total, text: None,
+) -> Profile:
+    """Predict the peak memory and the FLOPs of a training step with AdamW at every rank and with everything trained.
+
+    model: a built-in shape, a config.json, a folder, a Hugging Face id in the local cache, a Transformers config, or
+    a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
+    memory_GiB: memory of one GPU; every arm then says whether it fits beside RESERVE_GiB, and the largest batch and
+    length that do. shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by
+    layer; each then also holds two gathered layers, those parts of the model that are in no layer, and, where weights
+    are trained, one layer's gradients. whole: trace every layer even where all are alike.
+    The other arguments are those of `profile_ranks`.
+    Returns a Profile without times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops, fits.
+    Raises LoraFastError for wrong input."""
+    wanted = parse_ranks(ranks)
+    for name, value in (("memory_GiB", memory_GiB), ("shards", shards)):
+        if value is not None and not 0 < value < math.inf:
+            raise LoraFastError(f"{name}={value!r}; expected a positive number")
+    if device not in ("cuda", "cpu"):
+        raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
+    workload = Workload(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        dtype=dtype,
+        target_modules=parse_modules(target_modules),
+        exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
+        device=device,
+        seed=0,
+        adapter_dtype=adapter_dtype,
+        lora_dropout=lora_dropout,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        foreach=foreach,
+        attn_implementation=attn_implementation,
+    )
+    with ExitStack() as stack:
+        source = _source(model, stack)
+        subject = build(source, device="meta", dtype=workload.torch_dtype)
+        replace(workload, device="cpu").batch(subject)  # says now that the length does not fit the model
+        gathered = _gathered(subject)
+        total = sum(parameter.numel() for parameter in subject.parameters())
+        apply_lora(subject, workload.lora_config(1), adapter_name="r1")
+        targets = [module for module in subject.modules() if "r1" in getattr(module, "lora_A", ())]
+        per_rank = sum(sum(module.weight.shape) for module in targets)
+        if wanted is None:
+            wanted = auto_ranks(subject, targets, per_rank)
+
+        arms, predictions = [], []
+        for number, rank in enumerate((*wanted, None)):
+            name = "full" if rank is None else f"r{rank}"
+            progress("estimate", number, len(wanted) + 1, name)
+            found = predict(source, workload, rank, whole=whole)
+            found = _sharded(found, shards, gathered, trains_base=rank is None)
+            predictions.append(found)
+            share = found.trainable / found.parameters
+            arms.append(Arm("full" if rank is None else "lora", rank, found.trainable, share))
+        full = predictions[-1]
+        for arm, found in zip(arms, predictions):
+            _fill(arm, found, full)
+        if memory_GiB is not None:
+            room = int((memory_GiB - RESERVE_GiB) * GiB)
+            for number, (arm, found) in enumerate(zip(arms, predictions)):
+                progress("fits", number, len(arms), arm.name)
+
+                def again(changed: Workload, arm=arm) -> Prediction:
+                    return _sharded(predict(source, changed, arm.rank), shards, gathered, arm.rank is None)
+
+                arm.fits = _fits(found, room, workload, again)
+            progress("fits", len(arms), len(arms), "done")
+    progress("estimate", len(arms), len(arms), "done")
+    lora = arms[:-1]
+    described = {
+        "method": "estimated",
+        "model": source.name,
+        "weights": "none",
+        "parameters": total,
+        **workload.to_dict(),
+        "foreach": (device == "cuda") if foreach is None else foreach,
+        "memory_GiB": memory_GiB,
+        "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
+        "shards": shards,
+        "traced_layers": list(full.traced_layers),
+        "rank_of_share": {f"{q:.0%}": q / (1 - q) * total / per_rank for q in SHARES},
+    }
+    crossovers = {
+        "memory": _crossover(lora, [arm.memory_ratio for arm in lora]),
+        "flops": _crossover(lora, [arm.flops_ratio for arm in lora]),
+    }
+    return Profile(environment("cpu"), described, arms, None, crossovers)
+
+
+def _source(model, stack: ExitStack) -> ModelSource:
+    if isinstance(model, (str, Path)):
+        path = Path(model).expanduser()
+        # A folder's weights are not needed, and may be missing.
+        if path.is_dir() and (path / "config.json").is_file():
+            found = resolve(str(path / "config.json"))
+            return replace(found, name=path.resolve().name)
+        return resolve(str(model))
+    config = getattr(model, "config", model)
+    if not hasattr(config, "to_json_string"):
+        raise LoraFastError(
+            f"model is a {type(model).__name__}; expected a name, a path, a Transformers config or a model with one"
+        )
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")))
+    fields = json.loads(config.to_json_string(use_diff=False))
+    (folder / "config.json").write_text(json.dumps(fields))
+    return replace(resolve(str(folder / "config.json")), name=type(model).__name__)
+
+
+def parse_memory(text: str) -> float:
+    """--gpu: "24GB", "80 GiB", "24" → GiB, as makers name their GPUs (24 GB on the box are 24 GiB in the chip)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise LoraFastError(f"--gpu {text!r}; expected the memory of one GPU, such as 24GB")
+    return float(match[1])
+
+
+def _gathered(model: nn.Module) -> tuple[int, int]:
+    """Bytes of the largest decoder layer, and of what is in no layer."""
+    depth = layer_count(model.config)
+    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), [])
+    sizes = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers]
+    total = sum(p.numel() * p.itemsize for p in model.parameters())
+    return max(sizes, default=0), total - sum(sizes)
+
+
+def _sharded(found: Prediction, shards: int, gathered: tuple[int, int], trains_base: bool) -> Prediction:
+    if shards == 1:
+        return found
+    layer, rest = gathered
+    phases = {}
+    for phase, held in found.phases.items():
+        phases[phase] = {c: -(-size // shards) if c in SHARDED else size for c, size in held.items()}
+        if phase != "optimizer":
+            phases[phase]["temporaries"] += 2 * layer + rest + (layer if trains_base and phase == "backward" else 0)
+    return replace(found, phases=phases)
+
+
+def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:
+    arm.peak_MiB, arm.peak_phase = found.peak / MiB, found.peak_phase
+    arm.by_category = {category: size / MiB for category, size in found.by_category.items()}
+    arm.phase_peaks_MiB = {phase: sum(held.values()) / MiB for phase, held in found.phases.items()}
+    arm.memory_ratio = found.peak / full.peak
+    arm.forward_flops, arm.backward_flops = found.forward_flops, found.backward_flops
+    arm.flops_ratio = found.flops / full.flops
+
+
+def _fits(found: Prediction, room: int, workload: Workload, again: Callable[[Workload], Prediction]) -> dict:
+    return {
+        "fits": found.peak <= room,
+        "largest_batch_size": _largest(found, room, workload, "batch_size", 1, again),
+        "largest_seq_len": _largest(found, room, workload, "seq_len", 64, again),
+    }
+
+
+def _largest(
+    found: Prediction, room: int, workload: Workload, name: str, unit: int, again: Callable[[Workload], Prediction]
+) -> int:
+    """The largest value, a multiple of `unit`, of this size of the workload that fits into `room` bytes; 0: none.
+
+    Each sequence adds the same bytes, each token about so: the line through the two predictions nearest to `room` says
+    where to look next, and a prediction there says what is so."""
+    at = getattr(workload, name)
+    known = {at: found.peak}
+
+    def look(value: int) -> None:
+        known[value] = again(replace(workload, **{name: value})).peak
+
+    try:
+        look(2 * at)
+        for _ in range(MAX_LOOKS):
+            (a, low), (b, high) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
+            if high == low:
+                break
+            guess = max(unit, int((a + (room - low) * (b - a) / (high - low)) // unit) * unit)
+            if guess in known:
+                break
+            look(guess)
+    except LoraFastError:  # longer than the model's positions
+        pass
+    return max((value for value, size in known.items() if size <= room), default=0)
+
+
+def _crossover(arms: list[Arm], ratios: list[float]) -> Crossover:
+    return crossover([arm.rank for arm in arms], [math.log(ratio) for ratio in ratios])
