@@ -21,7 +21,7 @@ from lora_fast.kernels.gemm_lora import (
     GROUP_M,
     _add_product,
     _add_update,
-    _aligned,
+    _is_aligned,
     _place,
     _sms,
     pick_tile,
@@ -93,7 +93,7 @@ def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None
     capability = capability_of(x)
     w_is_nk = w.stride(0) == 1
     stored_w = w.t() if w_is_nk else w
-    aligned = all(map(_aligned, (x, stored_w, y)))
+    aligned = all(_is_aligned(tensor, capability) for tensor in (x, stored_w, y))
     descriptors = aligned and uses_descriptors(capability)
     # As for one mask: the update needs registers before the loop.
     tile = pick_tile(M, N, x.dtype, capability, masks=1, aligned=aligned)

@@ -93,7 +93,7 @@ TILES = {
     ),
     # fp32 products are exact, on the plain arithmetic units: registers hold both operands.
     "fp32": (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
-    # Rows that are no multiple of 16 bytes are loaded by the element, through registers, on every chip.
+    # Rows that are not aligned are loaded by the element, through registers, on every chip.
     "unaligned": (Tile(64, 128, 32, 8, 2), Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
     # Without a product the kernel is bound by reading and writing y.
     "update": (Tile(64, 128, 32, 8, 2), Tile(32, 64, 32, 4, 2)),
@@ -341,7 +341,8 @@ def gemm_lora_sum(
         return y
     capability = capability or capability_of(s)
     w_is_nk = _is_nk(ws)
-    aligned = bool(xs) and are_aligned(xs, ws) and (accumulate is None or _aligned(accumulate))
+    aligned = bool(xs) and are_aligned(xs, ws, capability)
+    aligned = aligned and (accumulate is None or _is_aligned(accumulate, capability))
     descriptors = aligned and uses_descriptors(capability)
     tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
 
@@ -394,19 +395,28 @@ def _is_nk(ws: Sequence[Tensor]) -> bool:
     return all(w.stride(0) == 1 for w in ws)
 
 
-def are_aligned(xs: Sequence[Tensor], ws: Sequence[Tensor]) -> bool:
-    """Whether xs (M, Kᵢ), ws (Kᵢ, N) and a new y (M, N) can be read and written 16 bytes at a time, by descriptors."""
+def are_aligned(xs: Sequence[Tensor], ws: Sequence[Tensor], capability: tuple[int, int]) -> bool:
+    """Whether xs (M, Kᵢ), ws (Kᵢ, N) and a new y (M, N) can be read and written 16 bytes at a time on this GPU."""
+    step = _row_step(xs[0].dtype, capability)
     w_is_nk = _is_nk(ws)
-    y_row_bytes = ws[0].shape[1] * ws[0].itemsize
-    return y_row_bytes % 16 == 0 and all(map(_aligned, (*xs, *(w.t() if w_is_nk else w for w in ws))))
+    rows = (*xs, *(w.t() if w_is_nk else w for w in ws))
+    return ws[0].shape[1] % step == 0 and all(_is_aligned(tensor, capability) for tensor in rows)
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor can be made of it: contiguous rows, base and rows at multiples of 16 bytes, none
-    overlapping (CUDA asks for strides of a row at least; of an expanded dy they are 0)."""
-    rows_lie_so = tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1]
-    row_bytes = tensor.stride(0) * tensor.itemsize
-    return rows_lie_so and tensor.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and tensor.numel() > 0
+def _row_step(dtype: torch.dtype, capability: tuple[int, int]) -> int:
+    """Rows have to be multiples of so many numbers: of 16 bytes for a descriptor. Of a pointer's sizes and strides
+    Triton asks whether 16 divides them, whatever the dtype, and reads number by number where it doesn't."""
+    return 16 // dtype.itemsize if uses_descriptors(capability) else 16
+
+
+def _is_aligned(tensor: Tensor, capability: tuple[int, int]) -> bool:
+    """Whether rows are contiguous, at multiples of 16 bytes and as long as `_row_step` wants, none overlapping (CUDA
+    asks for strides of a row at least; of an expanded dy they are 0)."""
+    step, columns = _row_step(tensor.dtype, capability), tensor.shape[1]
+    if tensor.numel() == 0 or tensor.stride(1) != 1 or tensor.stride(0) < columns or tensor.data_ptr() % 16:
+        return False
+    # A descriptor knows where a row ends; a pointer's loads are cut off by the number of columns.
+    return tensor.stride(0) % step == 0 and (uses_descriptors(capability) or columns % step == 0)
 
 
 @functools.cache

@@ -101,8 +101,8 @@ def block_table(
 ) -> GroupedTable:
     """segments: (first row, end, adapter or −1), disjoint, in any order; ranks: of each adapter; rows: M.
 
-    One copy from the host to the device, which no CUDA graph can capture. Depends on its arguments alone: make it once a
-    batch, for all layers of equal ranks."""
+    One copy from the host to the device, which no CUDA graph can capture. Depends on its arguments alone: make it once
+    a batch, for all layers of equal ranks."""
     spans = sorted(segment for segment in segments if segment[0] < segment[1])
     block_rows = block_rows or pick_block_rows(spans)
     offsets = [sum(ranks[:adapter]) for adapter in range(len(ranks))]

@@ -44,11 +44,14 @@ def shrink(x: Tensor, a: Tensor, ranks: Sequence[int], mask: Tensor | None) -> T
 
 def layout(xs: Sequence[Tensor], weights: Sequence[Tensor], ws: Sequence[Tensor]) -> dict[str, Any]:
     """What the speed of Σᵢ xᵢ wᵢ depends on besides sizes: weight: which dimension of the (N, K) weights is contiguous,
-    the last ("NK") or the first ("KN"); aligned: whether all rows are multiples of 16 bytes at such an address.
+    the last ("NK") or the first ("KN"); aligned: whether all rows can be read 16 bytes at a time.
 
     ws: the weights or their transposes, as they are multiplied."""
     rows, columns = (all(weight.stride(dim) == 1 for weight in weights) for dim in (1, 0))
-    return {"weight": "NK" if rows else "KN" if columns else "mixed", "aligned": are_aligned(xs, ws)}
+    return {
+        "weight": "NK" if rows else "KN" if columns else "mixed",
+        "aligned": are_aligned(xs, ws, capability_of(xs[0])),
+    }
 
 
 @lru_cache(maxsize=256)

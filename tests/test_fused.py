@@ -223,8 +223,8 @@ def matrix(n, k, layout, aligned, dtype=torch.float16):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     """On each the two routes differ in speed; an address that is no multiple of 16 bytes rules tiles out too."""
-    x, weight = random(9, 24, dtype=torch.float16, seed=1), matrix(16, 24, layout, aligned)
-    (lora_A,), (lora_B,) = layers([16], 24, [5], torch.float32)[2:]
+    x, weight = random(9, 32, dtype=torch.float16, seed=1), matrix(16, 32, layout, aligned)
+    (lora_A,), (lora_B,) = layers([16], 32, [5], torch.float32)[2:]
     bias = random(16, dtype=torch.float16, seed=2) if has_bias else None
     x.requires_grad_()
     with choices_asked() as asked:
@@ -232,7 +232,7 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
         torch.autograd.grad(y, x, torch.ones_like(y))
     (forward, sizes, routes), (backward, sizes_back, routes_back) = asked
     lies = {"weight": layout, "aligned": aligned}
-    shape = {"M": 9, "N": 16, "K": 24, "R": 5, "dtype": torch.float16}
+    shape = {"M": 9, "N": 16, "K": 32, "R": 5, "dtype": torch.float16}
     assert (forward, sizes) == ("linear_lora", shape | {"bias": has_bias} | lies)
     assert (backward, sizes_back) == ("grad_x", shape | {"N": "16", "masks": 0} | lies)
     tiles = gemm_lora.TILES["sm_89" if aligned else "unaligned"]
@@ -241,9 +241,9 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
 
 
 def test_weights_of_a_group_that_lie_differently_are_one_kind():
-    x, dys = random(9, 24, seed=1), [random(9, 16, seed=2), random(9, 16, seed=3)]
-    weights = [matrix(16, 24, layout, True, torch.float32) for layout in ("NK", "KN")]
-    (a, b), (c, d) = layers([16, 16], 24, [5, 3], torch.float32)[2:]
+    x, dys = random(9, 32, seed=1), [random(9, 16, seed=2), random(9, 16, seed=3)]
+    weights = [matrix(16, 32, layout, True, torch.float32) for layout in ("NK", "KN")]
+    (a, b), (c, d) = layers([16, 16], 32, [5, 3], torch.float32)[2:]
     x.requires_grad_()
     with choices_asked() as asked:
         ys = lora_linears(x, weights, [a, b], [c, d], [1.0, 1.0], backend="triton")

@@ -563,7 +563,7 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_choice_knows_how_the_weight_lies(transposed):
-    x, weight, lora_As, lora_Bs, bias = leaves(torch.float16, sizes=(M, 72, 16))
+    x, weight, lora_As, lora_Bs, bias = leaves(torch.float16, sizes=(M, 80, 16))
     weight = weight.t().contiguous().t() if transposed else weight
     asked = []
 

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels import gemm_lora as module
 from lora_fast.kernels.devices import AMD
-from lora_fast.kernels.gemm_lora import SMS, TILES, Tile, candidates, gemm_lora, gemm_lora_sum, pick_tile
+from lora_fast.kernels.gemm_lora import SMS, TILES, Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, pick_tile
 
 # (8, 0) takes pointers on any device; the interpreter knows descriptors too, a GPU says what it can.
 POINTERS = (8, 0)
@@ -312,3 +312,28 @@ def test_tiles_fit_the_problem():
             for pairs in range(4):
                 for masks in range(4):
                     assert candidates(dtype, capability, pairs=pairs, masks=masks)
+
+
+def test_rows_are_aligned_to_what_reads_them():
+    """A descriptor wants rows of 16 bytes, a pointer sizes and strides that 16 divides; both a base of 16 bytes, and no
+    row over another."""
+
+    def aligned(x, w, dtype=torch.float16):
+        x, w = x.to(dtype), w.to(dtype)
+        return are_aligned([x], [w], (8, 0)), are_aligned([x], [w], (9, 0))
+
+    def wide(*shape):
+        return torch.empty(*shape)
+
+    assert aligned(wide(9, 32), wide(32, 48)) == (True, True)
+    assert aligned(wide(9, 32), wide(48, 32).t()) == (True, True)
+    assert aligned(wide(9, 24), wide(24, 48)) == aligned(wide(9, 32), wide(32, 40)) == (False, True)
+    assert aligned(wide(9, 20), wide(20, 48), torch.float32) == (False, True)
+    assert aligned(wide(9, 20), wide(20, 48)) == aligned(wide(9, 1), wide(1, 48)) == (False, False)
+    assert aligned(wide(9, 32), wide(32, 1)) == aligned(wide(0, 32), wide(32, 48)) == (False, False)
+    x, w = torch.empty(9, 48, dtype=torch.float16), torch.empty(32, 48, dtype=torch.float16)
+    assert are_aligned([x[:, 8:40]], [w], (8, 0)) and not are_aligned([x[:, 4:36]], [w], (9, 0))
+    assert not are_aligned([x[:, :24]], [w[:24]], (8, 0)) and are_aligned([x[:, :24]], [w[:24]], (9, 0))
+    assert not are_aligned([x[:1, :32].expand(9, 32)], [w], (9, 0))
+    both = [x[:, :32]] * 2, [w, torch.empty(48, 32, dtype=torch.float16).t()]
+    assert not are_aligned(*both, (8, 0)) and not are_aligned(*both, (9, 0))  # one w this way, one that way
