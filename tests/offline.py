@@ -67,14 +67,33 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+# Triton takes an argument of 1 for a constant, which has fewer methods than a number: code that compiles for all other
+# sizes may not for this one. 8 numbers of bf16 are the least that 16-byte loads and descriptors take. Where code fails
+# on a constant it does so on every chip, and mostly for all constants at once.
+ONES = ({"M": 1}, {"R": 1}, {"M": 1, "N": 1, "K": 1, "R": 1})
+MORE_ONES = ({"N": 1}, {"K": 1}, {"M": 1, "N": 8, "K": 8})
+
+
+def ones(file: str, target: str, kind: str, launch: Callable[..., Any], **usual: int) -> Iterator[Case]:
+    """launch(capability, **sizes) with sizes of 1 beside the `usual` ones."""
+    seen = [usual]
+    for changed in (*ONES, *MORE_ONES):
+        sizes = {name: changed.get(name, size) for name, size in usual.items()}
+        if sizes not in seen:
+            seen.append(sizes)
+            label = ", ".join([kind, *(f"{name}={size}" for name, size in sizes.items())])
+            thorough = target != "sm_90" or changed in MORE_ONES
+            yield Case(file, label, functools.partial(launch, **sizes), wide=False, thorough=thorough)
+
+
 def gemm_lora_cases(target: str) -> Iterator[Case]:
     """Llama-like sizes; M ragged, since most batches are."""
-    from lora_fast.kernels.gemm_lora import candidates, gemm_lora_sum
+    from lora_fast.kernels.gemm_lora import candidates, gemm_lora_sum, uses_descriptors
 
     def cases(label, *, M=8191, K=4096, N=4096, R=64, pairs=1, masks=0, bias=False, added=False, weight_t=True,
               dtype=torch.bfloat16, first=1):  # fmt: skip
         """This call with every tile that it may be given; the first ones without --all."""
-        aligned = N % 8 == 0
+        aligned = N % (8 if uses_descriptors(TARGETS[target].capability) else 16) == 0
         shipped = candidates(dtype, TARGETS[target].capability, pairs=pairs, masks=masks, aligned=aligned)
         for i, tile in enumerate(shipped):
 
@@ -110,12 +129,33 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
     yield from cases("dx of q, k, v, masks, r=16", pairs=3, masks=3, R=16, weight_t=False)
     yield from cases("dx of q, k, v, masks, r=64", pairs=3, masks=3, weight_t=False, first=0)
     yield from cases("forward, odd sizes, r=64", K=4097, N=4097)
+    yield from cases("forward, sizes of 8 mod 16, r=64", K=4104, N=4104)
     yield from cases("dx, odd sizes, mask, r=16, accumulate", K=4097, N=4097, R=16, masks=1, weight_t=False, added=True)
     yield from cases("dx of q, k, v, odd sizes, masks, r=16", K=4097, N=4097, R=16, pairs=3, masks=3, first=0)
     yield from cases("update, masks, r=16, accumulate", pairs=0, masks=3, R=16, weight_t=False, added=True)
     yield from cases("update, mask, r=64", pairs=0, masks=1, weight_t=False, first=0)
     yield from cases("fp32 forward, r=64", dtype=torch.float32)
     yield from cases("fp32 dx, mask, r=64", dtype=torch.float32, masks=1, weight_t=False, first=0)
+
+    def one(capability, M, N, K, R, pairs=1, masks=0, weight_t=True, extra=False):
+        return gemm_lora_sum(
+            [meta(M, K)] * pairs,
+            [meta(N, K).t() if weight_t else meta(K, N)] * pairs,
+            meta(M, R * max(masks, 1)),
+            meta(R * max(masks, 1), N),
+            ranks=[R] * masks,
+            masks=[meta(M, -(-N // 8), dtype=torch.uint8)] * masks,
+            bias=meta(N) if extra else None,
+            accumulate=meta(M, N) if extra else None,
+            capability=capability,
+        )
+
+    for kind, settings in {
+        "forward, bias, accumulate": {"extra": True},
+        "dx of q, k, v, masks": {"pairs": 3, "masks": 3, "weight_t": False},
+        "update, masks, accumulate": {"pairs": 0, "masks": 2, "extra": True},
+    }.items():
+        yield from ones("gemm_lora", target, kind, functools.partial(one, **settings), M=70, N=144, K=80, R=16)
 
 
 def shrink_cases(target: str) -> Iterator[Case]:
@@ -130,9 +170,17 @@ def shrink_cases(target: str) -> Iterator[Case]:
         thorough = M == 16 or ranks in ((64,), (16,) * 2)
         yield Case("shrink", f"ranks {ranks}, p={p}, M={M}", call, thorough=thorough)
 
+    def one(capability, M, K, R, adapters=1, p=0.0):
+        ranks, seed = (R,) * adapters, meta(1, dtype=torch.int64) if p else None
+        return shrink(meta(M, K), meta(sum(ranks), K), ranks, seed=seed, dropout_p=p, capability=capability)
+
+    dropout = functools.partial(one, adapters=3, p=0.1)
+    yield from ones("shrink", target, "one adapter", one, M=70, K=80, R=16)
+    yield from ones("shrink", target, "three adapters, p=0.1", dropout, M=70, K=80, R=16)
+
 
 def adapter_grads_cases(target: str) -> Iterator[Case]:
-    from lora_fast.kernels.adapter_grads import grad_a, grad_s_and_b
+    from lora_fast.kernels.adapter_grads import grad_a, grad_s_and_b, pick_s_and_b_tile
 
     M, K, N = 8191, 4096, 4096
     for r in (16, 64):
@@ -148,6 +196,19 @@ def adapter_grads_cases(target: str) -> Iterator[Case]:
         yield Case("adapter_grads", f"dA, r={r}", a)
         yield Case("adapter_grads", f"dA, mask, r={r}", functools.partial(a, masked=True), thorough=r == 64)
         yield Case("adapter_grads", f"dA of q, k, v, masks, r={r}", functools.partial(a, adapters=3, masked=True))
+
+    def one_s_and_b(capability, M, N, R):
+        tile = pick_s_and_b_tile(8191, 4096, R, torch.bfloat16, capability)  # of small layers cuBLAS does it
+        return grad_s_and_b(meta(M, N), meta(N, R), meta(M, R), 1.0, tile=tile, capability=capability)
+
+    def one_a(capability, M, K, R, adapters):
+        mask = meta(adapters, M, -(-K // 8), dtype=torch.uint8) if adapters > 1 else None
+        return grad_a(meta(M, adapters * R), meta(M, K), (R,) * adapters, mask, capability=capability)
+
+    yield from ones("adapter_grads", target, "dS and dB", one_s_and_b, M=70, N=144, R=16)
+    for adapters in (1, 3):
+        call = functools.partial(one_a, adapters=adapters)
+        yield from ones("adapter_grads", target, f"dA of {adapters} adapters", call, M=70, K=80, R=16)
 
 
 def swiglu_cases(target: str) -> Iterator[Case]:
@@ -172,6 +233,23 @@ def swiglu_cases(target: str) -> Iterator[Case]:
         yield Case("swiglu", f"backward, mask, r={r}", functools.partial(backward, masked=True), thorough=r == 64)
     yield Case("swiglu", "forward alone", lambda capability: swiglu.swiglu(g, g, capability=capability))
     yield Case("swiglu", "backward alone", lambda capability: swiglu.swiglu_grad(g, g, g, capability=capability))
+
+    def one_forward(capability, M, N, R):
+        seed = meta(1, dtype=torch.int64)
+        g = meta(M, N)
+        return swiglu.swiglu_shrink(g, g, meta(R, N), seed=seed, dropout_p=0.1, capability=capability)
+
+    def one_backward(capability, M, N, R):
+        g, mask = meta(M, N), meta(1, M, -(-N // 8), dtype=torch.uint8)
+        return swiglu.swiglu_backward(g, g, g, *[meta(M, R)] * 3, mask=mask, capability=capability)
+
+    def one_alone(capability, M, N):
+        g = meta(M, N)
+        return swiglu.swiglu(g, g, capability=capability), swiglu.swiglu_grad(g, g, g, capability=capability)
+
+    yield from ones("swiglu", target, "forward, p=0.1", one_forward, M=70, N=144, R=16)
+    yield from ones("swiglu", target, "backward, mask", one_backward, M=70, N=144, R=16)
+    yield from ones("swiglu", target, "alone", one_alone, M=70, N=144)
 
 
 def grouped_cases(target: str) -> Iterator[Case]:
@@ -208,12 +286,34 @@ def grouped_cases(target: str) -> Iterator[Case]:
                 thorough=length == 20 or (r == 64 and label in ("S", "S, p=0.1", "dx, mask", "dB")),
             )
 
+    def one(capability, M, N, K, R):
+        table = grouped.block_table([(0, M, 0)], [R], M, "meta")
+        x, dy, s, weight = meta(M, K), meta(M, N), meta(M, table.width), meta(N, K)
+        a, b, scales = meta(R, K), meta(R, N).t(), meta(1, dtype=torch.float32)
+        mask, seed = meta(1, M, -(-K // 8), dtype=torch.uint8), meta(1, dtype=torch.int64)
+        grouped.grouped_shrink(x, a, table, seed=seed, dropout_p=0.1, capability=capability)
+        grouped.grouped_expand(dy, s, b, table, capability=capability)
+        grouped.grouped_grad_x(s, a, table, mask=mask, capability=capability)
+        grouped.grouped_grad_s(dy, b, table, capability=capability)
+        grouped.grouped_grad_a(s, x, table, mask=mask, capability=capability)
+        grouped.grouped_grad_b(dy, s, table, scales, capability=capability)
+        grouped.grouped_gemm(x, weight, s, b, table, bias=meta(N), capability=capability)
+        grouped.grouped_gemm(dy, weight.t(), s, a.t(), table, mask=mask, capability=capability)
+
+    yield from ones("grouped", target, "one adapter", one, M=70, N=144, K=80, R=16)
+    yield from ones("grouped", target, "one adapter in chunks", one, M=5000, N=144, K=80, R=16)
+
 
 def factors_cases(target: str) -> Iterator[Case]:
     from lora_fast.kernels.factors import cast_factors
 
     As, Bs = [meta(16, 4096, dtype=torch.float32)] * 3, [meta(4096, 16, dtype=torch.float32)] * 3
     yield Case("factors", "q, k, v", lambda capability: cast_factors(As, Bs, [2.0] * 3, torch.bfloat16))
+
+    def one(capability, N, K, R):
+        return cast_factors([meta(R, K)], [meta(N, R)], [1.0], torch.bfloat16)
+
+    yield from ones("factors", target, "one layer", one, N=144, K=80, R=16)
 
 
 def jacobi_cases(target: str) -> Iterator[Case]:
@@ -401,6 +501,7 @@ SPILLS = [
     ("_project_kernel", r"S, p=0.1, r=16.*", r"sm_100", 24, "of drawing the masks; no chip was at hand to tune on"),
     ("_cholesky_kernel", r"r=16, vectors .*", r"sm_120", 8, "for one more block on a multiprocessor"),
     ("_jacobi_kernel", r"r=64, vectors .*", r"sm_120", 24, "of 128 registers; fp64 is slow on this chip"),
+    (r".*", r".*\b(N|K)=[18]\b.*", r".*", 4096, "rows of 1 or 8 numbers are read one by one, in microseconds"),
     (
         "_outer_kernel",
         r"dA, mask, r=16.*",
