@@ -37,8 +37,9 @@ _BLOCK = 1024
 _SMALLEST = 1e-6
 # Host memory that the matrices in work at one time may take, those that lie on disk and are mapped counted too.
 _HOST_BYTES = 10**9
-# float64 panels alive at a time, 100 MB: base, tuned, ΔW, the ulps; the allocator keeps some more (8 were seen).
-_PANELS = 12
+# float64 panels to allow for, 134 MB: base, tuned, ΔW and the ulps, and what the allocator keeps of earlier ones (up to
+# 12 in all were seen).
+_PANELS = 16
 
 
 class _Sums(NamedTuple):
@@ -204,8 +205,8 @@ def delta_spectra(
     `seed` starts (matrices so small that it would not be cheaper are done exactly). ‖ΔW‖_F is exact with both.
     Spectrum.certificate bounds the relative error of every singular value above 1e-6 σ₁ that is given; with "topk" it
     is √(1 + R²/σ̂²) − 1 of the smallest one.
-    Memory of the host, for a matrix with the short side n: 8 n² bytes and 100 MB beyond its two stored matrices, then
-    16 n² and 100 MB without them: never more than 1 GB beyond them up to n = 8600. Matrices are in work at the same
+    Memory of the host, for a matrix with the short side n: 8 n² bytes and 134 MB beyond its two stored matrices, then
+    16 n² and 134 MB without them: never more than 1 GB beyond them up to n = 8490. Matrices are in work at the same
     time only as far as 1 GB holds them all.
     device: where Gram matrices and eigenvalues are computed; a GPU without a number is the one of LOCAL_RANK.
     progress(done, total, name) is told of each matrix of this process.

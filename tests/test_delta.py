@@ -495,8 +495,8 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("method", ["exact", "topk"])
 def test_memory_is_bounded_by_panels_and_the_short_side(tmp_path, method):
     """Resident memory, mapped pages of the files included, in a process of its own with one thread, for two matrices
-    one after the other. As stored each is 84 MB with its base, in fp64 336 MB."""
-    N, K = 700, 30000
+    one after the other. As stored each is 126 MB with its base, in fp64 504 MB."""
+    N, K = 700, 45000
     base = random(N, K).bfloat16()
     files = pair_of(tmp_path, {"w": base, "v": base + 1}, {"w": base + 0.01, "v": base})
     small = tmp_path / "small.safetensors"
@@ -506,13 +506,13 @@ def test_memory_is_bounded_by_panels_and_the_short_side(tmp_path, method):
     done = subprocess.run([sys.executable, script, small, *files, method], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     expected = host_bytes(CheckpointPair(*files), "w", method, 8)
-    assert int(done.stdout) <= expected <= 2 * N * K * 2 + 130e6
+    assert int(done.stdout) <= expected <= 2 * N * K * 2 + 150e6
 
 
 def test_memory_of_the_largest_matrices_is_within_a_gigabyte_beyond_them(tmp_path, monkeypatch):
     """The arithmetic, for what 70B models hold (of bf16): whatever is measured above, at sizes that no test can run."""
     pair = CheckpointPair(*pair_of(tmp_path, {"w": random(3, 3)}, {"w": random(3, 3)}))
-    for shape in ((8192, 8192), (28672, 8192), (8192, 28672), (128256, 8192), (1024, 8192)):
+    for shape in ((8192, 8192), (8490, 8490), (28672, 8192), (8192, 28672), (128256, 8192), (1024, 8192)):
         stored = 4 * shape[0] * shape[1]
         monkeypatch.setattr(pair, "shape", lambda name, shape=shape: shape)
         monkeypatch.setattr(pair, "stored_bytes", lambda name, stored=stored: stored)
