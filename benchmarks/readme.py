@@ -1,7 +1,8 @@
-"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--run runs/NAME] [--check].
+"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--run DIR] [--svd DIR] [--check].
 
 A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes
-a run of `lora-fast profile` as the one that README shows.
+a run of `lora-fast profile` as the one that README shows, --svd one of `lora-fast svd` on an adapter of
+train_adapter.py.
 --check changes nothing; it exits with 1 where README differs.
 """
 
@@ -12,13 +13,15 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from lora_fast.profiler import Profile
-from lora_fast.profiler.table import print_profile
+from lora_fast.profiler import Profile, spectra
+from lora_fast.profiler.spectra_table import print_spectra
+from lora_fast.profiler.table import print_profile, si
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,10 +31,51 @@ TABLE_WIDTH = 120
 def profile() -> str:
     """What `make profile` printed, from the run.json that it wrote."""
     run = json.loads((RESULTS / "cpu" / "profile.json").read_text(encoding="utf-8"))
+    return printed(lambda console: print_profile(Profile.from_dict(run), console))
+
+
+def printed(show) -> str:
     text = io.StringIO()
-    print_profile(Profile.from_dict(run), Console(file=text, width=TABLE_WIDTH))
+    show(Console(file=text, width=TABLE_WIDTH))
     lines = (line.rstrip() for line in text.getvalue().splitlines())
     return "```text\n" + "\n".join(lines).strip("\n") + "\n```"
+
+
+def adapter_training() -> str:
+    """How the example adapter was trained, from the training.json of train_adapter.py."""
+    run = json.loads((RESULTS / "cpu" / "adapter_training.json").read_text(encoding="utf-8"))
+    before, after = run["held_out_loss_before"], run["held_out_loss_after"]
+    return textwrap.fill(
+        f"A Llama of {si(run['parameters'])} parameters was trained on prose for {run['base_steps']} steps of "
+        f"{run['tokens_per_step']:,} bytes, then an adapter of rank {run['rank']} on it on code for {run['steps']}. "
+        f"The loss on code that it had not seen fell from {before['code']:.2f} to {after['code']:.2f} nats a byte, "
+        f"that on prose rose from {before['prose']:.2f} to {after['prose']:.2f}.",
+        TABLE_WIDTH,
+    )
+
+
+def spectra_table() -> str:
+    """What `lora-fast svd` printed for that adapter, from the spectra.json that it wrote."""
+    found = spectra.read(RESULTS / "cpu" / "spectra.json")
+    return printed(lambda console: print_spectra(found, console))
+
+
+def spectra_words() -> str:
+    """What the charts of that adapter show, in figures."""
+    found = spectra.read(RESULTS / "cpu" / "spectra.json")
+    layers = found["layers"]
+    falls = [layer["singular_values"][0] / layer["singular_values"][-1] for layer in layers]
+    gap = max(layer["gap"]["ratio"] for layer in layers)
+    ranks, r90 = found["suggestion"]["ranks"].values(), [layer["r90"] for layer in layers]
+    r = layers[0]["rank"]
+    n, value, random = found["against"]["diagonal"][-1]
+    return textwrap.fill(
+        f"In the {len(layers)} updates σ₁ is {min(falls):.0f} to {max(falls):.0f} times σ_{r}, and no singular value "
+        f"is more than {gap:.1f} times the next. {min(r90)} to {max(r90)} directions hold 90% of an update's energy, "
+        f"{min(ranks)} to {max(ranks)} hold 99%. A second adapter that differs in nothing but its seed shares "
+        f"φ({n}, {n}) = {value:.2f} of the input directions with it; two random subspaces share {random:.2f}.",
+        TABLE_WIDTH,
+    )
 
 
 def train_step(tokens: int) -> str:
@@ -95,6 +139,9 @@ def _passes(rows: list[dict]) -> str:
 
 BLOCKS = {
     "profile": profile,
+    "adapter_training": adapter_training,
+    "spectra": spectra_table,
+    "spectra_words": spectra_words,
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
@@ -115,11 +162,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where README differs")
     parser.add_argument("--run", type=Path, help="a folder of lora-fast profile, to be the one that README shows")
+    parser.add_argument("--svd", type=Path, help="a folder of lora-fast svd, likewise")
     args = parser.parse_args()
     if args.run:
         (RESULTS / "cpu").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(args.run / "run.json", RESULTS / "cpu" / "profile.json")
         shutil.copyfile(args.run / "rank_cost.png", RESULTS / "cpu" / "profile.png")
+    if args.svd:
+        for name in ("spectra.json", "singular_values.png", "effective_rank.png"):
+            shutil.copyfile(args.svd / name, RESULTS / "cpu" / name)
+        adapter = Path(spectra.read(args.svd / "spectra.json")["source"]["adapter"])
+        shutil.copyfile(adapter.parent / "training.json", RESULTS / "cpu" / "adapter_training.json")
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = filled(old)

@@ -1,6 +1,6 @@
 """Trains a LoRA adapter whose spectrum is worth a look: benchmarks/train_adapter.py [--base DIR] [--out DIR].
 
-A Llama of 4 layers and 4 M parameters reads bytes. All of it is first trained on prose (the reference of the Python
+A Llama of 4 layers and 3 M parameters reads bytes. All of it is first trained on prose (the reference of the Python
 language, from pydoc_data), then a LoRA adapter on it learns code (the standard library's sources): texts that every
 Python has. --out gets base/, adapter/ (PEFT's files) and training.json; --base takes the base of an earlier run and
 trains another adapter on it. It takes minutes on two CPU cores."""

@@ -1,6 +1,8 @@
-"""README's example runs as it stands, and its tables are what the committed result files say."""
+"""README's examples run as they stand, and its tables are what the committed result files say."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,47 @@ from lora_fast.checkpoint import read_adapter
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_first_example_runs_and_saves_an_adapter(tmp_path):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    script = tmp_path / "example.py"
-    script.write_text(example, encoding="utf-8")
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+def blocks(kind: str, heading: str) -> list[str]:
+    """The code blocks of that kind below a heading of README, up to the next one."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return [text for language, text in fenced if language == kind]
+
+
+def run_python(folder: Path, text: str) -> str:
+    script = folder / "example.py"
+    script.write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_example_runs_and_saves_an_adapter(tmp_path):
+    (example,) = blocks("python", "Ten lines")
+    run_python(tmp_path, example)
     config, tensors = read_adapter(tmp_path / "adapter")
     assert config.r == 16
     # One AdamW step has moved B away from zero.
     assert tensors["model.layers.0.self_attn.q_proj.lora_B.weight"].abs().max() > 0
+
+
+def test_the_examples_on_spectra_run_one_after_another(tmp_path):
+    """After the first example, whose adapter they take: its model is base/, and what merging makes of it tuned/."""
+    (first,), (example,) = blocks("python", "Ten lines"), blocks("python", "What an adapter learned")
+    first = first.replace("apply_lora(model", 'model.save_pretrained("base")\napply_lora(model', 1)
+    merged = "from lora_fast import remove_lora, merge_lora\nmerge_lora(model)\nremove_lora(model)\n"
+    merged += 'model.save_pretrained("tuned")\n'
+    printed = run_python(tmp_path, first + merged + example)
+    assert "model.layers.1.mlp.down_proj" in printed
+    assert read_adapter(tmp_path / "smaller")[0].r <= 16
+    shutil.copytree(tmp_path / "adapter", tmp_path / "other")
+    commands = [line for block in blocks("", "What an adapter learned") for line in block.splitlines()]
+    assert len(commands) == 7
+    for command in commands:
+        arguments = shlex.split(command, comments=True)
+        script = Path(sys.executable).parent / arguments[0]
+        done = subprocess.run([script, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "Written: " in done.stdout, command + done.stderr
 
 
 def test_every_public_name_is_explained():
