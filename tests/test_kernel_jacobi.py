@@ -112,6 +112,7 @@ def check_values(name: str, S: Tensor, exact: Tensor, exactness: float, kappa: f
         assert math.isinf(kappa) and status == 1, name
         assert bool((S[rank:] == 0).all()) and relative <= 1e-10, f"{name}: {relative:.1e}"
         return
+    assert kappa <= 2e4 * R, name
     # The first is what the library certifies, the second what was asked for.
     assert relative <= (64 + 8 * kappa**2 / R) * EPS, f"{name}: {relative:.1e} at κ = {kappa:.1e}"
     assert relative <= (1e-7 if name == "condition 1e4" else 1e-9), f"{name}: {relative:.1e}"
@@ -172,6 +173,14 @@ def test_a_number_that_is_not_finite_stays_with_its_update():
         assert bool(results[1:4].isnan().all()) and bool(results[[0, 4]].isfinite().all())
     assert int(found.sweeps.max()) <= 12
     assert torch.allclose(found.S[4].cpu(), lapack(B, A, 1.0), rtol=1e-12, atol=0.0)
+
+
+def test_the_side_on_the_rows_saves_sweeps():
+    """6 or 7 of them; with the other side on the rows 8 where columns depend, else 12 or 13."""
+    R, B, A = 16, random(59, 16, seed=2), random(16, 59, seed=3)
+    spread = [(conditioned(59, R, 1e7, 4), A), (B, conditioned(59, R, 1e7, 4).T)]
+    found = svd(*map(list, zip(*spread, (B[:13], A), (B, A[:, :13]))), [1.0] * 4, vectors=False)
+    assert int(found.sweeps.max()) <= 7
 
 
 def test_sweeps_that_do_not_suffice_are_told():
