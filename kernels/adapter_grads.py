@@ -3,8 +3,8 @@
     grad_s_and_b   dS = dy b,  dB = scale · dyᵀ S      dy (M, N), b (N, R), S (M, R);  b carries the scale already
     grad_a         dA_g = dS_gᵀ (x ∘ m_g)              x (M, K), dS (M, Rt), m from `shrink`, of one adapter or several
 
-dS is in dy's dtype; dB (N, R) and dA (Rt, K) are fp32, for the master weights. All are accumulated in fp32, without
-atomics: programs write partial sums, which `sum_partials` adds in a fixed order.
+dS is in dy's dtype; dB (N, R) and every dA_g (R_g, K) are fp32, for the master weights. All are accumulated in fp32,
+without atomics: programs write partial sums, which partials.py adds in a fixed order.
 
 grad_s_and_b cuts dy into `strips` of columns and `splits` of rows. A program keeps the dB of its strip while it walks
 down its rows, and writes the strip's share of each row's dS. Bytes moved, e bytes an element:
@@ -13,9 +13,10 @@ At M = 8192, N = 4096, R = 16 that is 8 strips and 16 splits: 67 MB of dy and 17
 read); at N = 14336, 28 strips and 4 splits: 235 MB and 37 MB. The partial sums grow with R. Where they would exceed a
 second read of dy (beyond R = 32, or for small M and N), or registers would overflow, two torch matrix products do it.
 
-grad_a moves e (M K + M Rt) + 4 Rt K, + G M ⌈K / 8⌉ of masks, + 8 Rt K for each part where M is split; each block of
-columns also reads all of dS, e M Rt, through L2. Ranks beyond one block (128; with masks 128, 64 and 32 each for one,
-two and three adapters) go to neighbouring programs, which share x through L2."""
+grad_a moves e (M K + M Rt) + 4 Rt K, + G M ⌈K / 8⌉ of masks, + 8 Rt K for each part where M is split, or once where
+the dA of several adapters are taken apart; each block of columns also reads all of dS, e M Rt, through L2. Ranks beyond
+one block (128; with masks 128, 64 and 32 each for one, two and three adapters) go to neighbouring programs, which share
+x through L2."""
 
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import spread_bytes
-from lora_fast.kernels.partials import sum_partials
+from lora_fast.kernels.partials import sum_apart, sum_partials
 
 
 class Tile(NamedTuple):
@@ -251,18 +252,21 @@ def grad_a(
     *,
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
-) -> Tensor:
-    """dS (M, Rt), x (M, K) with contiguous rows in one dtype, masks (G, M, ⌈K / 8⌉) or None → dA (Rt, K) fp32.
+) -> list[Tensor]:
+    """dS (M, Rt), x (M, K) with contiguous rows in one dtype, masks (G, M, ⌈K / 8⌉) or None → every dA_g (R_g, K) fp32,
+    each with memory of its own.
 
-    ranks: of the G ≤ 3 adapters stacked in dS, one adapter if None."""
+    ranks: of the adapters stacked in dS, with masks three at most; one adapter if None."""
     (M, K), Rt = x.shape, ds.shape[1]
-    ranks = (Rt,) if ranks is None or mask is None else tuple(ranks)  # without masks stacked adapters are one
+    ranks = (Rt,) if ranks is None else tuple(ranks)
     if M == 0:
-        return torch.zeros((Rt, K), dtype=torch.float32, device=x.device)
-    da = torch.empty((Rt, K), dtype=torch.float32, device=x.device)
+        return [torch.zeros((R, K), dtype=torch.float32, device=x.device) for R in ranks]
+    das = [torch.empty((R, K), dtype=torch.float32, device=x.device) for R in ranks]
+    ranks = (Rt,) if mask is None else ranks  # without masks stacked adapters are one
     tile = tile or pick_a_tile(M, K, ranks, mask is not None, x.dtype, capability or capability_of(x))
     split_rows, splits = _split_rows(M, tile)
-    target = da if splits == 1 else torch.empty((splits, Rt, K), dtype=torch.float32, device=x.device)
+    is_whole = splits == 1 and len(das) == 1
+    target = das[0] if is_whole else torch.empty((splits, Rt, K), dtype=torch.float32, device=x.device)
     blocks_r = triton.cdiv(max(ranks), tile.ranks)
     _grad_a_kernel[(triton.cdiv(K, tile.columns) * blocks_r, splits)](
         ds, x, mask, target,
@@ -271,4 +275,6 @@ def grad_a(
         ADAPTERS=len(ranks), MASKED=mask is not None, BM=tile.rows, BK=tile.columns, BR=tile.ranks,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return da if splits == 1 else sum_partials(target, da)
+    if not is_whole:
+        sum_apart(target, das)
+    return das

@@ -72,13 +72,16 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
 
 
 def cast_factors(
-    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    """lora_A_g (R_g, K), lora_B_g (N_g, R_g), s'_g → a (ΣR, K), all lora_A_g stacked, and every b_g = s'_g · lora_B_g,
-    in `dtype`."""
-    a = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
-    bs = [b if scale == 1 else b * scale for b, scale in zip(lora_Bs, scales)]
-    return a.to(dtype), [b.to(dtype) for b in bs]
+    groups: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float]]], dtype: torch.dtype
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """(lora_A_g (R_g, K), lora_B_g (N_g, R_g), s'_g) of each group → its (a (ΣR, K), all lora_A_g stacked, and every
+    b_g = s'_g · lora_B_g) in `dtype`."""
+    results = []
+    for lora_As, lora_Bs, scales in groups:
+        a = lora_As[0] if len(lora_As) == 1 else torch.cat(list(lora_As))
+        bs = [b if scale == 1 else b * scale for b, scale in zip(lora_Bs, scales)]
+        results.append((a.to(dtype), [b.to(dtype) for b in bs]))
+    return results
 
 
 def shrink(x: Tensor, a: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
@@ -123,27 +126,26 @@ def grad_x_and_a(
     mask: Tensor | None,
     needs_dx: bool = True,
     needs_dA: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
-    """dx (M, K) = Σ_g dy_g W_g + m_g ∘ (dS_g a_g) and dA (ΣR, K) with dA_g = dS_gᵀ (x ∘ m_g) stacked; None where not
-    needed. dy_g (M, N_g), W_g (N_g, K) or None, ds (M, ΣR), a (ΣR, K), x (M, K), mask (G, M, ⌈K / 8⌉).
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """dx (M, K) = Σ_g dy_g W_g + m_g ∘ (dS_g a_g) and every dA_g (R_g, K) = dS_gᵀ (x ∘ m_g); None where not needed.
+    dy_g (M, N_g), W_g (N_g, K) or None, ds (M, ΣR), a (ΣR, K), x (M, K), mask (G, M, ⌈K / 8⌉). The dA_g may be rows of
+    one tensor.
 
     Without W_g that part of dx is left out: a base layer that ran by itself has a backward of its own."""
     pairs = [(dy, weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None and needs_dx]
-    dx = dA = None
+    dx = dAs = None
     if mask is not None:
-        parts = []
+        dAs = [] if needs_dA else None
         for ds_g, a_g, bits in zip(ds.split(list(ranks), dim=1), a.split(list(ranks)), mask):
             m = unpack_mask(bits, x)  # once for both
             if needs_dx:
                 update = (ds_g @ a_g).mul_(m)
                 dx = update if dx is None else dx.add_(update)
             if needs_dA:
-                parts.append(ds_g.t() @ m.mul_(x))
-        if needs_dA:
-            dA = parts[0] if len(parts) == 1 else torch.cat(parts)
+                dAs.append(ds_g.t() @ m.mul_(x))
     else:
         if needs_dA:
-            dA = ds.t() @ x
+            dAs = list((ds.t() @ x).split(list(ranks)))
         if pairs:
             (dy, weight), *pairs = pairs
             dx = (dy @ weight).addmm_(ds, a)
@@ -151,7 +153,7 @@ def grad_x_and_a(
             dx = ds @ a
     for dy, weight in pairs:
         dx.addmm_(dy, weight)
-    return dx, dA
+    return dx, dAs
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

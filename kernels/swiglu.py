@@ -360,7 +360,7 @@ def swiglu_backward(
 
     dA_down = dB_gate = dB_up = None
     if h is not None:
-        dA_down = grad_a(ds_down, h, mask=mask, capability=capability)
+        (dA_down,) = grad_a(ds_down, h, mask=mask, capability=capability)
     elif ds_down is not None:
         dA_down = summed(partials[0])
     if s_gate is not None:

@@ -73,6 +73,11 @@ def ranks_of(lora_As: Sequence[Tensor]) -> list[int]:
     return [a.shape[0] for a in lora_As]
 
 
+def owned(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """`part` in `dtype`, copied where it shares its memory: no two results of an op may."""
+    return part.to(dtype, copy=part.untyped_storage().nbytes() != part.nbytes)
+
+
 def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
     if seed is None:
         return steps.shrink(rows, a, ranks, mask), mask

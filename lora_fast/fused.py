@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_fast import tuning
-from lora_fast.kernels import adapter_grads, factors, reference, swiglu
+from lora_fast.kernels import adapter_grads, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
+from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
 from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, pick_tile
 
 # Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
@@ -23,12 +24,6 @@ TRIED_TILES = 3
 def _contiguous_rows(x: Tensor) -> Tensor:
     """x, copied where a row is not contiguous: the kernels load along rows."""
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
-
-
-def cast_factors(
-    lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> tuple[Tensor, list[Tensor]]:
-    return factors.cast_factors(lora_As, lora_Bs, scales, dtype)
 
 
 def shrink_and_draw(x: Tensor, a: Tensor, ranks: Sequence[int], seed: Tensor, dropout_p: float):
@@ -116,13 +111,13 @@ def grad_x_and_a(
     mask: Tensor | None,
     needs_dx: bool = True,
     needs_dA: bool = True,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, list[Tensor] | None]:
     dx = _grad_x(dys, weights, ds, a, x, ranks, mask) if needs_dx else None
     return dx, _grad_a(ds, x, ranks, mask) if needs_dA else None
 
 
-def _grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> Tensor:
-    return adapter_grads.grad_a(ds, _contiguous_rows(x), None if mask is None else tuple(ranks), mask)
+def _grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) -> list[Tensor]:
+    return adapter_grads.grad_a(ds, _contiguous_rows(x), tuple(ranks), mask)
 
 
 def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:

@@ -243,7 +243,7 @@ def _split(grads: Tensor, factors: Sequence[Tensor], dim: int) -> list[Tensor]:
 
 
 def _cast_factors(lora_As, lora_Bs, scales, dtype) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = [reference.cast_factors([a], [b], [scale], dtype) for a, b, scale in zip(lora_As, lora_Bs, scales)]
+    pairs = reference.cast_factors([([a], [b], [scale]) for a, b, scale in zip(lora_As, lora_Bs, scales)], dtype)
     return [a for a, _ in pairs], [b for _, (b,) in pairs]
 
 

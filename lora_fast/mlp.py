@@ -25,6 +25,7 @@ from lora_fast.dispatch import (
     is_transformed,
     library,
     on_own_device,
+    owned,
     ranks_of,
     reshaped,
     row_count,
@@ -47,18 +48,23 @@ library.define(
 )
 
 
+def _cast(steps, lora_As, lora_Bs, scales, dtype):
+    """(a, (b_gate, b_up)) of gate and up, which read one x, and (a_down, (b_down,)): in one launch."""
+    parts = slice(0, 2), slice(2, 3)
+    return steps.cast_factors([(lora_As[part], lora_Bs[part], scales[part]) for part in parts], dtype)
+
+
 @on_own_device
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
     """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
     biases = [bias if bias.numel() else None for bias in biases]
-    a, bs = steps.cast_factors(lora_As[:2], lora_Bs[:2], scales[:2], x.dtype)
+    (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     seed = None if seeds is None else seeds[:1]
     s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
     s_gate, s_up = s.split(ranks[:2], dim=1)
     g = steps.linear_lora(rows, weights[0], s_gate, bs[0], biases[0])
     u = steps.linear_lora(rows, weights[1], s_up, bs[1], biases[1])
-    a_down, (b_down,) = steps.cast_factors(lora_As[2:], lora_Bs[2:], scales[2:], x.dtype)
     if seeds is None:
         h, s_down = steps.swiglu_shrink(g, u, a_down, mask_h)
     else:
@@ -75,21 +81,19 @@ def _backward(
     """[dx, then dA and dB of gate, up and down], empty where not needed."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
     dy = flatten(dy).to(x.dtype)
-    a_down, (b_down,) = steps.cast_factors(lora_As[2:], lora_Bs[2:], scales[2:], x.dtype)
+    (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     ds_down, dB_down = steps.grad_s_and_b(dy, b_down, s_down, scales[2])
     dh, _ = steps.grad_x_and_a([dy], weights[2:], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
     s_gate, s_up = s.split(ranks[:2], dim=1)
     dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
         dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
     )
-    a, bs = steps.cast_factors(lora_As[:2], lora_Bs[:2], scales[:2], x.dtype)
     ds = torch.cat([dg @ bs[0], du @ bs[1]], dim=1)
-    dx, dA = steps.grad_x_and_a([dg, du], weights[:2], ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
+    dx, dAs = steps.grad_x_and_a([dg, du], weights[:2], ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
     dx = dx.view(x.shape) if needs_dx else x.new_empty(0)
     if not needs_factors:
         return [dx, *(x.new_empty(0) for _ in range(6))]
-    dA_gate, dA_up = dA.split(ranks[:2])
-    dAs = [dA_gate.to(lora_As[0].dtype, copy=True), dA_up.to(lora_As[1].dtype, copy=True), dA_down.to(lora_As[2].dtype)]
+    dAs = [owned(dA, lora_A.dtype) for dA, lora_A in zip((*dAs, dA_down), lora_As)]
     return [dx, *dAs, *(dB.to(b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs))]
 
 
@@ -148,9 +152,7 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
         return next(found) if needs_dx else None, [next(found) if needed else None for needed in needs_factors]
     backward = torch.ops.lora_fast.swiglu_mlp_backward if is_observed() else _backward
     saved = g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h
-    dx, *factors = backward(
-        dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton
-    )
+    dx, *factors = backward(dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton)
     return dx if needs_dx else None, [f if needed else None for f, needed in zip(factors, needs_factors)]
 
 

@@ -30,6 +30,7 @@ from lora_fast.dispatch import (
     is_transformed,
     library,
     on_own_device,
+    owned,
     ranks_of,
     reshaped,
     row_count,
@@ -59,7 +60,7 @@ library.define(
 def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
     steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
-    a, bs = steps.cast_factors(lora_As, lora_Bs, scales_of(scalings, dropout_p), x.dtype)
+    ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales_of(scalings, dropout_p))], x.dtype)
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, s.split(ranks, dim=1), bs):
@@ -72,7 +73,7 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
 def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
     """[base + update, S (M, R), and the mask if it was drawn here]."""
     steps, ranks = steps_for(triton), ranks_of([lora_A])
-    a, (b,) = steps.cast_factors([lora_A], [lora_B], scales_of([scaling], dropout_p), x.dtype)
+    ((a, (b,)),) = steps.cast_factors([([lora_A], [lora_B], scales_of([scaling], dropout_p))], x.dtype)
     s, drawn = shrink_or_draw(steps, flatten(x), a, ranks, mask, seed, dropout_p)
     y = reshaped(steps.update_lora(flatten(base), s, b), base.shape)
     return [y, s] if seed is None else [y, s, drawn]
@@ -89,7 +90,7 @@ def _linears_backward(
     used = [i for i, dy in enumerate(dys) if dy is not None]
     part = lambda values: [values[i] for i in used]  # noqa: E731 - read three lines below
     dys = [flatten(dy).to(x.dtype) for dy in part(dys)]
-    a, bs = steps.cast_factors(part(lora_As), part(lora_Bs), part(scales), x.dtype)
+    ((a, bs),) = steps.cast_factors([(part(lora_As), part(lora_Bs), part(scales))], x.dtype)
     s_parts = part(s.split(ranks, dim=1))
     dss = []
     for i, dy, b, s_g in zip(used, dys, bs, s_parts):
@@ -104,12 +105,12 @@ def _linears_backward(
         ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
         if mask is not None and len(used) < len(ranks):
             mask = torch.stack(part(mask))  # indexing would copy the index to the GPU, which no capture allows
-        found, dA = steps.grad_x_and_a(dys, part(weights), ds, a, rows, part(ranks), mask, needs_dx, needs_dA)
+        found, found_dAs = steps.grad_x_and_a(dys, part(weights), ds, a, rows, part(ranks), mask, needs_dx, needs_dA)
         if needs_dx:
             dx = found.view(x.shape)
         if needs_dA:
-            for i, part_of_dA in zip(used, dA.split(part(ranks))):
-                dAs[i] = part_of_dA.to(lora_As[i].dtype, copy=len(used) > 1)
+            for i, dA in zip(used, found_dAs):
+                dAs[i] = owned(dA, lora_As[i].dtype)
     return [dx, *dAs, *dBs]
 
 
@@ -244,9 +245,7 @@ def _backward_update(ctx, grads):
 torch.library.register_autograd(
     "lora_fast::linears_forward", _backward_linears, setup_context=_setup_linears, lib=library
 )
-torch.library.register_autograd(
-    "lora_fast::update_forward", _backward_update, setup_context=_setup_update, lib=library
-)
+torch.library.register_autograd("lora_fast::update_forward", _backward_update, setup_context=_setup_update, lib=library)
 
 
 # Both save inside forward: with a setup_context, torch inspects forward's signature at each call, for 70 µs.

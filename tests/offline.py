@@ -195,6 +195,7 @@ def adapter_grads_cases(target: str) -> Iterator[Case]:
         yield Case("adapter_grads", f"dS and dB, r={r}", s_and_b)
         yield Case("adapter_grads", f"dA, r={r}", a)
         yield Case("adapter_grads", f"dA, mask, r={r}", functools.partial(a, masked=True), thorough=r == 64)
+        yield Case("adapter_grads", f"dA of q, k, v, r={r}", functools.partial(a, adapters=3), thorough=r == 64)
         yield Case("adapter_grads", f"dA of q, k, v, masks, r={r}", functools.partial(a, adapters=3, masked=True))
 
     def one_s_and_b(capability, M, N, R):
@@ -308,10 +309,10 @@ def factors_cases(target: str) -> Iterator[Case]:
     from lora_fast.kernels.factors import cast_factors
 
     As, Bs = [meta(16, 4096, dtype=torch.float32)] * 3, [meta(4096, 16, dtype=torch.float32)] * 3
-    yield Case("factors", "q, k, v", lambda capability: cast_factors(As, Bs, [2.0] * 3, torch.bfloat16))
+    yield Case("factors", "q, k, v", lambda capability: cast_factors([(As, Bs, [2.0] * 3)], torch.bfloat16))
 
     def one(capability, N, K, R):
-        return cast_factors([meta(R, K)], [meta(N, R)], [1.0], torch.bfloat16)
+        return cast_factors([([meta(R, K)], [meta(N, R)], [1.0])], torch.bfloat16)
 
     yield from ones("factors", target, "one layer", one, N=144, K=80, R=16)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_product, nan_filled, random
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_product, count_launches, nan_filled, random
 
 from lora_fast.kernels.adapter_grads import Tile, grad_a, grad_s_and_b, pick_a_tile, pick_s_and_b_tile
 
@@ -40,7 +40,10 @@ def random_masks(G: int, M: int, K: int, seed: int = 9) -> tuple[torch.Tensor, t
 def check_a(ds, x, ranks=None, masks=None, tile=None):
     packed, bits = masks or (None, None)
     with nan_filled():
-        da = grad_a(ds, x, ranks, packed, tile=tile)
+        das = grad_a(ds, x, ranks, packed, tile=tile)
+    assert [da.shape[0] for da in das] == list(ranks or [ds.shape[1]])
+    assert all(da.untyped_storage().nbytes() == da.nbytes for da in das)  # none holds another's memory
+    da = torch.cat(das)
     assert da.dtype == torch.float32
     parts = (ds,) if ranks is None or masks is None else ds.split(ranks, 1)
     dropped = [x] * len(parts) if bits is None else [x * m.to(x.dtype) for m in bits]
@@ -109,9 +112,9 @@ def test_a_any_shape(M, K, ranks, splits, masked):
     ds, x = random(M, sum(ranks), seed=1), random(M, K)
     packed, bits = random_masks(len(ranks), M, K) if masked else (None, [1.0] * len(ranks))
     with nan_filled():
-        da = grad_a(ds, x, ranks, packed, tile=SMALL._replace(splits=splits))
-    assert da.shape == (sum(ranks), K)
-    for m, da_part, ds_part in zip(bits, da.split(ranks), ds.split(ranks, 1)):
+        das = grad_a(ds, x, ranks, packed, tile=SMALL._replace(splits=splits))
+    assert [da.shape for da in das] == [(rank, K) for rank in ranks]
+    for m, da_part, ds_part in zip(bits, das, ds.split(ranks, 1)):
         assert_product(da_part, ds_part.t(), x * m)
 
 
@@ -123,16 +126,22 @@ def test_rows_of_views():
     check_a(stacked[:, 4:24], random(2 * M, K, seed=3)[::2], tile=SMALL)
 
 
-def test_stacked_adapters_without_masks_are_one():
-    ds, x = random(M, 20, seed=1), random(M, K)
-    assert torch.equal(grad_a(ds, x, (12, 8)), grad_a(ds, x))
+@pytest.mark.parametrize("splits", [1, 2])
+def test_stacked_adapters_without_masks_are_one(splits):
+    """Any number of them: in one launch, and one that takes their rows apart."""
+    ds, x, ranks, tile = random(M, 29, seed=1), random(M, K), (12, 8, 1, 3, 5), SMALL._replace(splits=splits)
+    with count_launches() as launches:
+        das = grad_a(ds, x, ranks, tile=tile)
+    assert launches == {"_grad_a_kernel": 1, "_sum_kernel": 1}
+    assert torch.equal(torch.cat(das), *grad_a(ds, x, tile=tile))
+    check_a(ds, x, ranks, tile=tile)
 
 
 def test_same_bits_twice():
     dy, b, s = (random(*shape, dtype=torch.float16, seed=i) for i, shape in enumerate([(M, N), (N, 12), (M, 12)]))
     mask = random_masks(2, M, N)[0]
     first, second = (
-        (*grad_s_and_b(dy, b, s, SCALE, tile=SMALL), grad_a(s, dy, (8, 4), mask, tile=SMALL)) for _ in range(2)
+        (*grad_s_and_b(dy, b, s, SCALE, tile=SMALL), *grad_a(s, dy, (8, 4), mask, tile=SMALL)) for _ in range(2)
     )
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
@@ -142,7 +151,7 @@ def test_no_rows(masked):
     ds, db = grad_s_and_b(random(0, N), random(N, 12), random(0, 12), SCALE)
     assert ds.shape == (0, 12) and torch.equal(db, torch.zeros_like(db)) and db.shape == (N, 12)
     mask = torch.empty(2, 0, 9, dtype=torch.uint8, device=DEVICE) if masked else None
-    da = grad_a(random(0, 12), random(0, K), (8, 4), mask)
+    da = torch.cat(grad_a(random(0, 12), random(0, K), (8, 4), mask))
     assert da.shape == (12, K) and torch.equal(da, torch.zeros_like(da))
 
 
@@ -150,7 +159,7 @@ def test_nan_stays_in_its_row_and_column():
     dy = random(M, N)
     dy[3, 69] = float("nan")
     ds, db = grad_s_and_b(dy, random(N, 5, seed=1), random(M, 5, seed=2), SCALE, tile=SMALL)
-    da = grad_a(random(M, 5, seed=2), dy)
+    (da,) = grad_a(random(M, 5, seed=2), dy)
     assert ds[3].isnan().all() and int(ds.isnan().sum()) == 5
     assert db[69].isnan().all() and int(db.isnan().sum()) == 5
     assert da[:, 69].isnan().all() and int(da.isnan().sum()) == 5
@@ -165,7 +174,7 @@ def test_offsets_beyond_31_bits():
     ds, db = grad_s_and_b(x, b, s, SCALE, tile=SMALL)
     assert_as_exact_as(ds, x @ b, x.double() @ b.double())
     assert_as_exact_as(db, (x.t() @ s) * SCALE, x.double().t() @ s.double() * SCALE)
-    assert_as_exact_as(grad_a(s, x, tile=SMALL), s.t() @ x, s.double().t() @ x.double())
+    assert_as_exact_as(*grad_a(s, x, tile=SMALL), s.t() @ x, s.double().t() @ x.double())
 
 
 def test_tiles_cover_shapes_and_chips():
