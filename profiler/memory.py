@@ -181,7 +181,13 @@ def measure_arm(
     _load_libraries(source, workload)
     _limit_memory(memory_limit_MiB, device)
 
-    model = build(source, device=device, dtype=workload.torch_dtype, seed=workload.seed)
+    model = build(
+        source,
+        device=device,
+        dtype=workload.torch_dtype,
+        seed=workload.seed,
+        attn_implementation=workload.attn_implementation,
+    )
     trained = train_full(model, workload) if rank is None else train_adapter(model, workload, rank)
     adapters = [] if rank is None else trained
     optimizer = adamw(trained, workload.foreach)

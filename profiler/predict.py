@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -121,13 +121,14 @@ def _trace(source: ModelSource, workload: Workload, rank: int | None, layers: in
         optimizer = adamw(trained, foreach)
         batch = replace(workload, device="cpu").batch(model)
         passes = min(workload.gradient_accumulation, 2)
+        marks: list[int] = []
         try:
-            # Creates the optimizer's states.
-            loss_of(model, {name: ids[:1, :8] for name, ids in batch.items()}).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             with FlopCounter() as counter:
-                marks: list[int] = []
+                # Creates the optimizer's states.
+                loss_of(model, {name: ids[:1, :8] for name, ids in batch.items()}).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                counter.flops = 0
                 tracked = track_step(
                     model,
                     optimizer,
@@ -137,20 +138,19 @@ def _trace(source: ModelSource, workload: Workload, rank: int | None, layers: in
                     micro_steps=passes,
                     mark=lambda: marks.append(counter.flops),
                 )
-        except (torch._subclasses.fake_tensor.DataDependentOutputException,
-                torch._subclasses.fake_tensor.DynamicOutputShapeException) as error:  # fmt: skip
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise LoraFastError(
-                f"{source.name}: this model's step depends on values, so that it can't be predicted from shapes ({error})"
+                f"{source.name}: what it computes depends on values, so that shapes don't tell its cost: {error}"
             ) from None
-    # Every pass computes the same: what the last one took, for each of them.
-    forward, backward = (workload.gradient_accumulation * (marks[i] - (marks[i - 1] if i else 0)) for i in (0, 1))
+    # Every pass computes the same.
+    forward, both = (workload.gradient_accumulation * flops for flops in marks[:2])
     return Prediction(
         phases={phase: _complete(tracked["phase_categories"].get(phase, {})) for phase in PHASES},
         after_step=_complete(tracked["after_step"]),
         trainable=sum(p.numel() for p in trained),
         parameters=sum(p.numel() for p in model.parameters()),
         forward_flops=forward,
-        backward_flops=backward,
+        backward_flops=both - forward,
         traced_layers=(),
     )
 
@@ -207,7 +207,12 @@ class FlopCounter(TorchDispatchMode):
                 with self:
                     return operation.decompose(*arguments, **keywords)
             return operation(*arguments, **keywords)
-        result = operation(*arguments, **keywords)
+        if operation._overloadpacket is torch.ops.aten._grouped_mm and arguments[0].dtype != torch.bfloat16:
+            # Experts of a mixture: as it runs in any dtype, but its shapes are only told for this one.
+            inputs = [value.bfloat16() if i < 2 else value for i, value in enumerate(arguments)]
+            result = operation(*inputs, **keywords).to(arguments[0].dtype)
+        else:
+            result = operation(*arguments, **keywords)
         self.flops += formula(*arguments, **keywords, out_val=result)
         return result
 
@@ -220,6 +225,11 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _grouped_mm(a: Tensor, b: Tensor, *args, out_val=None, **kwargs) -> int:
+    """Each row, or column, of a belongs to one group and meets that group's part of b alone."""
+    return 2 * a.numel() * b.shape[-1]
+
+
 # Questions that fake tensors answer themselves; asked again from here, they come back here.
 _METADATA = {
     *("prim::layout", "prim::device", "aten::dim", "aten::is_contiguous", "aten::sym_is_contiguous", "aten::size"),
@@ -230,6 +240,7 @@ _FORMULAS = {
     **flop_registry,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
+    torch.ops.aten._grouped_mm: _grouped_mm,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

@@ -124,7 +124,8 @@ def print_estimate(profile: Profile, console: Console) -> None:
     fitted = work["memory_GiB"] is not None
     table = Table(
         title=f"{work['model']} ({si(work['parameters'])} parameters), {work['dtype']}, adapters in "
-        f"{work['adapter_dtype']}, batch {work['batch_size']} × {work['seq_len']} tokens, {_targets(work)}\n{_settings(work)}",
+        f"{work['adapter_dtype']}, batch {work['batch_size']} × {work['seq_len']} tokens, {_targets(work)}\n"
+        f"{_settings(work)}",
         caption=_estimate_caption(work),
         box=box.ROUNDED if console.is_terminal else box.SIMPLE,
         title_style="bold",

@@ -75,7 +75,13 @@ def time_arms(
     Returns {"status": "ok", "arms": {name: {"status": "ok", a list with one value per timed round for each of
     SERIES}}}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or raises has its
     status and error instead, and no values, since a partial series cannot be paired; the others go on."""
-    model = build(source, device=workload.device, dtype=workload.torch_dtype, seed=workload.seed)
+    model = build(
+        source,
+        device=workload.device,
+        dtype=workload.torch_dtype,
+        seed=workload.seed,
+        attn_implementation=workload.attn_implementation,
+    )
     base = train_full(model, workload)
     results: dict[str, dict] = {}
     built: dict[str, _Arm] = {}
