@@ -1,20 +1,20 @@
-"""Grams of factors of mixed shapes, in one launch: BᵀB of every lora_B (N_i, R) and A Aᵀ of every lora_A (R, K_i), fp64.
+"""Grams of factors of mixed shapes in one launch: BᵀB of every lora_B (N_i, R), A Aᵀ of every lora_A (R, K_i), in fp64.
 
-A factor is read as x (R, L), L its long side: a lora_A as it lies, a lora_B transposed, with G = x xᵀ (R, R). Products of
-two bf16, fp16 or fp32 numbers are exact in fp64, and the sums are fp64: G differs from the Gram of the stored numbers by
-no more than L 2⁻⁵³ |x| |x|ᵀ, elementwise (Higham 2002, section 3.1).
+A factor is read as x (R, L), L its long side: a lora_A as it lies, a lora_B transposed. G = x xᵀ (R, R). Products of
+two bf16, fp16 or fp32 numbers are exact in fp64, and so are the sums but for their rounding: G is off by no more than
+L 2⁻⁵³ |x| |x|ᵀ, element by element (Higham 2002, section 3.1).
 
-x is cut along L into chunks of 64 · RP numbers a rank, RP = max(16, next power of two of R), and a program takes one
+x is cut along L into chunks of at most 64 RP columns, RP = max(16, next power of two of R), and a program takes one
 chunk of one factor, which it finds in a table of addresses. It writes a partial sum; whoever needs the Gram adds a
-factor's partial sums in their order. There are no atomics, and where a factor is cut depends on R alone: the same factor
-gives the same bits, whatever else is in the launch. Beyond 64 ranks a program takes one pair of blocks of 64 ranks,
-of the pairs on and above the diagonal, and also stores its mirror image; the pairs of a chunk are neighbours and share
-their reads through L2.
+factor's partial sums in their order. There are no atomics, and on one chip where a factor is cut depends on its shape
+alone: the same factor gives the same bits, whatever else is in the launch. Beyond 64 ranks a program takes one pair of
+blocks of 64 or 32 ranks, of the pairs on and above the diagonal, and stores the mirror image too; the pairs of a chunk
+are neighbours and share their reads through L2.
 
-Bytes moved, e bytes an element: e R Σ L, each once, + 8 RP² a chunk, at most 8 RP / (64 e R) of the first term where L
-fills its chunks: 1/16 in bf16 for R a power of two from 16, more for the smallest ranks. A 7B-shaped adapter in bf16,
-448 factors of 4096 or 11008 numbers a rank, at R = 16: 80 MB read, 5 MB written by 2464 programs of one warp; at R = 64,
-319 MB and 21 MB by 640 of four. On an H100 with 132 multiprocessors that is 19 and 5 on each, all of them at once."""
+Bytes moved, e bytes an element: e R Σ L, each once, + 8 RP² for each chunk. Where L fills its chunks the partial sums
+are RP / (8 e R) of what is read, 1/16 in bf16 for R = RP, and more for R < 16. A 7B-shaped adapter in bf16, 448 factors
+with L of 4096 or 11008: at R = 16, 80 MB and 2464 chunks of one warp and 2 KB (5 MB); at R = 64, 320 MB and 640 chunks
+of four warps and 32 KB (21 MB): 19 and 5 for each of an H100's 132 multiprocessors, where all run at once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.devices import AMD, capability_of
+from lora_fast.kernels.devices import AMD, capability_of, fp64_dot_options
 
 
 class Tile(NamedTuple):
@@ -60,6 +60,8 @@ ELEMENTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float3
 # The most ranks of one tile: 64 × 64 sums in fp64 are 64 registers for each of 128 threads.
 BLOCK_R = 64
 SUM_BLOCK = 1024
+# Chips whose matrix units have no fp64 multiply in plain registers.
+FMA = ((8, 6), (8, 9), (12, 0))
 # How a factor lies in memory: 16 bytes of ranks, or 16 bytes along its long side, can be read at a time; or neither.
 RANKS, LONG, ANY = (tl.constexpr(kind) for kind in range(3))
 
@@ -68,9 +70,16 @@ def pick_tile(R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """The tile for factors of rank R."""
     RP = max(16, triton.next_power_of_2(R))
     ranks = min(RP, BLOCK_R)
-    # 16 × 64 numbers of 2 bytes a stage are 2 KB for each warp; two under way in each of 20 warps cover the latency.
-    columns = 64 if ranks * dtype.itemsize <= 128 else 32
-    return Tile(ranks, columns, 64 * RP, ranks // 16, 2 if capability == AMD else 3)
+    chunk, size = 64 * RP, dtype.itemsize
+    if capability == AMD:  # 16 bytes for each thread, 64 to a warp; in plain registers more columns would spill
+        return Tile(ranks, 32 if ranks == 16 else 16, chunk, max(1, ranks * size // 64), 2)
+    if capability[0] == 10 and RP == 64:
+        return Tile(64, 16, chunk, 2, 3)  # of 64 ranks and 4 warps triton 3.6 and 3.7 make tcgen05, which has no fp64
+    if RP > 64 and (capability[0] == 10 or capability in FMA):
+        return Tile(32, 32, chunk, 2 if capability[0] == 10 else 4, 3)
+    if capability in FMA:
+        return Tile(ranks, 1024 // ranks, chunk, ranks // 16, 3)
+    return Tile(ranks, 64 if ranks * size <= 64 else 32, chunk, ranks // 16, 3)  # 1 or 2 KB for each warp a stage
 
 
 @triton.jit
@@ -82,8 +91,9 @@ def _load(p, stride_r, stride_l, r, n, R, end):
 
 @triton.jit
 def _widen(x):
-    # The sum over an axis of one element computes nothing. triton 3.6 derives the layout of an fp64 product's operand from
-    # the narrowest number on its way from the load, and then has no instruction for it; it doesn't look behind a sum.
+    # Adding up an axis of one element computes nothing. triton 3.6 and 3.7 derive the layout of an fp64 product's
+    # operand from the narrowest number on its way from the load, and then have no instruction; they don't look behind a
+    # sum.
     return tl.sum(tl.expand_dims(x.to(tl.float64), 2), 2)
 
 
@@ -153,7 +163,7 @@ def _gram_kernel(
     elif aligned & (stride_l == 1) & (stride_r % VECTOR == 0) & (length % VECTOR == 0):
         acc = _gram(row_p, begin, end, first_i, first_j, R, LONG, ELEMENT, PAIRS > 1, BR, BL)
     else:
-        acc = _gram(row_p, begin, end, first_i, first_j, R, ANY, ELEMENT, PAIRS > 1, BR, BL)
+        acc = _gram(row_p, begin, end, first_i, first_j, R, ANY, ELEMENT, PAIRS > 1, BR, 16)
 
     partials_p += part.to(tl.int64) * (RP * RP)
     i = first_i + tl.arange(0, BR)
@@ -185,7 +195,8 @@ def grams(
     """lora_A_i (R, K_i), lora_B_i (N_i, R), 1 ≤ R ≤ 512, one dtype (bf16, fp16 or fp32), any strides, on one device
     → the Grams of all lora_B and then all lora_A."""
     R, dtype, device = lora_As[0].shape[0], lora_As[0].dtype, lora_As[0].device
-    tile = tile or pick_tile(R, dtype, capability or capability_of(lora_As[0]))
+    capability = capability or capability_of(lora_As[0])
+    tile = tile or pick_tile(R, dtype, capability)
     rows = [(b.data_ptr(), b.shape[0], b.stride(1), b.stride(0)) for b in lora_Bs]
     rows += [(a.data_ptr(), a.shape[1], a.stride(0), a.stride(1)) for a in lora_As]
     table = torch.tensor(rows, dtype=torch.int64)  # a factor a row: address, L, stride between ranks, stride along L
@@ -211,5 +222,6 @@ def grams(
         buffer, first, owner, partials, R,
         ELEMENT=ELEMENTS[dtype], RP=RP, BR=tile.ranks, BL=tile.columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **fp64_dot_options(capability),
     )  # fmt: skip
     return Grams(partials, first, R)
