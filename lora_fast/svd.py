@@ -162,8 +162,7 @@ def _core_svds(lora_As, lora_Bs, scales, vectors, backend) -> tuple[CoreSvd, Ten
         partials = gram.grams(lora_As, lora_Bs)
         if R <= KERNEL_RANK:
             found = jacobi.svd_of_grams(partials, R, scales, vectors=vectors)
-            kappa = torch.where(found.status == 0, found.kappa, torch.inf)
-            return CoreSvd(found.S, found.X, found.Y, kappa), found.norms, _JACOBI
+            return CoreSvd(found.S, found.X, found.Y, found.kappa), found.norms, _JACOBI
         gram_b, gram_a = partials.sum().split(len(lora_As))
     else:
         gram_b, gram_a = reference_svd.grams(lora_Bs), reference_svd.grams([a.mT for a in lora_As])

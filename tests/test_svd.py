@@ -212,3 +212,30 @@ def test_nothing_is_said_of_vectors_that_were_not_computed():
 def test_sizes_that_do_not_fit(a, b, k, message):
     with pytest.raises(LoraFastError, match=message):
         lora_svd(torch.ones(a), torch.ones(b), k=k)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_on_the_kernels_the_same(vectors):
+    """Mixed shapes, a rank beyond the core's kernel, one update of each kind that the kernels hand on."""
+    pytest.importorskip("triton")
+    g = torch.Generator().manual_seed(3)
+    As, Bs = [], []
+    for N, K, R in [(40, 70, 5), (33, 24, 5), (90, 48, 16), (90, 48, 16), (40, 70, 5), (24, 17, 5), (80, 70, 66)]:
+        As.append(torch.randn(R, K, generator=g))
+        Bs.append(torch.randn(N, R, generator=g))
+    Bs[1].zero_()
+    Bs[3][:, 4] = Bs[3][:, 2]
+    As[4][2, 3] = torch.inf
+    scalings = [0.5, 1.0, 2.0, 2.0, 1.0, -1.5, 1.0]
+    found = update_svds(As, Bs, scalings, vectors=vectors, backend="triton")
+    assert [f.status for f in found] == ["ok", "ok", "ok", "refined", "not finite", "ok", "ok"]
+    for i, (f, a, b) in enumerate(zip(found, As, Bs)):
+        if i == 4:
+            continue
+        update = scalings[i] * b.double() @ a.double()
+        values = torch.linalg.svdvals(update)[: len(f.S)]
+        assert f.S.sub(values).abs().max() <= 1e-13 * values[0]
+        assert f.certificate < 1e-7
+        if vectors:
+            again = f.left(b) * f.S @ f.right(a).mT
+            assert torch.linalg.matrix_norm(again - update) <= 1e-12 * torch.linalg.matrix_norm(update)
