@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_fast.cli import NOTHING_MEASURED, TOO_NOISY, main
+from lora_fast.cli import main
+from lora_fast.cli_profile import NOTHING_MEASURED, TOO_NOISY
 
 SCRIPT = Path(sys.executable).parent / "lora-fast"
 CONFIG = {
