@@ -235,7 +235,7 @@ def _read(adapter: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
         raise LoraFastError(
             f"adapter is a {type(adapter).__name__}; expected a PEFT folder: write one with save_adapter first"
         )
-    config, tensors = read_adapter(adapter)
+    config, tensors = read_adapter(adapter, check_finite=False)  # adapter_factors does that
     if config.init_lora_weights in BASE_CHANGING_INITS:
         raise LoraFastError(
             f"{adapter}: init_lora_weights={config.init_lora_weights!r} changes the base weight by its rank each time "

@@ -340,6 +340,18 @@ def test_what_resizing_refuses(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("which", [".lora_B.", "classifier"])
+def test_nan_is_refused_by_name(tmp_path, which):
+    source = random_adapter(tmp_path / "in", "roberta")
+    tensors = load_file(source / WEIGHTS_NAME)
+    key = next(key for key in tensors if which in key)
+    tensors[key].view(-1)[3] = math.nan
+    save_file(tensors, source / WEIGHTS_NAME, metadata={"format": "pt"})
+    refused(lambda: resize_adapter(source, tmp_path / "out", rank=2), key, "NaN")
+    refused(lambda: merge_adapters([source], [1], tmp_path / "out"), key, "NaN")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_below_one_rank_a_layer_says_the_least(tmp_path):
     source = random_adapter(tmp_path / "in")
     least = sum(sum(delta.shape) for delta in dense_updates(source).values())
