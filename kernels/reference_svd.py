@@ -108,8 +108,21 @@ def _svd(core: Tensor, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | N
     return torch.where(finite, u, torch.nan), values, torch.where(finite, vh, torch.nan)
 
 
-def svd_by_qr(lora_A: Tensor, lora_B: Tensor, scalings: Tensor, vectors: bool):
+def orthonormal(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """factor (…, n, R) → Q (…, n, p) with orthonormal columns and an upper triangle (…, p, R) with a diagonal ≥ 0, in
+    fp64, p = min(n, R). The sign makes Q one and the same whether matrices are factored one by one or many at once."""
+    q, upper = torch.linalg.qr(factor.double())
+    signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return q * signs[..., None, :], upper * signs[..., :, None]
+
+
+def svd_by_qr(
+    lora_A: Tensor, lora_B: Tensor, scalings: Tensor, vectors: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """lora_A (n, R, K), lora_B (n, N, R), scalings (n,) → U_c (n, min(N, R), p), S (n, p), V_cᵀ (n, p, min(K, R)) with
-    U = Q_B U_c and V = Q_A V_c; U_c and V_c are None without `vectors`. Any factors, of any condition."""
-    uppers = [torch.linalg.qr(factor.double(), mode="r")[1] for factor in (lora_B, lora_A.mT)]
+    U = Q_B U_c and V = Q_A V_c of `orthonormal`; U_c and V_c are None without `vectors`. Of any condition."""
+    if vectors:
+        uppers = [orthonormal(factor)[1] for factor in (lora_B, lora_A.mT)]
+    else:
+        uppers = [torch.linalg.qr(factor.double(), mode="r")[1] for factor in (lora_B, lora_A.mT)]
     return _svd(uppers[0] @ (scalings[:, None, None] * uppers[1].mT), vectors)

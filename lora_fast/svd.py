@@ -61,7 +61,7 @@ class UpdateSvd:
             raise LoraFastError("this SVD was computed without vectors; ask for them with vectors=True")
         core = core[:, :k].to(factor.device)
         if self.status == "refined":
-            return torch.linalg.qr(factor.double())[0] @ core
+            return reference_svd.orthonormal(factor)[0] @ core
         return factor.double() @ core
 
 
