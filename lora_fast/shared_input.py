@@ -9,7 +9,15 @@ between, its adapter was switched, or a hook gave it another tensor, computes by
 time where it was wrong, never the result. Outputs that nobody took are dropped at the next call of any layer.
 
 The choice is fixed from the first step on, since a recomputed activation checkpoint must save what its forward saved.
-Compiled graphs, torch.func and inference mode see every layer by itself."""
+
+torch.func, inference mode and compiled graphs see every layer by itself: there nothing says whether x was changed in
+between. Of a tensor that Dynamo traces, `_version` is a number unknown until the graph runs, so that comparing two of
+them ends the graph (torch 2.13). What the first layer computed would also have to wait somewhere: changes of a module
+or of the slot are refused inside a checkpoint that is compiled; an attribute of x is not, but stays on x, stale, where
+x comes from outside the graph. Merging the ops in the graph afterwards would be exact, but it takes a pass that the
+user hands to the compiler: before autograd, where x may still be changed in place, it has to prove that nothing does;
+after it, it has to find the sums of dx. A compiled q, k and v therefore read x three times for S and three times for
+dA, and add up three dx; all else of each layer is the same."""
 
 import ast
 import inspect
