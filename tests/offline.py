@@ -56,6 +56,7 @@ class Case(NamedTuple):
     label: str
     call: Callable[[tuple[int, int]], Any]
     main_loops: int = 0  # loops that multiply and have to fetch ahead, in a matrix product of full width
+    fp64_loops: int = 0  # loops that multiply in fp64 and have to fetch ahead, where matrix units do fp64
     wide: bool = True  # its large operands can be read 16 bytes at a time
     thorough: bool = False  # only with --all
 
@@ -317,6 +318,24 @@ def factors_cases(target: str) -> Iterator[Case]:
     yield from ones("factors", target, "one layer", one, N=144, K=80, R=16)
 
 
+def gram_cases(target: str) -> Iterator[Case]:
+    """Each padded rank; which way a factor lies is decided as the kernel runs."""
+    from lora_fast.kernels.gram import Grams, grams
+
+    for R, dtype in itertools.product((16, 32, 64, 128, 256, 512), (torch.bfloat16, torch.float32)):
+        factors = [meta(R, 4096, dtype=dtype)] * 2, [meta(11008, R, dtype=dtype)] * 2
+        call = functools.partial(grams, *factors)
+        yield Case(
+            "gram",
+            f"r={R}, {str(dtype)[6:]}",
+            lambda capability, call=call: call(capability=capability),
+            fp64_loops=2,
+            thorough=R > 128,
+        )
+    some = Grams(meta(5, 16, 16, dtype=torch.float64), meta(3, dtype=torch.int32), 16)
+    yield Case("gram", "sum", lambda capability: some.sum(), wide=False)
+
+
 def jacobi_cases(target: str) -> Iterator[Case]:
     """Each padded rank; what is read is read once, in a kernel that waits for its own results."""
     from lora_fast.kernels.gram import Grams
@@ -340,6 +359,7 @@ CASES = {
     "grouped": grouped_cases,
     "factors": factors_cases,
     "jacobi": jacobi_cases,
+    "gram": gram_cases,
 }
 
 
@@ -545,6 +565,8 @@ def problems(row: dict) -> list[str]:
     wide_loads = row["ld_global_16"] + (0 if amd else row["cp_async_16"] + row["tma_loads"])
     if row["wide"] and not wide_loads and not narrow:
         found.append("no 16-byte load")
+    if row["target"] in ("sm_80", "sm_90") and row["async_mma_loops"] < row["fp64_loops"]:
+        found.append(f"{row['async_mma_loops']} loops multiply and fetch ahead, of {row['fp64_loops']} fp64 loops")
     if row["main_loops"] and amd and not row["mfma"]:
         found.append("no mfma")
     if row["main_loops"] and not amd:
@@ -572,6 +594,7 @@ def _compile(index: int) -> dict[str, Any]:
         "tile": tile_of(launch),
         "target": target,
         "main_loops": case.main_loops,
+        "fp64_loops": case.fp64_loops,
         "wide": case.wide,
     }
     try:
@@ -615,7 +638,7 @@ def main() -> None:
         rows = []
         for row in pool.imap_unordered(_compile, range(len(_JOBS))):
             rows.append(row)
-            told = {k: v for k, v in row.items() if k not in ("file", "label", "tile", "target", "main_loops", "wide")}
+            told = {k: v for k, v in row.items() if k not in (*Case._fields, "tile", "target")}
             print(
                 f"{row['target']:6} {row['file']}: {row['label']} [{row['tile']}]: {told}", file=sys.stderr, flush=True
             )
