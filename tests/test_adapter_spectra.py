@@ -148,6 +148,9 @@ def test_factors_keep_the_dtype_that_they_are_stored_in(saved, dtype):
     spectra = adapter_spectra(saved)
     assert_spectra_are(spectra, dense(factors))
     assert {found.storage_dtype for found in spectra.values()} == {dtype}
+    for coarse in ("lora_A", "lora_B"):  # the coarser of two decides
+        edit(saved, lambda t: t.update({k: v.to(torch.bfloat16 if coarse in k else dtype) for k, v in t.items()}))  # noqa: B023
+        assert {found.storage_dtype for found in adapter_spectra(saved).values()} == {torch.bfloat16}
 
 
 def test_an_adapter_that_was_never_trained_is_zero(tmp_path):
@@ -557,6 +560,22 @@ def test_amplification_factor_is_the_papers(family, r, small_panels):
             assert found[name].projected_norm == pytest.approx(float(norm), rel=1e-9)
             assert found[name].update_norm == pytest.approx(float(torch.linalg.matrix_norm(delta)), rel=1e-12)
             assert found[name].factor == pytest.approx(float(torch.linalg.matrix_norm(delta) / norm), rel=1e-9)
+
+
+def test_square_weights_of_gpt2_are_turned_whatever_the_adapter_comes_from(tmp_path):
+    """Where N = K no shape tells that GPT-2 stores (K, N): the adapter does."""
+    lora = {"r": 2, "target_modules": ["attn.c_proj"], "fan_in_fan_out": True, "init_lora_weights": False}
+    torch.manual_seed(7)
+    theirs = peft_model(build("gpt2"), **lora)
+    theirs.save_pretrained(tmp_path)
+    for adapter in (theirs, tmp_path, load_adapter(build("gpt2"), tmp_path)):
+        (name, *_), (found, *_) = zip(*amplification_factor(adapter, build("gpt2")).items())
+        delta = dense(adapter_factors(adapter))[name]
+        W = build("gpt2").get_submodule(name).weight.detach().double().T
+        assert W.shape == (32, 32)
+        U, _, Vh = torch.linalg.svd(delta)
+        norm = torch.linalg.matrix_norm(U[:, :2].T @ W @ Vh[:2].T)
+        assert found.projected_norm == pytest.approx(float(norm), rel=1e-9)
 
 
 def test_amplification_of_nothing(saved):
