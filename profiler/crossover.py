@@ -1,4 +1,4 @@
-"""The rank from which LoRA is no longer cheaper than full fine-tuning, for one cost (time or memory).
+"""The rank from which LoRA is no longer cheaper than full fine-tuning, for each cost: time, FLOPs, memory.
 
 Cost can only grow with the rank, so measured ratios are first made non-decreasing by the pool-adjacent-violators rule
 (the least-squares non-decreasing fit; Barlow et al. 1972), which keeps noise from inventing several crossings. The
@@ -11,8 +11,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from lora_fast.profiler.intervals import interval
+from lora_fast.profiler.intervals import interval, log_ratios, resampled_medians
 
+# What each cost is called in a sentence.
+COSTS = {"time": "time", "flops": "FLOPs", "memory": "memory"}
+# Shares of all parameters, the adapter's included, at which the guide “LoRA微调中的Rank临界点与全量训练决策” calls an
+# adapter large enough to think of full fine-tuning: 10% to 20%.
+SHARES = (0.10, 0.20)
 BRACKETED, NEVER, ALWAYS, UNMEASURED = "bracketed", "none up to r_max", "at every measured rank", "not measured"
 
 
@@ -35,7 +40,7 @@ class Crossover:
         return asdict(self)
 
     def sentence(self, cost: str) -> str:
-        """One sentence for people; cost is "time" or "memory"."""
+        """One sentence for people; cost is what the cost is called, such as "memory"."""
         if self.status == UNMEASURED:
             return f"{cost}: no crossover, because {self.reason}"
         if self.status == NEVER:
@@ -51,6 +56,24 @@ class Crossover:
             )
             text = f"{cost}: LoRA stops being cheaper than full fine-tuning {where}"
         return text + self._interval_text()
+
+    @property
+    def short(self) -> str:
+        """The answer in a word: "59 [49–67]", "220", "64–512", ">256", "<1", "–"."""
+        if self.status == UNMEASURED:
+            return "–"
+        if self.status == NEVER:
+            return f">{self.r_max}"
+        if self.status == ALWAYS:
+            return f"<{self.r_min}"
+        if self.rank is None:
+            return "–".join(map(str, self.bracket))
+        if self.interval is None:
+            return f"{self.rank:.0f}"
+        low, high = self.interval
+        left = f"<{self.r_min}" if low is None else f"{low:.0f}"
+        right = f">{self.r_max}" if high is None else f"{high:.0f}"
+        return f"{self.rank:.0f} [{left}–{right}]"
 
     def _interval_text(self) -> str:
         if self.interval is None:
@@ -112,3 +135,70 @@ def crossover(ranks: Sequence[int], logs: Sequence[float], draws: np.ndarray | N
         r_min=ranks[0],
         r_max=ranks[-1],
     )
+
+
+def crossovers(arms: Sequence, seed: int) -> dict[str, Crossover]:
+    """The crossover of each of COSTS, from a profile's Arms; seed draws the interval of time's.
+
+    Time is measured and has noise, so its crossover has an interval; FLOPs and memory are the same in every step."""
+    full = next(arm for arm in arms if arm.kind == "full")
+    lora = [arm for arm in arms if arm.kind == "lora"]
+    flops = [arm for arm in lora if arm.flops_ratio is not None]
+    return {
+        "time": _of_time(full, lora, seed),
+        "flops": crossover([arm.rank for arm in flops], [math.log(arm.flops_ratio) for arm in flops])
+        if flops
+        else Crossover(UNMEASURED, reason="FLOPs were not counted"),
+        "memory": _of_memory(full, lora),
+    }
+
+
+def _of_time(full, lora: list, seed: int) -> Crossover:
+    timed = [arm for arm in lora if arm.ratio_to_full is not None]
+    if not timed:
+        return Crossover(UNMEASURED, reason=_missing(full, full.step_ms))
+    ranks = [arm.rank for arm in timed]
+    # A ratio that two processes measured has no common rounds to resample.
+    if any(len(arm.samples_ms) != len(full.samples_ms) for arm in timed) or not full.samples_ms:
+        return crossover(ranks, [math.log(arm.ratio_to_full) for arm in timed])
+    columns = np.stack([log_ratios(arm.samples_ms, full.samples_ms) for arm in timed], axis=1)
+    return crossover(ranks, np.median(columns, axis=0).tolist(), resampled_medians(columns, seed=seed))
+
+
+def _of_memory(full, lora: list) -> Crossover:
+    sized = [arm for arm in lora if arm.memory_ratio is not None or (full.peak_MiB and arm.status == "oom")]
+    if not (full.peak_MiB and sized):
+        return Crossover(UNMEASURED, reason=_missing(full, full.peak_MiB))
+    logs = [math.inf if arm.memory_ratio is None else math.log(arm.memory_ratio) for arm in sized]
+    return crossover([arm.rank for arm in sized], logs)
+
+
+def _missing(full, value: float | None) -> str:
+    if full.status == "oom" and value is None:
+        return "full fine-tuning ran out of memory"
+    return "full fine-tuning was not measured" if value is None else "no rank was measured"
+
+
+def ranks_of_shares(parameters: int, per_rank: int) -> dict[str, float]:
+    """Ranks at which an adapter of r · per_rank parameters is each of SHARES of the whole: {"10%": r, "20%": r}."""
+    return {f"{share:.0%}": share / (1 - share) * parameters / per_rank for share in SHARES}
+
+
+def flops_ratio_at(arms: Sequence, rank: float) -> float | None:
+    """A LoRA step's FLOPs against full's at any rank, from a profile's Arms: they are a constant plus a multiple of
+    r, so that two ranks tell. None where there are not two."""
+    known = [(arm.rank, arm.flops_ratio) for arm in arms if arm.kind == "lora" and arm.flops_ratio is not None]
+    if len(known) < 2:
+        return None
+    (low, a), (high, b) = known[0], known[-1]
+    return a + (rank - low) * (b - a) / (high - low)
+
+
+def shares_sentence(ranks: dict[str, float], arms: Sequence) -> str:
+    """What ranks_of_shares says, and what it does not."""
+    text = f"Trained parameters pass {' and '.join(f'{share} of all at r≈{r:.0f}' for share, r in ranks.items())}"
+    text += ": a warning sign by a rule of thumb, not a crossover"
+    ratios = [flops_ratio_at(arms, rank) for rank in ranks.values()]
+    if None not in ratios:
+        text += f"; a LoRA step takes {' and '.join(f'{ratio:.2f}' for ratio in ratios)} of full's FLOPs there"
+    return text + "."

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
-from lora_fast.profiler.crossover import Crossover, crossover
+from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.models import ModelSource, build, layer_count, resolve
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
@@ -25,8 +25,6 @@ MiB, GiB = 2**20, 2**30
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
 # can't use between blocks. An allowance, not a measurement of this machine.
 RESERVE_GiB = 1.0
-# Shares of all parameters at which a common rule of thumb calls an adapter too large.
-SHARES = (0.10, 0.20)
 # Predictions that the search for a largest size may take.
 MAX_LOOKS = 6
 # Categories that FSDP spreads over its ranks.
@@ -121,7 +119,6 @@ def estimate_memory(
                 arm.fits = _fits(found, room, workload, again)
             progress("fits", len(arms), len(arms), "done")
     progress("estimate", len(arms), len(arms), "done")
-    lora = arms[:-1]
     described = {
         "method": "estimated",
         "model": source.name,
@@ -133,13 +130,9 @@ def estimate_memory(
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
         "shards": shards,
         "traced_layers": list(full.traced_layers),
-        "rank_of_share": {f"{q:.0%}": q / (1 - q) * total / per_rank for q in SHARES},
+        "rank_of_share": ranks_of_shares(total, per_rank),
     }
-    crossovers = {
-        "memory": _crossover(lora, [arm.memory_ratio for arm in lora]),
-        "flops": _crossover(lora, [arm.flops_ratio for arm in lora]),
-    }
-    return Profile(environment("cpu"), described, arms, None, crossovers)
+    return Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0))
 
 
 def _source(model, stack: ExitStack) -> ModelSource:
@@ -233,7 +226,3 @@ def _largest(
     except LoraFastError:  # longer than the model's positions
         pass
     return max((value for value, size in known.items() if size <= room), default=0)
-
-
-def _crossover(arms: list[Arm], ratios: list[float]) -> Crossover:
-    return crossover([arm.rank for arm in arms], [math.log(ratio) for ratio in ratios])

@@ -62,7 +62,7 @@ class Profile:
     """What `profile_ranks` measured; `to_dict` is the content of run.json.
 
     aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
-    crossover: "time" and "memory" of a measurement, "memory" and "flops" of an estimate. folder: where the run was
+    crossover: of "time", "flops" and "memory" (the first versions wrote no "flops"). folder: where the run was
     written, or None."""
 
     environment: dict
@@ -77,6 +77,11 @@ class Profile:
     def measured(self) -> bool:
         """Whether any arm has a time or a peak."""
         return any(arm.step_ms is not None or arm.peak_MiB is not None for arm in self.arms)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether estimate_memory predicted it: nothing in it was measured."""
+        return self.workload.get("method") == "estimated"
 
     @property
     def too_noisy(self) -> bool:

@@ -6,14 +6,13 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
-from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
-from lora_fast.profiler.intervals import MIN_ROUNDS, log_ratios, ratio_with_interval, resampled_medians
+from lora_fast.profiler.crossover import crossovers, ranks_of_shares
+from lora_fast.profiler.intervals import MIN_ROUNDS, ratio_with_interval
 from lora_fast.profiler.memory import MALLOC
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
@@ -129,6 +128,7 @@ def profile_ranks(
             "warm_up_rounds": WARM_UP_ROUNDS,
             "memory_limit_MiB": memory_limit_MiB,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
+            "rank_of_share": ranks_of_shares(total, per_rank),
         }
         about = environment(device)
 
@@ -141,7 +141,7 @@ def profile_ranks(
     for arm in arms:
         if arm.name in reasons and arm.error is None:
             arm.error = reasons[arm.name]
-    profile = Profile(about, described, arms, aa, _crossovers(arms, seed), notes, folder.path if folder else None)
+    profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, folder.path if folder else None)
     if folder:
         folder.write_arms([arm.to_dict() for arm in arms])
         folder.write_run(profile.to_dict())
@@ -277,29 +277,3 @@ def _add_times(arms: list[Arm], times: dict[str, dict], workload: Workload) -> d
     ratio, ci = ratio_with_interval(again, full, seed=workload.seed)
     floor = max(abs(end - 1) for end in ci)
     return {"ratio": ratio, "ci": ci, "noise_floor": floor, "limit": NOISE_LIMIT, "samples_ms": again}
-
-
-def _crossovers(arms: list[Arm], seed: int) -> dict[str, Crossover]:
-    full, lora = arms[-1], arms[:-1]
-    timed = [arm for arm in lora if arm.ratio_to_full is not None]
-    if timed:
-        columns = np.stack([log_ratios(arm.samples_ms, full.samples_ms) for arm in timed], axis=1)
-        time = crossover(
-            [arm.rank for arm in timed], np.median(columns, axis=0).tolist(), resampled_medians(columns, seed=seed)
-        )
-    else:
-        time = Crossover(UNMEASURED, reason=_missing(full, full.step_ms))
-
-    sized = [arm for arm in lora if arm.memory_ratio is not None or (full.peak_MiB and arm.status == "oom")]
-    if full.peak_MiB and sized:
-        logs = [np.inf if arm.memory_ratio is None else float(np.log(arm.memory_ratio)) for arm in sized]
-        memory = crossover([arm.rank for arm in sized], logs)
-    else:
-        memory = Crossover(UNMEASURED, reason=_missing(full, full.peak_MiB))
-    return {"time": time, "memory": memory}
-
-
-def _missing(full: Arm, value: float | None) -> str:
-    if full.status == "oom" and value is None:
-        return "full fine-tuning ran out of memory"
-    return "full fine-tuning was not measured" if value is None else "no rank was measured"

@@ -5,6 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_fast.profiler.crossover import COSTS, shares_sentence
 from lora_fast.profiler.profile import Arm, Profile
 
 # The whole table takes 118 columns; narrower, columns go that follow from others, or can be read in run.json.
@@ -20,9 +21,18 @@ def print_profile(profile: Profile, console: Console) -> None:
 
 def sentences(profile: Profile) -> list[str]:
     """The crossovers, then what else the reader has to know."""
-    lines = [f"Crossover in {profile.crossover[cost].sentence(cost)}" for cost in ("time", "memory")]
+    lines = crossover_sentences(profile)
     lines += [f"{arm.name}: {_reason(arm)}" for arm in profile.arms if arm.error]
     return lines + [f"Note: {note}" for note in profile.notes]
+
+
+def crossover_sentences(profile: Profile) -> list[str]:
+    """One for each cost that the profile knows of, then where trained parameters become many."""
+    known = [cost for cost in COSTS if cost in profile.crossover and not (cost == "time" and profile.estimated)]
+    lines = [f"Crossover in {profile.crossover[cost].sentence(COSTS[cost])}" for cost in known]
+    if "rank_of_share" in profile.workload:
+        lines.append(shares_sentence(profile.workload["rank_of_share"], profile.arms))
+    return lines
 
 
 def _reason(arm: Arm) -> str:
@@ -153,10 +163,7 @@ def print_estimate(profile: Profile, console: Console) -> None:
         style = "bold" if arm.kind == "full" else "" if arm.fits is None or arm.fits["fits"] else "red"
         table.add_row(*cells, style=style, end_section=arm is profile.arms[-2])
     console.print(table)
-    shares = " and ".join(f"{share} at r≈{rank:.0f}" for share, rank in work["rank_of_share"].items())
-    lines = [f"Crossover in {profile.crossover[cost].sentence(cost)}" for cost in ("memory", "flops")]
-    lines.append(f"Trained parameters pass {shares} of all: a warning sign by rule of thumb, not the crossover.")
-    for text in lines:
+    for text in crossover_sentences(profile):
         console.print(Text(text), soft_wrap=True)
 
 

@@ -90,7 +90,7 @@ def test_the_document_holds_every_arm(finished):
         assert arm["by_category"]["adapters"] == pytest.approx(4 * arm["trainable"] / 2**20)
     assert full["by_category"]["adapters"] == 0 and full["ratio_to_full"] is None
     assert high["peak_MiB"] > low["peak_MiB"]
-    assert set(document["crossover"]) == {"time", "memory"}
+    assert set(document["crossover"]) == {"time", "flops", "memory"}
     assert document["crossover"]["memory"]["r_max"] == 16
 
 

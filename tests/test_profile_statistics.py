@@ -7,8 +7,20 @@ import pytest
 
 from lora_fast import LoraFastError
 from lora_fast.profiler import models
-from lora_fast.profiler.crossover import ALWAYS, BRACKETED, NEVER, UNMEASURED, crossover, non_decreasing
+from lora_fast.profiler.crossover import (
+    ALWAYS,
+    BRACKETED,
+    NEVER,
+    UNMEASURED,
+    crossover,
+    crossovers,
+    flops_ratio_at,
+    non_decreasing,
+    ranks_of_shares,
+    shares_sentence,
+)
 from lora_fast.profiler.intervals import MIN_ROUNDS, interval, log_ratios, ratio_with_interval, resampled_medians
+from lora_fast.profiler.profile import Arm
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
 
 RANKS = [1, 4, 16, 64, 256]
@@ -118,6 +130,76 @@ def test_a_rank_that_ran_out_of_memory_brackets_without_a_place():
     assert "between r=64 and r=512" in found.sentence("memory")
     beyond = crossover([8, 64], [math.inf, math.inf])
     assert beyond.status == ALWAYS and beyond.bracket == (None, 8)
+
+
+def arms_of(time=None, flops=None, memory=None, rounds=11):
+    """LoRA at RANKS and full, whose step takes 100 ms in even rounds and 300 ms in odd ones; each cost is given as
+    (constant, slope): constant + slope · r of full's."""
+    clock = np.where(np.arange(rounds) % 2, 300.0, 100.0)
+    made = []
+    for rank in RANKS:
+        arm = Arm("lora", rank, rank, 0.1)
+        if time:
+            arm.ratio_to_full = time[0] + time[1] * rank
+            arm.samples_ms = (clock * arm.ratio_to_full).tolist()
+        if flops:
+            arm.flops_ratio = flops[0] + flops[1] * rank
+        if memory:
+            arm.memory_ratio = memory[0] + memory[1] * rank
+        made.append(arm)
+    full = Arm("full", None, 1000, 1.0, step_ms=100.0 if time else None, peak_MiB=1e3 if memory else None)
+    full.samples_ms = clock.tolist() if time else []
+    return [*made, full]
+
+
+def test_three_costs_have_three_crossovers():
+    found = crossovers(arms_of(time=(0.8, 0.2 / 40), flops=(0.7, 0.3 / 100), memory=(0.5, 1e-4)), seed=0)
+    assert [found[cost].bracket for cost in ("time", "flops", "memory")] == [(16, 64), (64, 256), (256, None)]
+    assert found["time"].rank == pytest.approx(40) and found["time"].interval == pytest.approx((40, 40))
+    assert found["flops"].rank == pytest.approx(100) and found["flops"].interval is None
+    assert [found[cost].short for cost in ("time", "flops", "memory")] == ["40 [40–40]", "100", ">256"]
+
+
+def test_a_cost_that_nobody_knows_has_no_crossover():
+    found = crossovers(arms_of(memory=(2.0, 0.0)), seed=0)
+    assert found["time"].status == found["flops"].status == UNMEASURED
+    assert "FLOPs were not counted" in found["flops"].sentence("FLOPs") and found["flops"].short == "–"
+    assert found["memory"].short == "<1"
+
+
+def test_a_full_arm_of_another_process_gives_a_bracket_without_an_interval():
+    arms = arms_of(time=(0.8, 0.2 / 40))
+    arms[-1].samples_ms = arms[-1].samples_ms[:-2]
+    found = crossovers(arms, seed=0)["time"]
+    assert found.bracket == (16, 64) and found.rank == pytest.approx(40) and found.interval is None
+
+
+def test_arms_of_peft_are_not_ranks_of_ours():
+    arms = arms_of(flops=(0.7, 0.3 / 100), memory=(0.5, 1e-4))
+    arms.insert(0, Arm("peft", 1, 1, 0.1, flops_ratio=2.0, memory_ratio=3.0))
+    found = crossovers(arms, seed=0)
+    assert found["flops"].bracket == (64, 256) and found["memory"].short == ">256"
+    assert flops_ratio_at(arms, 100) == pytest.approx(1)
+
+
+def test_a_short_answer_says_how_it_is_censored():
+    draws = np.log([[0.9, 1.05, 1.2, 1.4, 1.6], [0.9, 0.95, 0.97, 0.98, 0.99]] * 50)
+    found = crossover(RANKS, [math.log(v) for v in (0.9, 0.95, 0.98, 1.3, 1.5)], draws)
+    assert found.interval == (pytest.approx(3), None) and found.short.endswith("[3–>256]")
+    assert crossover([8, 64], [math.log(0.5), math.inf]).short == "8–64"
+
+
+def test_shares_of_the_parameters_are_where_they_should_be():
+    """Llama-3-8B with every linear of its layers adapted: 2,621,440 parameters for one rank."""
+    parameters, per_rank = 8_030_261_248, 2_621_440
+    ranks = ranks_of_shares(parameters, per_rank)
+    assert {share: round(rank) for share, rank in ranks.items()} == {"10%": 340, "20%": 766}
+    for share, rank in ranks.items():
+        assert rank * per_rank / (parameters + rank * per_rank) == pytest.approx(float(share.rstrip("%")) / 100)
+    text = shares_sentence(ranks, arms_of(flops=(0.6656, 0.0003487)))
+    assert "10% of all at r≈340 and 20% of all at r≈766" in text
+    assert "warning sign" in text and "0.78 and 0.93 of full's FLOPs" in text
+    assert "FLOPs" not in shares_sentence(ranks, arms_of(memory=(0.5, 0.1)))
 
 
 def noisy_columns(rng, rounds, ratios, noise=0.03, disturbance=0.5):

@@ -12,9 +12,10 @@ from torch import nn
 
 from lora_fast import lora_parameters
 from lora_fast.profiler import models, process, profile_ranks, timing
+from lora_fast.profiler.crossover import crossovers
 from lora_fast.profiler.models import ModelSource
 from lora_fast.profiler.profile import Arm
-from lora_fast.profiler.sweep import _add_times, _crossovers, _timed_arms
+from lora_fast.profiler.sweep import _add_times, _timed_arms
 from lora_fast.profiler.timing import SERIES, WARM_UP_ROUNDS, time_arms
 from lora_fast.profiler.workload import FULL, FULL_AGAIN, Workload
 
@@ -187,7 +188,7 @@ def test_ratios_and_crossover_survive_a_disturbed_clock():
         assert arm.tokens_per_s == pytest.approx(16e3 / arm.step_ms)
     assert arms[-1].ratio_to_full is None and arms[-1].samples_ms == times[FULL]["step_ms"]
     assert aa["noise_floor"] < 0.02 and aa["ci"][0] < 1.01 and aa["ci"][1] > 0.99
-    time = _crossovers(arms, seed=0)["time"]
+    time = crossovers(arms, seed=0)["time"]
     assert time.bracket == (16, 64) and time.interval[0] > 16 and time.interval[1] < 64
 
 
@@ -196,8 +197,8 @@ def test_without_full_fine_tuning_there_is_no_ratio_and_no_crossover():
     arms[-1].status = "oom"
     assert _add_times(arms, {"r1": series([5] * 6), "r16": series([6] * 6)}, WORK) is None
     assert [arm.step_ms for arm in arms] == [5, 6, None] and arms[0].ratio_to_full is None
-    found = _crossovers(arms, seed=0)
-    assert {found[cost].reason for cost in found} == {"full fine-tuning ran out of memory"}
+    found = crossovers(arms, seed=0)
+    assert {found[cost].reason for cost in ("time", "memory")} == {"full fine-tuning ran out of memory"}
 
 
 def test_arms_that_cannot_share_the_machine_are_left_out_largest_first(monkeypatch):
