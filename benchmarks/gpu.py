@@ -7,7 +7,7 @@ installed lora-fast: the three source folders are made importable as the one pac
 repository's root must not be on sys.path; CONTRIBUTING.md says why.)
 
 Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: gpu.log, a CSV per benchmark, tuning.json with what
-the tuner chose; seven files. The parts share the deadline by weight, and what one leaves over goes to those after it. A
+the tuner chose; eight files. The parts share the deadline by weight, and what one leaves over goes to those after it. A
 part that fails, or is stopped at its limit, doesn't stop the others; the exit status is 1 then. On a machine without a
 CUDA GPU nothing runs, and the exit status is 0."""
 
@@ -80,7 +80,7 @@ def parts(out: Path, commit: str | None) -> list[Part]:
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest, "-k", expression]
         command += ["-p", "no:xdist", str(ROOT / "tests" / file)]
         listed.append(Part("compute-sanitizer", 10, command, testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    benches = [("lora_linear", 30), ("train_step_gpu", 16), ("mlp", 14), ("qkv", 12), ("grouped", 8)]
+    benches = [("lora_linear", 30), ("train_step_gpu", 16), ("mlp", 14), ("qkv", 12), ("grouped", 8), ("svd", 8)]
     for name, weight in benches:
         command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out)]
         command += ["--commit", commit] if commit else []

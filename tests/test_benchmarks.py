@@ -89,7 +89,20 @@ def test_a_benchmark_runs_and_writes_its_rows(name, tmp_path):
         assert all(row["gemm_over_cublas"] for row in rows)
 
 
-@pytest.mark.parametrize("name", [*BENCHES, "gpu", "plot"])
+def test_the_svd_benchmark_runs_and_writes_its_rows(tmp_path):
+    import bench_svd
+
+    arguments = ["--device", DEVICE.type, "--models", "tiny", "--ranks", "4", "--rounds", "6", "--out", str(tmp_path)]
+    assert bench_svd.main([*arguments, "--commit", "abc"]) == 0
+    rows = {row["provider"]: row for row in read(tmp_path / "svd.csv")}
+    torch_arms = {"torch Gram + eigh, fp64", "torch QR + SVD, fp64", "torch QR + SVD, fp32", "svd_lowrank", "dense"}
+    assert torch_arms | {"lora_fast", "lora_fast again", "lora_fast from the file"} <= set(rows)
+    assert all(float(row["ms_p50"]) > 0 and row["commit"] == "abc" and row["matrices"] == "4" for row in rows.values())
+    assert float(rows["lora_fast"]["max_error"]) < 1e-12 < 1e-8 < float(rows["dense"]["max_error"]) < 1e-4
+    assert float(rows["lora_fast from the file"]["peak_MiB"]) > 0
+
+
+@pytest.mark.parametrize("name", [*BENCHES, "bench_svd", "gpu", "plot"])
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(name).main(["--help"])
