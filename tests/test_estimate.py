@@ -227,7 +227,7 @@ def test_the_command(dense, capsys):
     arguments = ["estimate", str(dense), "--ranks", "4,8", "--seq-len", "64", "--checkpointing"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "checkpointing" in shown and "Crossover in memory" in shown and "10% at r≈" in shown
+    assert "checkpointing" in shown and "Crossover in memory" in shown and "10% of all at r≈" in shown
     assert main([*arguments, "--json", "-"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert [arm["rank"] for arm in document["arms"]] == [4, 8, None]
