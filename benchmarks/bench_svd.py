@@ -238,7 +238,7 @@ def measure(model: str, R: int, dtype_name: str, args) -> list[dict]:
         for name, call in dense.items():
             total = sampled_ms(call, factors, device)
             found = torch.stack([scaling * call(b.float() @ a.float())[:R].cpu() for a, b in sample[:1]])
-            row = {"provider": name, "ms_p50": f"{total:.0f}", "ratio_to_lora_fast": f"{total / ours_ms:.1f}"}
+            row = {"provider": name, "ms_p50": f"{total:.2f}", "ratio_to_lora_fast": f"{total / ours_ms:.1f}"}
             rows.append(row | {"rounds": 1, "max_error": f"{max_error(found, exact[:1]):.1e}"})
     return [{"model": model, "matrices": len(factors), "R": R, "dtype": dtype_name, **row} for row in rows]
 

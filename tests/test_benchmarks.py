@@ -392,7 +392,7 @@ def test_what_make_gpu_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
     listed = gpu.parts(tmp_path, "abc")
     names = [part.name for part in listed]
-    assert names == ["tests", "compute-sanitizer", "lora_linear", "train_step_gpu", "mlp", "qkv", "grouped"]
+    assert names == ["tests", "compute-sanitizer", "lora_linear", "train_step_gpu", "mlp", "qkv", "grouped", "svd"]
     assert all(Path(word).exists() for part in listed for word in part.command if str(ROOT) in word)
     files = {Path(word).name for word in listed[0].command if word.endswith(".py")}
     assert files >= {path.name for path in (ROOT / "tests").glob("test_kernel_*.py")} | {"test_fused.py", "test_mlp.py"}
