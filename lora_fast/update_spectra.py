@@ -52,8 +52,8 @@ def adapter_spectra(
     default where the factors are. progress(done, total) is told of matrices.
     Warns where the adapter holds more than s·B·A, or where that is not relative to the original base weights.
     Raises LoraFastError for all that `adapter_factors` refuses, and a weight that `base` lacks."""
-    # NaN and inf show in the Gram matrices, and the status of each names its layer. Looking for them beforehand took 130
-    # ms for a 7B adapter of rank 16 in fp32, on two cores, and all the rest 80.
+    # NaN and inf show in the Gram matrices, and the status of each names its layer. Looking for them beforehand took
+    # 130 ms for a 7B adapter of rank 16 in fp32, on two cores, and all the rest 80.
     found = read_updates(adapter, check_finite=False)
     if found.note:
         warn(f"{found.source}: {found.note}")
