@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
-from lora_fast.profiler.models import ModelSource, build, layer_count, resolve
+from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
@@ -131,6 +131,7 @@ def estimate_memory(
         "shards": shards,
         "traced_layers": list(full.traced_layers),
         "rank_of_share": ranks_of_shares(total, per_rank),
+        **counts(subject, targets),
     }
     return Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0))
 

@@ -8,6 +8,7 @@ import difflib
 import importlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -335,6 +336,21 @@ def vocab_size(model: nn.Module) -> int | None:
         config = config.get_text_config()
     size = getattr(config, "vocab_size", None)
     return size if isinstance(size, int) else None
+
+
+def counts(model: nn.Module, targets: Sequence[nn.Module]) -> dict:
+    """What of a model's shape a run records, for what is read off its numbers later: vocab_size, linears (how many
+    layers all-linear could name, the head among them), and adapted: how many have an adapter, and their Σ K and Σ N."""
+    inputs = sum(getattr(module, "in_features", module.weight.shape[0]) for module in targets)  # a Conv1D's is (K, N)
+    return {
+        "vocab_size": vocab_size(model),
+        "linears": sum(isinstance(module, nn.Linear) for module in model.modules()) or len(targets),
+        "adapted": {
+            "modules": len(targets),
+            "in_features": inputs,
+            "out_features": sum(sum(module.weight.shape) for module in targets) - inputs,
+        },
+    }
 
 
 def max_positions(model: nn.Module) -> int | None:

@@ -129,6 +129,7 @@ def profile_ranks(
             "memory_limit_MiB": memory_limit_MiB,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
             "rank_of_share": ranks_of_shares(total, per_rank),
+            **models.counts(subject, [module for _, module in targets]),
         }
         about = environment(device)
 
