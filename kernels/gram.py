@@ -16,7 +16,9 @@ are RP / (8 e R) of what is read, 1/16 in bf16 for R = RP, and more for R < 16. 
 with L of 4096 or 11008: at R = 16, 80 MB and 2464 chunks of one warp and 2 KB (5 MB); at R = 64, 320 MB and 640 chunks
 of four warps and 32 KB (21 MB): 19 and 5 for each of an H100's 132 multiprocessors, where all run at once."""
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -104,8 +106,8 @@ def _gram(
 ):  # fmt: skip
     """Σ x_i x_jᵀ (BR, BR) over columns begin … end − 1; x_i holds the ranks from first_i on."""
     p = tl.load(row_p).to(tl.pointer_type(ELEMENT))
-    stride_r = tl.load(row_p + 2)
     stride_l = tl.load(row_p + 3)
+    stride_r = tl.load(row_p + 4)
     # What the host has checked, said in terms that the compiler follows, so that it reads 16 bytes at a time.
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     if LIES == RANKS:
@@ -129,7 +131,7 @@ def _gram(
     return acc
 
 
-@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["owner_p"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["first_p", "owner_p"])
 def _gram_kernel(
     table_p, first_p, owner_p, partials_p, R,
     ELEMENT: tl.constexpr, RP: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
@@ -146,7 +148,7 @@ def _gram_kernel(
     first_j = tl.where(above, fold + place, place - 1) * BR
 
     matrix = tl.load(owner_p + part)
-    row_p = table_p + matrix * 4
+    row_p = table_p + matrix * 5
     length = tl.load(row_p + 1).to(tl.int32)
     first = tl.load(first_p + matrix)
     parts = tl.load(first_p + matrix + 1) - first
@@ -154,8 +156,8 @@ def _gram_kernel(
     begin = (part - first) * columns
     end = tl.where(first_j < R, tl.minimum(begin + columns, length), begin)
 
-    stride_r = tl.load(row_p + 2)
     stride_l = tl.load(row_p + 3)
+    stride_r = tl.load(row_p + 4)
     VECTOR: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     aligned = tl.load(row_p) % 16 == 0
     if aligned & (stride_r == 1) & (stride_l % VECTOR == 0) & (R % VECTOR == 0):
@@ -197,22 +199,26 @@ def grams(
     R, dtype, device = lora_As[0].shape[0], lora_As[0].dtype, lora_As[0].device
     capability = capability or capability_of(lora_As[0])
     tile = tile or pick_tile(R, dtype, capability)
-    rows = [(b.data_ptr(), b.shape[0], b.stride(1), b.stride(0)) for b in lora_Bs]
-    rows += [(a.data_ptr(), a.shape[1], a.stride(0), a.stride(1)) for a in lora_As]
-    table = torch.tensor(rows, dtype=torch.int64)  # a factor a row: address, L, stride between ranks, stride along L
+    # A factor a row: address, L, R, stride along L, stride between ranks. From an array, since for hundreds of factors
+    # the time goes into such lists: 0.1 ms of a launch for 448.
+    rows = chain.from_iterable((x.data_ptr(), *x.shape, *x.stride()) for x in (*lora_Bs, *lora_As))
+    table = torch.frombuffer(array("q", rows), dtype=torch.int64).view(-1, 5)
+    table[len(lora_Bs) :, 1:] = table[len(lora_Bs) :, [2, 1, 4, 3]]  # the long side of a lora_A is its second
     if R == 1:
-        table[:, 2] = 0  # between ranks that don't exist: nothing that could hinder wide reads
+        table[:, 4] = 0  # between ranks that don't exist: nothing that could hinder wide reads
     parts = (table[:, 1] + (tile.chunk - 1)).div(tile.chunk, rounding_mode="floor").clamp_min(1)
-    matrices, count = len(rows), int(parts.sum())
+    matrices, ends = len(table), parts.cumsum(0)
+    count = int(ends[-1])
     # One copy to the device: the table, then `first` and the factor that owns each part as int32.
-    host = torch.empty(4 * matrices + (matrices + 2 + count) // 2, dtype=torch.int64)
-    host[: 4 * matrices] = table.flatten()
-    tail = host[4 * matrices :].view(torch.int32)
-    tail[0] = 0
-    torch.cumsum(parts, 0, out=tail[1 : matrices + 1])
-    tail[matrices + 1 : matrices + 1 + count] = torch.arange(matrices).repeat_interleave(parts, output_size=count)
+    host = torch.zeros(table.numel() + (matrices + 2 + count) // 2, dtype=torch.int64)
+    host[: table.numel()] = table.flatten()
+    tail = host[table.numel() :].view(torch.int32)
+    tail[1 : matrices + 1] = ends
+    owner = tail[matrices + 1 : matrices + 1 + count]
+    owner[ends[:-1]] = 1  # the next factor's first part; repeat_interleave starts threads, 5 ms on a busy machine
+    owner.cumsum_(0)
     buffer = host.to(device)
-    tail = buffer[4 * matrices :].view(torch.int32)
+    tail = buffer[table.numel() :].view(torch.int32)
     first, owner = tail[: matrices + 1], tail[matrices + 1 : matrices + 1 + count]
 
     RP = max(16, triton.next_power_of_2(R))
