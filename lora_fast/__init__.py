@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_fast.peft_bridge import accelerate_peft
     from lora_fast.resize import ResizeReport, merge_adapters, resize_adapter
     from lora_fast.spectrum import Reading, Spectrum, kept_energy, ranks_for, readings
+    from lora_fast.rank_rules import RankSuggestion, lora_parameter_count, rank_for_budget, suggest_rank
     from lora_fast.svd import lora_svd, lora_svdvals
     from lora_fast.update_spectra import (
         adapter_spectra,
@@ -44,6 +45,7 @@ __all__ = [
     "LoraFastError",
     "LoraFastWarning",
     "LoraLinear",
+    "RankSuggestion",
     "Reading",
     "ResizeReport",
     "Spectrum",
@@ -62,6 +64,7 @@ __all__ = [
     "lora_grouped_linear",
     "lora_linear",
     "lora_linears",
+    "lora_parameter_count",
     "lora_parameters",
     "lora_svd",
     "lora_svdvals",
@@ -69,6 +72,7 @@ __all__ = [
     "lora_update",
     "merge_adapters",
     "merge_lora",
+    "rank_for_budget",
     "ranks_for",
     "readings",
     "remove_lora",
@@ -76,6 +80,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "subspace_similarity",
+    "suggest_rank",
     "unmerge_lora",
 ]
 
@@ -100,6 +105,7 @@ _HOMES = {
     "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
+    "rank_rules": ("RankSuggestion", "lora_parameter_count", "rank_for_budget", "suggest_rank"),
     "resize": ("ResizeReport", "merge_adapters", "resize_adapter"),
     "spectrum": ("Reading", "Spectrum", "kept_energy", "ranks_for", "readings"),
     "svd": ("lora_svd", "lora_svdvals"),

@@ -6,7 +6,7 @@ What takes long to import (torch, Transformers, plotting) is imported by the com
 
 import typer
 
-from lora_fast import cli_output, cli_profile, cli_spectra
+from lora_fast import cli_output, cli_profile, cli_rank, cli_spectra
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -18,6 +18,7 @@ for command in (
     *(cli_spectra.svd, cli_spectra.resize, cli_spectra.extract, cli_spectra.merge),
 ):
     app.command()(command)
+app.add_typer(cli_rank.app, name="rank")
 
 
 @app.callback()

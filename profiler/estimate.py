@@ -138,12 +138,7 @@ def estimate_memory(
 
 def _source(model, stack: ExitStack) -> ModelSource:
     if isinstance(model, (str, Path)):
-        path = Path(model).expanduser()
-        # A folder's weights are not needed, and may be missing.
-        if path.is_dir() and (path / "config.json").is_file():
-            found = resolve(str(path / "config.json"))
-            return replace(found, name=path.resolve().name)
-        return resolve(str(model))
+        return resolve_shapes(str(model))
     config = getattr(model, "config", model)
     if not hasattr(config, "to_json_string"):
         raise LoraFastError(

@@ -9,7 +9,7 @@ import importlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -108,6 +108,14 @@ def resolve(model: str) -> ModelSource:
     if model.endswith(".json") or model.startswith((".", "~", "/")) or model.count("/") > 1:
         raise LoraFastError(f"MODEL {model!r}: there is no such file or folder")
     return _resolve_folder(_download(model), model)
+
+
+def resolve_shapes(model: str) -> ModelSource:
+    """As `resolve`, where only the config is looked at: a folder's weights may be missing. Raises LoraFastError."""
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return replace(resolve(str(path / "config.json")), name=path.resolve().name)
+    return resolve(model)
 
 
 def _resolve_config(path: Path) -> ModelSource:

@@ -33,10 +33,10 @@ fused
 dispatch
 ops
 mlp grouped shared_input
-linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_rules
+linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_pair delta
 targets injection
-peft_bridge checkpoint
+peft_bridge checkpoint rank_rules
 adapter_updates
 base_weights
 update_spectra
@@ -45,7 +45,7 @@ rank_search decision
 __init__
 profiler
 cli_output
-cli_profile cli_spectra
+cli_profile cli_rank cli_spectra
 cli
 """
 
