@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
-from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve
+from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
