@@ -12,16 +12,16 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class Arm:
-    """One row. kind: "lora", "full" or "peft"; rank is None for full fine-tuning. Times are medians over the rounds; ratios are to full fine-tuning,
-    paired.
+    """One row. kind: "lora", "full" or "peft"; rank is None for full fine-tuning. Times are medians over the rounds;
+    ratios are to full fine-tuning, paired.
 
-    status: "ok"; "oom": memory ran out; "failed"; "timeout"; "killed". error says what happened, also where only one of the passes is
-    missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass, in an estimate from shapes;
-    samples_ms are the timed steps, in rounds. forward_flops, backward_flops: predicted, of one step, a multiply-add
-    being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes predict.
-    executed_tflops_s: the step's FLOPs over its time; full_equivalent_tflops_s: full fine-tuning's FLOPs over its time,
-    what a full step of the same tokens would have done. fits: of an estimate for a given memory, whether the arm fits,
-    largest_batch_size at the same length and largest_seq_len at the same batch (0: none)."""
+    status: "ok"; "oom": memory ran out; "failed"; "timeout"; "killed". error says what happened, also where only one of
+    the passes is missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass, in an estimate from
+    shapes; samples_ms are the timed steps, in rounds. forward_flops, backward_flops: predicted, of one step, a
+    multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes
+    predict. executed_tflops_s: the step's FLOPs over its time; full_equivalent_tflops_s: full fine-tuning's FLOPs over
+    its time, what a full step of the same tokens would have done. fits: of an estimate for a given memory, whether the
+    arm fits, largest_batch_size at the same length and largest_seq_len at the same batch (0: none)."""
 
     kind: str
     rank: int | None
