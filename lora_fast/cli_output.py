@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 # Plain output has no window to fit into: wide enough for every column.
 PLAIN_WIDTH = 120
@@ -65,9 +66,10 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(stages: Mapping[str, str]) -> Iterator[Report]:
+def progress(stages: Mapping[str, str], above: Callable[[], Any] | None = None) -> Iterator[Report]:
     """Yields report(stage, done, total, text): bars with the time left on a terminal, a line now and then elsewhere,
-    both on stderr. stages: what each stage is called."""
+    both on stderr. stages: what each stage is called. above: what to show above the bars, a renderable of rich, asked
+    for anew at each refresh."""
     from rich.console import Console
 
     errors = Console(stderr=True)
@@ -83,7 +85,13 @@ def progress(stages: Mapping[str, str]) -> Iterator[Report]:
         TimeRemainingColumn,
     )
 
-    with Progress(
+    class Bars(Progress):
+        def get_renderables(self):
+            if above is not None:
+                yield above()
+            yield self.make_tasks_table(self.tasks)
+
+    with Bars(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),

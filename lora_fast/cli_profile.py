@@ -63,6 +63,10 @@ def profile(
             help="MiB that each arm may take; one that needs more is a row 'out of memory'.", show_default=False
         ),
     ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(help="What the machine costs, such as 2.50/h (US dollars): adds the cost of a million tokens."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -85,8 +89,16 @@ def profile(
     folder.
     """
     cli_output.check_json_target(json)
-    with cli_output.progress(STAGES) as report:
+    so_far: list = []
+
+    def live():
+        from lora_fast.profiler.table import live_table
+
+        return live_table(so_far[-1]) if so_far else ""
+
+    with cli_output.progress(STAGES, live) as report:
         from lora_fast.profiler import runs, sweep
+        from lora_fast.profiler.price import parse_price
 
         _quiet()
         result = sweep.profile_ranks(
@@ -103,7 +115,9 @@ def profile(
             seed=seed,
             memory_limit_MiB=memory_limit,
             out=out or sweep.AUTO,
+            price_per_hour=None if price is None else parse_price(price),
             progress=report,
+            watch=so_far.append,
         )
     document = runs.to_json(result.to_dict())
     cli_output.write_json(json, document)

@@ -53,7 +53,9 @@ def profile_ranks(
     seed: int = 0,
     memory_limit_MiB: float | None = None,
     out: str | Path | None = None,
+    price_per_hour: float | None = None,
     progress: Progress = lambda stage, done, total, text: None,
+    watch: Callable[[Profile], None] = lambda so_far: None,
 ) -> Profile:
     """Measure a training step with AdamW at every rank and with all parameters trained.
 
@@ -65,7 +67,8 @@ def profile_ranks(
     timed); without both, 30 rounds or 90 seconds.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
     out: a new folder for run.json, arms.jsonl and rank_cost.png; "auto": runs/<model>-<date>-<time>.
-    progress is called with stage ("memory" or "time"), done, total, and what is at work.
+    price_per_hour: US dollars for the machine, recorded with the run. progress is called with stage ("memory" or
+    "time"), done, total, and what is at work; watch with the profile so far whenever an arm has ended.
     Without model and sizes, the defaults are those of the device (`DEFAULTS`).
 
     Raises LoraFastError for wrong input, before anything is written."""
@@ -127,13 +130,17 @@ def profile_ranks(
             "time_budget_s": time_budget_s,
             "warm_up_rounds": WARM_UP_ROUNDS,
             "memory_limit_MiB": memory_limit_MiB,
+            "price_per_hour": price_per_hour,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
             "rank_of_share": ranks_of_shares(total, per_rank),
             **models.counts(subject, [module for _, module in targets]),
         }
         about = environment(device)
 
-        memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress)
+        def ended() -> None:
+            watch(Profile(about, described, arms, None, {}))
+
+        memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress, ended)
         timed, reasons = _timed_arms(arms, memory, device)
         times = _time_pass(source, workload, timed, steps, time_budget_s, progress)
 
@@ -177,7 +184,7 @@ def _too_large(ranks: list[int], targets: list[tuple[str, nn.Module]]) -> list[s
     return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]
 
 
-def _memory_pass(arms, source, workload, limit, folder, progress) -> dict[str, dict]:
+def _memory_pass(arms, source, workload, limit, folder, progress, ended) -> dict[str, dict]:
     """One child per arm; arms.jsonl is rewritten after each, so that a killed run keeps what was measured."""
     results: dict[str, dict] = {}
     for index, arm in enumerate(arms):
@@ -192,6 +199,7 @@ def _memory_pass(arms, source, workload, limit, folder, progress) -> dict[str, d
         arm.resident_peak_MiB = result.get("resident_peak_MiB")
         if folder:
             folder.write_arms([done.to_dict() for done in arms[: index + 1]])
+        ended()
     progress("memory", len(arms), len(arms), "done")
     full = arms[-1].peak_MiB
     for arm in arms:

@@ -1,28 +1,39 @@
 """A Profile for people on a terminal: one row per arm, the noise floor in the caption, a sentence per crossover."""
 
+import textwrap
+from collections.abc import Callable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_fast.profiler.advice import advise
 from lora_fast.profiler.crossover import COSTS, shares_sentence
+from lora_fast.profiler.price import usd_per_million_tokens
 from lora_fast.profiler.profile import Arm, Profile
 
-# The whole table takes 118 columns; narrower, columns go that follow from others, or can be read in run.json.
-WIDE, MIDDLE = 118, 92
+# An estimate's whole table takes so many columns; narrower, two go.
+WIDE = 118
 
 
 def print_profile(profile: Profile, console: Console) -> None:
     """The table with its title and caption, then crossovers and notes. Plain text where the console is no terminal."""
     console.print(_table(profile, console))
+    _print_sentences(profile, console)
+
+
+def _print_sentences(profile: Profile, console: Console) -> None:
     for text in sentences(profile):
-        console.print(Text(text), soft_wrap=True)
+        lines = textwrap.fill(text, console.width, subsequent_indent="  ", break_on_hyphens=False)
+        console.print(Text(lines), soft_wrap=True)
 
 
 def sentences(profile: Profile) -> list[str]:
-    """The crossovers, then what else the reader has to know."""
+    """The crossovers, why costs are as they are, then what else the reader has to know."""
     lines = crossover_sentences(profile)
-    lines += [f"{arm.name}: {_reason(arm)}" for arm in profile.arms if arm.error]
+    lines += [f"Why: {text}" for text in advise(profile)]
+    lines += [f"{arm.name}: {reason(arm)}" for arm in profile.arms if arm.error]
     return lines + [f"Note: {note}" for note in profile.notes]
 
 
@@ -35,7 +46,7 @@ def crossover_sentences(profile: Profile) -> list[str]:
     return lines
 
 
-def _reason(arm: Arm) -> str:
+def reason(arm: Arm) -> str:
     """The error; for memory that ran out, instead of the allocator's own words, what it was asked for last."""
     if arm.status == "oom" and arm.requested_MiB is not None:
         return f"out of memory, at an allocation of {arm.requested_MiB:,.1f} MiB"
@@ -85,7 +96,6 @@ def _targets(work: dict) -> str:
 
 
 def _table(profile: Profile, console: Console) -> Table:
-    wide, middle = console.width >= WIDE, console.width >= MIDDLE
     table = Table(
         title=title(profile),
         caption=caption(profile),
@@ -95,36 +105,79 @@ def _table(profile: Profile, console: Console) -> Table:
         title_justify="left",
         show_edge=console.is_terminal,
     )
-    table.add_column("rank", justify="right", no_wrap=True)
-    table.add_column("trained", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("step ms", justify="right", no_wrap=True)
-    if middle:
-        table.add_column("fwd / bwd / opt ms", justify="right", no_wrap=True)
-    table.add_column("tokens/s", justify="right", no_wrap=True)
-    table.add_column("time vs full", justify="right", no_wrap=True)
-    cpu = wide and any(arm.cpu_ratio is not None for arm in profile.arms)
-    if cpu:
-        table.add_column("CPU", justify="right", no_wrap=True)
-    table.add_column("peak MiB", justify="right", no_wrap=True)
-    if wide:
-        table.add_column("vs full", justify="right", no_wrap=True)
+    columns = _columns(profile, console.width)
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
     for arm in profile.arms:
-        cells = [arm.name.removeprefix("r"), si(arm.trainable)]
-        if wide:
-            cells.append(f"{arm.trainable_share:.2%}")
-        cells.append(_number(arm.step_ms))
-        if middle:
-            cells.append(_phases(arm))
-        cells += ["–" if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}", _ratio(arm)]
-        if cpu:
-            cells.append("1" if arm.kind == "full" else "–" if arm.cpu_ratio is None else f"{arm.cpu_ratio:.2f}")
-        cells.append(_peak(arm))
-        if wide:
-            cells.append("–" if arm.memory_ratio is None else f"{arm.memory_ratio:.2f}")
+        cells = [cell(arm) for cell in columns.values()]
         table.add_row(*cells, style=_style(arm), end_section=arm is profile.arms[-2])
     return table
+
+
+def live_table(profile: Profile) -> Table:
+    """While arms are measured: those that have ended, and those to come."""
+    table = Table(title=title(profile), box=box.ROUNDED, title_style="bold", title_justify="left")
+    for header in ("rank", "trained", "share", "predicted MiB", "peak MiB", "step ms"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for arm in profile.arms:
+        bare = arm.name.removeprefix("r")
+        cells = [bare, si(arm.trainable), f"{arm.trainable_share:.2%}", _number(arm.predicted_MiB)]
+        waiting = arm.status == "ok" and arm.peak_MiB is None
+        cells += ["…" if waiting else _peak(arm), "…" if arm.step_ms is None else _number(arm.step_ms)]
+        table.add_row(*cells, style="dim" if waiting else _style(arm))
+    return table
+
+
+def _columns(profile: Profile, width: int) -> dict[str, Callable[[Arm], str]]:
+    """Header → the arm's cell. As many as fit: columns of which no arm has a value are left out, then those that follow
+    from others or that run.json has too."""
+
+    def known(*fields: str) -> bool:
+        return any(getattr(arm, field) is not None for arm in profile.arms for field in fields)
+
+    price = profile.workload.get("price_per_hour")
+    # Each with how soon it goes: the highest first, 0 never.
+    every = [
+        ("rank", 0, lambda arm: "full" if arm.kind == "full" else arm.name.removeprefix("r")),
+        ("trained", 0, lambda arm: si(arm.trainable)),
+        ("share", 5, lambda arm: f"{arm.trainable_share:.2%}"),
+        ("step ms", 0, lambda arm: _number(arm.step_ms)),
+        ("fwd / bwd / opt ms", 4, _phases),
+        ("tokens/s", 1, lambda arm: "–" if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}"),
+        ("time vs full", 0, _ratio),
+        *([("CPU", 6, lambda arm: _share_of_full(arm, arm.cpu_ratio))] if known("cpu_ratio") else []),
+        *([("FLOPs", 2, lambda arm: _share_of_full(arm, arm.flops_ratio))] if known("flops_ratio") else []),
+        ("peak MiB", 0, _peak),
+        *([("predicted", 2, _predicted)] if known("predicted_MiB") else []),
+        ("vs full", 7, lambda arm: "–" if arm.memory_ratio is None else f"{arm.memory_ratio:.2f}"),
+        *([("$/1M tok", 0, lambda arm: _price(arm, price))] if price is not None else []),
+    ]
+    left = list(every)
+    while _width(left, profile.arms) > width and any(rank for _, rank, _ in left):
+        left.remove(max(left, key=lambda column: column[1]))
+    return {header: cell for header, _, cell in left}
+
+
+def _width(columns: list[tuple], arms: list[Arm]) -> int:
+    """Columns of text that a table of these takes, with its padding and, on a terminal, its lines."""
+    return 1 + sum(3 + max(len(header), *(len(cell(arm)) for arm in arms)) for header, _, cell in columns)
+
+
+def _share_of_full(arm: Arm, ratio: float | None) -> str:
+    return "1" if arm.kind == "full" else "–" if ratio is None else f"{ratio:.2f}"
+
+
+def _predicted(arm: Arm) -> str:
+    """The predicted peak and, where there is a measured one, how far it is off."""
+    if arm.predicted_MiB is None:
+        return "–"
+    off = "" if not arm.peak_MiB else f" {arm.predicted_MiB / arm.peak_MiB - 1:+.1%}"
+    return _number(arm.predicted_MiB) + off
+
+
+def _price(arm: Arm, usd_per_hour: float) -> str:
+    cost = usd_per_million_tokens(arm, usd_per_hour)
+    return "–" if cost is None else f"{cost:.3g}" if cost < 100 else f"{cost:,.0f}"
 
 
 def print_estimate(profile: Profile, console: Console) -> None:
@@ -163,8 +216,7 @@ def print_estimate(profile: Profile, console: Console) -> None:
         style = "bold" if arm.kind == "full" else "" if arm.fits is None or arm.fits["fits"] else "red"
         table.add_row(*cells, style=style, end_section=arm is profile.arms[-2])
     console.print(table)
-    for text in crossover_sentences(profile):
-        console.print(Text(text), soft_wrap=True)
+    _print_sentences(profile, console)
 
 
 def _settings(work: dict) -> str:
@@ -212,7 +264,7 @@ def _phases(arm: Arm) -> str:
 
 def _ratio(arm: Arm) -> str:
     if arm.step_ms is None:
-        return {"oom": "out of memory", "failed": "failed"}.get(arm.status, "not timed")
+        return {"oom": "out of memory", "ok": "not timed"}.get(arm.status, arm.status)
     if arm.kind == "full":
         return "1"
     if arm.ratio_to_full is None:

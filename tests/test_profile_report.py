@@ -22,6 +22,8 @@ WORKLOAD = {
     "dtype": "fp32",
     "batch_size": 4,
     "seq_len": 256,
+    "tokens_per_step": 1024,
+    "device": "cpu",
     "target_modules": "all-linear",
     "rounds": 30,
 }
