@@ -12,12 +12,14 @@ SCHEMA_VERSION = 1
 
 @dataclass
 class Arm:
-    """One row. kind: "lora", "full" or "peft"; rank is None for full fine-tuning. Times are medians over the rounds;
-    ratios are to full fine-tuning, paired.
+    """One row. kind: "lora", "full" or "peft" (PEFT's LoRA); rank is None for full fine-tuning. Times are medians over
+    the rounds; ratios are to full fine-tuning, paired. ratio_via: the rank beside which both this arm and full
+    fine-tuning were timed, where the two could not share a process; the ratio is then a quotient of paired ratios.
 
-    status: "ok"; "oom": memory ran out; "failed"; "timeout"; "killed". error says what happened, also where only one of
-    the passes is missing. peak_MiB and by_category (MiB, at the peak) come from the memory pass, in an estimate from
-    shapes; samples_ms are the timed steps, in rounds. forward_flops, backward_flops: predicted, of one step, a
+    status: "ok"; "oom": memory ran out; "timeout": it hung; "killed", by a signal and not for memory; "failed". error
+    says what happened, also where only one of the passes is missing. peak_MiB and by_category (MiB, at the peak) come
+    from the memory pass, in an estimate from shapes; after_step_MiB: what is held after the optimizer's step, by
+    category; samples_ms are the timed steps, in the order of the rounds. forward_flops, backward_flops: predicted, of one step, a
     multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes
     predict. executed_tflops_s: the step's FLOPs over its time; full_equivalent_tflops_s: full fine-tuning's FLOPs over
     its time, what a full step of the same tokens would have done. fits: of an estimate for a given memory, whether the
@@ -37,6 +39,7 @@ class Arm:
     tokens_per_s: float | None = None
     ratio_to_full: float | None = None
     ratio_ci: tuple[float, float] | None = None
+    ratio_via: str | None = None
     cpu_ratio: float | None = None
     cpu_ratio_ci: tuple[float, float] | None = None
     peak_MiB: float | None = None
@@ -45,6 +48,7 @@ class Arm:
     by_category: dict[str, float] | None = None
     phase_peaks_MiB: dict[str, float] | None = None
     resident_peak_MiB: float | None = None
+    after_step_MiB: dict[str, float] | None = None
     forward_flops: int | None = None
     backward_flops: int | None = None
     flops_ratio: float | None = None
@@ -71,7 +75,8 @@ class Profile:
 
     aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
     crossover: of "time", "flops" and "memory" (the first versions wrote no "flops"). folder: where the run was
-    written, or None."""
+    written, or None. layers: rows of `layers.time_layers`, where they were asked for. finished: False in what a run
+    leaves that was killed."""
 
     environment: dict
     workload: dict
@@ -80,6 +85,8 @@ class Profile:
     crossover: dict[str, Crossover]
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
+    layers: list[dict] | None = None
+    finished: bool = True
 
     @property
     def measured(self) -> bool:
@@ -112,6 +119,8 @@ class Profile:
             "aa": self.aa,
             "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
             "notes": self.notes,
+            "layers": self.layers,
+            "finished": self.finished,
         }
 
     @classmethod
@@ -126,4 +135,6 @@ class Profile:
             aa=run["aa"],
             crossover={name: Crossover(**value) for name, value in run["crossover"].items()},
             notes=run["notes"],
+            layers=run.get("layers"),  # absent in the first versions, as are some of an Arm's fields
+            finished=run.get("finished", True),
         )
