@@ -131,6 +131,18 @@ def test_the_first_pass_alone_keeps_its_certificate(name, monkeypatch):
     assert relative <= min(bound, found.certificate)
 
 
+def test_long_sums_count_in_the_certificate():
+    """Factors of an embedding: what a Gram matrix rounds away grows with the vocabulary."""
+    g = torch.Generator().manual_seed(4)
+    lora_A, common = torch.randn(4, 64, generator=g), torch.rand(300_000, 1, generator=g)
+    for spread in (0.03, 0.0025):  # conditions of 60 and 800
+        lora_B = common + spread * torch.randn(300_000, 4, generator=g)
+        (found,) = update_svds([lora_A], [lora_B], [1.0])
+        uppers = [torch.linalg.qr(factor.double())[1] for factor in (lora_B, lora_A.mT)]
+        values = torch.linalg.svdvals(uppers[0] @ uppers[1].mT)
+        assert ((found.S - values).abs() / values).max() <= min(found.certificate, 1e-9)
+
+
 def test_rank_deficient_updates_have_exact_zeros():
     for name, rank in (("duplicate columns", 14), ("zero columns", 10)):
         lora_A, lora_B, _ = CASES[name]
