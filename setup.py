@@ -57,6 +57,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "matplotlib>=3.9",
+        "optuna>=4",
     ],
     extras_require={
         "peft": PEFT,

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
+    from lora_fast.rank_rules import RankSuggestion, lora_parameter_count, rank_for_budget, suggest_rank
+    from lora_fast.rank_search import RankSearch, search_rank
     from lora_fast.resize import ResizeReport, merge_adapters, resize_adapter
     from lora_fast.spectrum import Reading, Spectrum, kept_energy, ranks_for, readings
-    from lora_fast.rank_rules import RankSuggestion, lora_parameter_count, rank_for_budget, suggest_rank
     from lora_fast.svd import lora_svd, lora_svdvals
     from lora_fast.update_spectra import (
         adapter_spectra,
@@ -45,6 +46,7 @@ __all__ = [
     "LoraFastError",
     "LoraFastWarning",
     "LoraLinear",
+    "RankSearch",
     "RankSuggestion",
     "Reading",
     "ResizeReport",
@@ -78,6 +80,7 @@ __all__ = [
     "remove_lora",
     "resize_adapter",
     "save_adapter",
+    "search_rank",
     "set_adapter",
     "subspace_similarity",
     "suggest_rank",
@@ -106,6 +109,7 @@ _HOMES = {
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),
     "rank_rules": ("RankSuggestion", "lora_parameter_count", "rank_for_budget", "suggest_rank"),
+    "rank_search": ("RankSearch", "search_rank"),
     "resize": ("ResizeReport", "merge_adapters", "resize_adapter"),
     "spectrum": ("Reading", "Spectrum", "kept_energy", "ranks_for", "readings"),
     "svd": ("lora_svd", "lora_svdvals"),
