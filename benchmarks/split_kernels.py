@@ -21,9 +21,9 @@ from lora_fast.kernels.gemm_lora import (
     GROUP_M,
     _add_product,
     _add_update,
-    _is_aligned,
     _place,
     _sms,
+    is_aligned,
     pick_tile,
     uses_descriptors,
 )
@@ -93,8 +93,9 @@ def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None
     capability = capability_of(x)
     w_is_nk = w.stride(0) == 1
     stored_w = w.t() if w_is_nk else w
-    aligned = all(_is_aligned(tensor, capability) for tensor in (x, stored_w, y))
-    descriptors = aligned and uses_descriptors(capability)
+    descriptors = uses_descriptors(capability)
+    aligned = all(is_aligned(tensor, descriptors) for tensor in (x, stored_w, y))
+    descriptors = aligned and descriptors
     # As for one mask: the update needs registers before the loop.
     tile = pick_tile(M, N, x.dtype, capability, masks=1, aligned=aligned)
 

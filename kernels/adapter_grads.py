@@ -10,14 +10,17 @@ grad_s_and_b cuts dy into `strips` of columns and `splits` of rows. A program ke
 down its rows, and writes the strip's share of each row's dS. Bytes moved, e bytes an element:
     e (M N + 2 M R) + 4 N R + 8 R (strips · M + splits · N), the last term for partial sums, mostly in L2
 At M = 8192, N = 4096, R = 16 that is 8 strips and 16 splits: 67 MB of dy and 17 MB of partial sums (8 MB written, then
-read); at N = 14336, 28 strips and 4 splits: 235 MB and 37 MB. The partial sums grow with R. Where they would exceed a
-second read of dy (beyond R = 32, or for small M and N), or registers would overflow, two torch matrix products do it.
+read); at N = 14336, 28 strips and 4 splits: 235 MB and 37 MB. The partial sums grow with R: at R = 64 they are as many
+bytes as a second read of dy, for small M and N more at any rank. Then two matrix products may be faster, which read dy
+each; the caller chooses.
 
 grad_a moves e (M K + M Rt) + 4 Rt K, + G M ⌈K / 8⌉ of masks, + 8 Rt K for each part where M is split, or once where
 the dA of several adapters are taken apart; each block of columns also reads all of dS, e M Rt, through L2. Ranks beyond
 one block (128; with masks 128, 64 and 32 each for one, two and three adapters) go to neighbouring programs, which share
 x through L2."""
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -41,8 +44,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Widths of a strip of dy: the wider, the fewer partial sums. 64 rows are the least for wgmma; 64 × 512 in two stages
-# keep 64 KB under way.
+# Widths of a strip of dy: the wider, the fewer partial sums.
 STRIPS = (512, 256, 128)
 # The tile of grad_a, by the number of masks. Three tiles of 16 KB under way cover the memory's latency; with 128
 # columns a row's share of a mask is 16 bytes, enough for an asynchronous copy.
@@ -61,25 +63,38 @@ def _padded(R: int) -> int:
     return max(triton.next_power_of_2(R), 16)
 
 
+@functools.lru_cache(maxsize=256)
 def pick_s_and_b_tile(M: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | None:
-    """The tile for dy (M, N) and rank R; None where two reads of dy move less than one and its partial sums."""
+    """The tile with the fewest partial sums for dy (M, N) and rank R; None where none fits into a program (beyond R =
+    64, by the chip)."""
     ranks, size = _padded(R), dtype.itemsize
-    best, least = None, size * M * N
-    # The sums of dB stay in registers: of 256 threads, 64 each where wgmma reads its operands from shared memory, 32
-    # where they pass through registers, 8 where fp32 products are made there too.
-    sums = 2048 if size == 4 else 16384 if _has_wgmma(capability) else 8192
-    rows = 32 if size == 4 else 64
-    for columns in STRIPS:
+    tiles = []
+    for (rows, sums), columns in itertools.product(_rows_and_sums(dtype, capability), STRIPS):
         stage_bytes, b_bytes = rows * (columns + ranks) * size, columns * ranks * size
         stages = stages_that_fit(4, stage_bytes, capability, other_bytes=b_bytes)
-        if columns * ranks > sums or not stages:
-            continue
-        strips = triton.cdiv(N, columns)
-        splits = max(1, min(MULTIPROCESSORS // strips, triton.cdiv(M, rows)))
-        partial_bytes = 8 * R * ((strips * M if strips > 1 else 0) + (splits * N if splits > 1 else 0))
-        if partial_bytes < least:
-            best, least = Tile(rows, columns, ranks, splits, 8, stages), partial_bytes
-    return best
+        if columns * ranks <= sums and stages:
+            splits = max(1, min(MULTIPROCESSORS // triton.cdiv(N, columns), triton.cdiv(M, rows)))
+            tiles.append(Tile(rows, columns, ranks, splits, 8, stages))
+    return min(tiles, key=lambda tile: partial_bytes(M, N, R, tile), default=None)
+
+
+def _rows_and_sums(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Rows that a program of grad_s_and_b may take at a time, and how many sums of dB then fit beside them.
+
+    The sums stay in registers: of 256 threads, 64 each where wgmma, which wants 64 rows, reads its operands from shared
+    memory; where they pass through registers, 32, or 64 beside half the rows; 8 where fp32 products are made there."""
+    if dtype.itemsize == 4:
+        return ((32, 2048),)
+    if _has_wgmma(capability):
+        return ((64, 16384),)
+    return ((64, 8192),) if capability == AMD else ((64, 8192), (32, 16384))
+
+
+def partial_bytes(M: int, N: int, R: int, tile: Tile) -> int:
+    """Bytes of partial sums of dS and dB, in fp32, written and read."""
+    strips = triton.cdiv(N, tile.columns)
+    _, splits = _split_rows(M, tile)
+    return 8 * R * ((strips * M if strips > 1 else 0) + (splits * N if splits > 1 else 0))
 
 
 def pick_a_tile(
@@ -223,11 +238,11 @@ def grad_s_and_b(
 ) -> tuple[Tensor, Tensor]:
     """dy (M, N), S (M, R) with contiguous rows, b (N, R) of any strides → dS (M, R) in their dtype, dB (N, R) fp32.
 
-    Where two torch products do it, dB is rounded to dy's dtype on the way."""
+    R: at most what pick_s_and_b_tile finds a tile for."""
     (M, N), R = dy.shape, s.shape[1]
+    if M == 0:
+        return dy.new_empty(0, R), torch.zeros((N, R), dtype=torch.float32, device=dy.device)
     tile = tile or pick_s_and_b_tile(M, N, R, dy.dtype, capability or capability_of(dy))
-    if tile is None or M == 0:
-        return dy @ b, (dy.t() @ s).float() * scale
     ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     db = torch.empty((N, R), dtype=torch.float32, device=dy.device)
     strips = triton.cdiv(N, tile.columns)

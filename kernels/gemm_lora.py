@@ -341,9 +341,10 @@ def gemm_lora_sum(
         return y
     capability = capability or capability_of(s)
     w_is_nk = _is_nk(ws)
+    descriptors = uses_descriptors(capability)
     aligned = bool(xs) and are_aligned(xs, ws, capability)
-    aligned = aligned and (accumulate is None or _is_aligned(accumulate, capability))
-    descriptors = aligned and uses_descriptors(capability)
+    aligned = aligned and (accumulate is None or is_aligned(accumulate, descriptors))
+    descriptors = aligned and descriptors
     tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
 
     def operand(tensor: Tensor | None, *block: int) -> Tensor | TensorDescriptor | None:
@@ -397,26 +398,26 @@ def _is_nk(ws: Sequence[Tensor]) -> bool:
 
 def are_aligned(xs: Sequence[Tensor], ws: Sequence[Tensor], capability: tuple[int, int]) -> bool:
     """Whether xs (M, Kᵢ), ws (Kᵢ, N) and a new y (M, N) can be read and written 16 bytes at a time on this GPU."""
-    step = _row_step(xs[0].dtype, capability)
-    w_is_nk = _is_nk(ws)
+    descriptors, w_is_nk = uses_descriptors(capability), _is_nk(ws)
     rows = (*xs, *(w.t() if w_is_nk else w for w in ws))
-    return ws[0].shape[1] % step == 0 and all(_is_aligned(tensor, capability) for tensor in rows)
+    fits = ws[0].shape[1] % _row_step(xs[0].dtype, descriptors) == 0
+    return fits and all(is_aligned(tensor, descriptors) for tensor in rows)
 
 
-def _row_step(dtype: torch.dtype, capability: tuple[int, int]) -> int:
+def _row_step(dtype: torch.dtype, descriptors: bool) -> int:
     """Rows have to be multiples of so many numbers: of 16 bytes for a descriptor. Of a pointer's sizes and strides
     Triton asks whether 16 divides them, whatever the dtype, and reads number by number where it doesn't."""
-    return 16 // dtype.itemsize if uses_descriptors(capability) else 16
+    return 16 // dtype.itemsize if descriptors else 16
 
 
-def _is_aligned(tensor: Tensor, capability: tuple[int, int]) -> bool:
+def is_aligned(tensor: Tensor, descriptors: bool = False) -> bool:
     """Whether rows are contiguous, at multiples of 16 bytes and as long as `_row_step` wants, none overlapping (CUDA
     asks for strides of a row at least; of an expanded dy they are 0)."""
-    step, columns = _row_step(tensor.dtype, capability), tensor.shape[1]
+    step, columns = _row_step(tensor.dtype, descriptors), tensor.shape[1]
     if tensor.numel() == 0 or tensor.stride(1) != 1 or tensor.stride(0) < columns or tensor.data_ptr() % 16:
         return False
     # A descriptor knows where a row ends; a pointer's loads are cut off by the number of columns.
-    return tensor.stride(0) % step == 0 and (uses_descriptors(capability) or columns % step == 0)
+    return tensor.stride(0) % step == 0 and (descriptors or columns % step == 0)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The steps of reference.py with the same signatures, as Triton kernels and cuBLAS calls: what a GPU runs.
 
 Where two routes compute the same, tuning.py picks the faster one for the shape: "cublas", the base product by cuBLAS
-and the update added to it (2 Y or 2 X more bytes), or "triton", one kernel that adds the update before it stores."""
+and the update added to it (2 Y or 2 X more bytes), or "triton", one kernel that adds the update before it stores; for
+dS and dB one read of dY, with partial sums, or two."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -15,10 +16,12 @@ from lora_fast.kernels import adapter_grads, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
-from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, pick_tile
+from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, is_aligned, pick_tile
 
 # Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
 TRIED_TILES = 3
+# Partial sums of dS and dB, in bytes of dY, from which on one read of dY isn't timed against two.
+MOST_PARTIAL = 3
 
 
 def _contiguous_rows(x: Tensor) -> Tensor:
@@ -94,7 +97,26 @@ def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
 def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     if s is None:  # lora_B is frozen: one product, as any other
         return dy @ b, None
-    return adapter_grads.grad_s_and_b(_contiguous_rows(dy), b, s, scale)
+    dy, (M, N), R = _contiguous_rows(dy), dy.shape, b.shape[1]
+
+    def two_reads():
+        return dy @ b, (dy.t() @ s).float() * scale
+
+    def one_read():
+        return adapter_grads.grad_s_and_b(dy, b, s, scale, tile=tile)
+
+    if M == 0:
+        return two_reads()
+    tile = adapter_grads.pick_s_and_b_tile(M, N, R, dy.dtype, capability_of(dy))
+    # What one read of dy takes in place of a second: bytes of partial sums, some of which stay in L2.
+    partial = 0 if tile is None else adapter_grads.partial_bytes(M, N, R, tile)
+    if tile is None or partial >= MOST_PARTIAL * M * N * dy.itemsize:
+        return two_reads()
+    routes = {"triton, one read of dy": one_read, "two reads of dy": two_reads}
+    if partial >= M * N * dy.itemsize:
+        routes = dict(reversed(routes.items()))
+    sizes = {"M": M, "N": N, "R": R, "dtype": dy.dtype, "aligned": is_aligned(dy)}
+    return tuning.run("grad_s_and_b", sizes, dy.device, routes)
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:

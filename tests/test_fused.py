@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, nan_filled, random
 
-from lora_fast import LoraFastError, grouped, lora_linear, lora_linears, lora_update, mlp, ops, tuning
+from lora_fast import LoraFastError, fused, grouped, lora_linear, lora_linears, lora_update, mlp, ops, tuning
 from lora_fast.dispatch import on_own_device
 from lora_fast.kernels import gemm_lora, reference
 
@@ -230,7 +230,7 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     with choices_asked() as asked:
         y = lora_linear(x, weight, lora_A, lora_B, 0.75, bias, backend="triton")
         torch.autograd.grad(y, x, torch.ones_like(y))
-    (forward, sizes, routes), (backward, sizes_back, routes_back) = asked
+    (forward, sizes, routes), _, (backward, sizes_back, routes_back) = asked  # between them dS and dB
     lies = {"weight": layout, "aligned": aligned}
     shape = {"M": 9, "N": 16, "K": 32, "R": 5, "dtype": torch.float16}
     assert (forward, sizes) == ("linear_lora", shape | {"bias": has_bias} | lies)
@@ -238,6 +238,32 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     tiles = gemm_lora.TILES["sm_89" if aligned else "unaligned"]
     names = {f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles}
     assert set(routes) <= {"cublas", *names} and len(routes) == len(routes_back) > 2
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "R", "expected"),
+    [
+        (96, 300, 3, ["triton, one read of dy", "two reads of dy"]),  # partial sums of half a read of dy
+        (33, 70, 12, ["two reads of dy", "triton, one read of dy"]),  # of one and a half
+        (33, 70, 40, None),  # in fp32 no tile has room for the sums of such a rank
+    ],
+)
+def test_ds_and_db_by_one_read_of_dy_or_two(M, N, R, expected):
+    dy, b, s = random(M, N), random(N, R, seed=1), random(M, R, seed=2)
+    with choices_asked() as asked:
+        chosen = fused.grad_s_and_b(dy, b, s, 0.5)
+    if expected is None:
+        assert not asked
+    else:
+        sizes = {"M": M, "N": N, "R": R, "dtype": torch.float32, "aligned": False}
+        assert asked == [("grad_s_and_b", sizes, expected)]
+        with tuning.only("triton"), count_launches() as launches:
+            for one, other in zip(fused.grad_s_and_b(dy, b, s, 0.5), chosen):
+                torch.testing.assert_close(one, other)
+        assert launches["_grad_s_and_b_kernel"] == 1
+    exact = dy.double() @ b.double(), 0.5 * dy.double().t() @ s.double()
+    for result, truth in zip(chosen, exact):
+        torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_of_a_group_that_lie_differently_are_one_kind():
@@ -248,7 +274,7 @@ def test_weights_of_a_group_that_lie_differently_are_one_kind():
     with choices_asked() as asked:
         ys = lora_linears(x, weights, [a, b], [c, d], [1.0, 1.0], backend="triton")
         torch.autograd.grad(ys, x, dys)
-    told = [(step, sizes["weight"], sizes["aligned"]) for step, sizes, _ in asked]
+    told = [(step, sizes["weight"], sizes["aligned"]) for step, sizes, _ in asked if step != "grad_s_and_b"]
     assert told == [("linear_lora", "NK", True), ("linear_lora", "KN", True), ("grad_x", "mixed", False)]
 
 

@@ -63,9 +63,7 @@ def excess(traffic: Traffic, plan: dict[str, tuple[int, int]], rest: int) -> dic
 
 def partial_bytes(n: int, r: int) -> int:
     """Partial sums of dS and dB in fp32, written and read once."""
-    tile = adapter_grads.pick_s_and_b_tile(M, n, r, HALF, (0, 0))
-    strips, splits = triton.cdiv(n, tile.columns), triton.cdiv(M, triton.cdiv(M, tile.rows * tile.splits) * tile.rows)
-    total = 8 * r * ((strips * M if strips > 1 else 0) + (splits * n if splits > 1 else 0))
+    total = adapter_grads.partial_bytes(M, n, r, adapter_grads.pick_s_and_b_tile(M, n, r, HALF, (0, 0)))
     assert total < E * M * n, "the partial sums of dS and dB cost more than a second read of dy"
     return total
 
