@@ -18,6 +18,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -25,6 +26,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+# Read as torch is loaded. Threads that wait by spinning fight with whatever else runs: on two busy cores all arms took
+# many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch

@@ -4,6 +4,8 @@ Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing writt
 noise floor is too high for the answer (the results are printed and written all the same); 130 interrupted.
 What takes long to import (torch, Transformers, plotting) is imported by the command that needs it."""
 
+import os
+
 import typer
 
 from lora_fast import cli_output, cli_profile, cli_rank, cli_spectra
@@ -28,6 +30,8 @@ def commands() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console script; arguments default to the command line's. Returns the exit code."""
+    # Read as torch is loaded: threads that wait by spinning fight with whatever else runs. A policy that is set stays.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(arguments, prog_name="lora-fast")
     except SystemExit as stop:  # how typer ends, always

@@ -76,8 +76,10 @@ class Spectrum:
 
     @property
     def kind(self) -> str:
-        """The last part of the name that is not a number: "q_proj" of model.layers.0.self_attn.q_proj."""
-        return next((part for part in reversed(self.name.split(".")) if not part.isdigit()), self.name)
+        """The last part of the name that is not a number: "q_proj" of model.layers.0.self_attn.q_proj; of a stack of
+        experts, "down_proj" of experts.down_proj[3]."""
+        parts = reversed(self.name.partition("[")[0].split("."))
+        return next((part for part in parts if not part.isdigit()), self.name)
 
     @property
     def complete(self) -> bool:
