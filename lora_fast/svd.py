@@ -79,10 +79,16 @@ def update_svds(
     """SVD of every scaling_i · lora_B_i lora_A_i: lora_A_i (R_i, K_i), lora_B_i (N_i, R_i) of any floating-point dtype.
 
     Computed on `device`, by default where the factors are. progress(done, total) is told of matrices. Never raises for
-    NaN or inf: the status of that matrix says it.
+    NaN or inf: the status of that matrix says it. Squares are taken in fp64: float64 factors far outside 1e±150 lose
+    their values.
     Raises LoraFastError for sizes that don't fit."""
     check_backend(backend)
-    for lora_A, lora_B in zip(lora_As, lora_Bs, strict=True):
+    if not len(lora_As) == len(lora_Bs) == len(scalings):
+        raise LoraFastError(
+            f"{len(lora_As)} lora_As, {len(lora_Bs)} lora_Bs and {len(scalings)} scalings; expected one of each for every "
+            "update"
+        )
+    for lora_A, lora_B in zip(lora_As, lora_Bs):
         _check_factors(lora_A, lora_B)
     results: list[UpdateSvd | None] = [None] * len(lora_As)
     done = 0
@@ -186,7 +192,7 @@ def _refined(lora_As, lora_Bs, scales, total, kappa, indices, vectors):
             u, s, vh = reference_svd.svd_by_qr(As, Bs, scales[chosen].to(As.device), vectors)
             for place, index in enumerate(chosen):
                 values = s[place].cpu()
-                spread = (total[index] / values[0]).item() if values[0] > 0 else 1.0
+                spread = (total[index] / values[0]).item() if values.any() else 1.0
                 certificate = 2 * _LAPACK * max(1.0, spread)
                 maps = (None, None) if u is None else (u[place].cpu(), vh[place].mT.cpu())
                 yield index, _finished(values, total[index], kappa[index].item(), certificate, "refined", *maps)
@@ -205,7 +211,8 @@ def _flat(lora_A: Tensor, lora_B: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             f"lora_A is {tuple(lora_A.shape)}, lora_B is {tuple(lora_B.shape)}; expected (…, R, K) and (…, N, R) with "
             "the same leading sizes"
         )
-    return tuple(list(factor.reshape(-1, *factor.shape[-2:])) for factor in (lora_A, lora_B))
+    count = math.prod(lora_A.shape[:-2])  # -1 would not do where a size is 0
+    return tuple(list(factor.reshape(count, *factor.shape[-2:])) for factor in (lora_A, lora_B))
 
 
 def lora_svdvals(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:

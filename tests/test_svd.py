@@ -168,6 +168,31 @@ def test_any_shape(N, K, R):
         assert torch.linalg.matrix_norm(U * S @ Vh - best) <= 1e-12 * s[0]
 
 
+@pytest.mark.parametrize("N, K, R", [(7, 9, 0), (0, 9, 3), (7, 0, 3)])
+def test_sizes_of_zero(N, K, R):
+    for leading in ((), (2,)):
+        U, S, Vh = lora_svd(torch.ones(*leading, R, K), torch.ones(*leading, N, R))
+        assert (U.shape, S.shape, Vh.shape) == ((*leading, N, 0), (*leading, 0), (*leading, 0, K))
+
+
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_sizes_far_from_one(exponent):
+    """Also where what they make is out of fp32's range."""
+    g = torch.Generator().manual_seed(6)
+    lora_A, lora_B = 10.0**exponent * torch.randn(5, 33, generator=g), 10.0**exponent * torch.randn(40, 5, generator=g)
+    update = 0.3 * lora_B.double() @ lora_A.double()
+    U, S, Vh = lora_svd(lora_A, lora_B, 0.3)
+    assert torch.allclose(S, torch.linalg.svdvals(update)[:5], rtol=1e-13, atol=0)
+    assert torch.linalg.matrix_norm(U * S @ Vh - update) <= 1e-13 * S[0]
+
+
+def test_a_scaling_for_each_update():
+    lora_A, lora_B, _ = CASES["random, fp32"]
+    for scalings in ([1.0], [1.0, 2.0, 3.0]):
+        with pytest.raises(LoraFastError, match=f"2 lora_As, 2 lora_Bs and {len(scalings)} scalings"):
+            update_svds([lora_A] * 2, [lora_B] * 2, scalings)
+
+
 def test_batched_over_leading_sizes():
     g = torch.Generator().manual_seed(1)
     lora_A, lora_B = torch.randn(2, 3, 5, 33, generator=g), torch.randn(2, 3, 40, 5, generator=g)
