@@ -230,6 +230,6 @@ def estimate(
         )
     cli_output.write_json(json, runs.to_json(result.to_dict()))
     if json != "-":
-        from lora_fast.profiler.table import print_estimate
+        from lora_fast.profiler.table import print_profile
 
-        print_estimate(result, cli_output.console())
+        print_profile(result, cli_output.console())

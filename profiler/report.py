@@ -2,34 +2,90 @@
 
 import io
 import math
+import statistics
 
 import numpy as np
 
-from lora_fast.profiler.profile import Profile
+from lora_fast.profiler.crossover import COSTS, UNMEASURED, Crossover
+from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
+from lora_fast.profiler.workload import FULL_AGAIN
 
 
 def chart(profile: Profile) -> dict:
-    """The description: two panels over rank, time and memory, each a ratio to full fine-tuning.
+    """The description, in plain data: title, panels, memory and drift.
 
-    A panel has points {rank, ratio, low, high} (low and high: 95% interval, or None), failed (ranks without a value),
-    full (what a ratio of 1 is: value and unit, or None), noise (half-width of the band in which equal arms lie, or
-    None), and the crossover: rank, low, high, text."""
-    full = profile.full
-    time = {
+    panels: time (in an estimate FLOPs) and memory, each a ratio to full fine-tuning over rank. A panel has points
+    {rank, ratio, low, high} (low and high: 95% interval, or None), absolute {rank, value} in unit, failed (ranks
+    without a value), full (what a ratio of 1 is, or None), noise (half-width of the band in which equal arms lie, or
+    None), beside (another cost's points to be drawn with them, and its name, or None), and the crossover: rank, low,
+    high, bracket, text.
+    overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak,
+    the prediction and what went wrong, and the capacity. drift: per arm, each round's step over the arm's median."""
+    costs = {"time": _time(profile), "flops": _flops(profile), "memory": _memory(profile)}
+    for cost, panel in costs.items():
+        found = profile.crossover.get(cost, Crossover(UNMEASURED, reason="it was not looked for"))
+        low, high = found.interval or (None, None)
+        panel["crossover"] = {
+            "rank": found.rank,
+            "low": low,
+            "high": high,
+            "bracket": list(found.bracket),
+            "text": found.sentence(COSTS[cost]),
+        }
+        panel["ranks"] = [arm.rank for arm in profile.lora]
+    first = costs["flops" if profile.estimated else "time"]
+    if not profile.estimated and costs["flops"]["points"]:
+        first["beside"] = {"name": "FLOPs", "points": costs["flops"]["points"]}
+    return {
+        "title": title(profile),
+        "panels": [first, costs["memory"]],
+        "overlay": [panel for panel in costs.values() if panel["points"]],
+        "memory": _bars(profile),
+        "drift": _drift(profile),
+    }
+
+
+def _time(profile: Profile) -> dict:
+    return {
         "title": "Step time",
         "unit": "ms",
-        "full": full.step_ms,
+        "full": profile.full.step_ms,
         "noise": profile.aa["noise_floor"] if profile.aa else None,
         "points": [
-            {"rank": arm.rank, "ratio": arm.ratio_to_full, "low": arm.ratio_ci[0], "high": arm.ratio_ci[1]}
+            {"rank": arm.rank, "ratio": arm.ratio_to_full, "low": low, "high": high}
             for arm in profile.lora
             if arm.ratio_to_full is not None
+            for low, high in [arm.ratio_ci or (None, None)]
         ],
         "failed": [arm.rank for arm in profile.lora if arm.step_ms is None],
         "absolute": [{"rank": arm.rank, "value": arm.step_ms} for arm in profile.lora if arm.step_ms is not None],
+        "beside": None,
     }
-    memory = {
+
+
+def _flops(profile: Profile) -> dict:
+    counted = [arm for arm in profile.lora if arm.flops_ratio is not None]
+    full = profile.full
+    return {
+        "title": "FLOPs",
+        "unit": "TFLOP",
+        "full": (full.forward_flops + full.backward_flops) / 1e12 if full.forward_flops else None,
+        "noise": None,
+        "points": [{"rank": arm.rank, "ratio": arm.flops_ratio, "low": None, "high": None} for arm in counted],
+        "failed": [],
+        "absolute": [
+            {"rank": arm.rank, "value": (arm.forward_flops + arm.backward_flops) / 1e12}
+            for arm in counted
+            if arm.forward_flops
+        ],
+        "beside": None,
+    }
+
+
+def _memory(profile: Profile) -> dict:
+    full = profile.full
+    panel = {
         "title": "Peak memory",
         "unit": "MiB",
         "full": full.peak_MiB,
@@ -41,16 +97,62 @@ def chart(profile: Profile) -> dict:
         ],
         "failed": [arm.rank for arm in profile.lora if arm.peak_MiB is None],
         "absolute": [{"rank": arm.rank, "value": arm.peak_MiB} for arm in profile.lora if arm.peak_MiB is not None],
+        "beside": None,
     }
-    for panel, cost in ((time, "time"), (memory, "memory")):
-        found = profile.crossover[cost]
-        low, high = found.interval or (None, None)
-        panel["crossover"] = {"rank": found.rank, "low": low, "high": high, "text": found.sentence(cost)}
-        panel["ranks"] = [arm.rank for arm in profile.lora]
-    return {"title": title(profile), "panels": [time, memory]}
+    predicted = [arm for arm in profile.lora if arm.predicted_MiB is not None and full.peak_MiB]
+    if predicted:
+        points = [{"rank": arm.rank, "ratio": arm.predicted_MiB / full.peak_MiB} for arm in predicted]
+        panel["beside"] = {"name": "predicted from shapes", "points": points}
+    return panel
 
 
-BLUE, GREY, RED = "#1f5fa8", "#555555", "#c0392b"
+def _bars(profile: Profile) -> dict:
+    """capacity_MiB: what --memory-limit, --gpu or the GPU itself gives, or None."""
+    work, gpu = profile.workload, profile.environment.get("gpu")
+    capacity = work.get("memory_limit_MiB") or (gpu["memory_MiB"] if gpu else None)
+    if work.get("memory_GiB"):
+        capacity = 1024 * work["memory_GiB"]
+    return {
+        "capacity_MiB": capacity,
+        "arms": [
+            {
+                "name": arm.name,
+                "peak_MiB": arm.peak_MiB,
+                "by_category": arm.by_category or {},
+                "predicted_MiB": arm.predicted_MiB,
+                "problem": _problem(arm),
+            }
+            for arm in profile.arms
+        ],
+    }
+
+
+def _problem(arm: Arm) -> str | None:
+    if arm.status != "ok" and arm.peak_MiB is None:
+        return {"oom": "out of memory"}.get(arm.status, arm.status)
+    return "does not fit" if arm.fits and not arm.fits["fits"] else None
+
+
+def _drift(profile: Profile) -> list[dict]:
+    series = [(arm.name, arm.samples_ms) for arm in profile.arms]
+    if profile.aa:
+        series.append((FULL_AGAIN, profile.aa["samples_ms"]))
+    return [
+        {"name": name, "ratio": [value / statistics.median(samples) for value in samples]}
+        for name, samples in series
+        if samples
+    ]
+
+
+def curve(points: list[dict]) -> tuple[list[float], list[float]]:
+    """Ranks and ratios between points, on straight lines in r: on an axis of log r these are curves, and the crossover,
+    which lies on such a line, lies on them."""
+    ranks, ratios = [point["rank"] for point in points], [point["ratio"] for point in points]
+    fine = np.geomspace(ranks[0], ranks[-1], 200)
+    return fine.tolist(), np.interp(fine, ranks, ratios).tolist()
+
+
+BLUE, GREY, RED, ORANGE = "#1f5fa8", "#555555", "#c0392b", "#c77d0a"
 
 
 def draw_png(description: dict) -> bytes:
@@ -91,10 +193,7 @@ def _draw_panel(axes, panel: dict) -> None:
         ratios = [point["ratio"] for point in points]
         bounds = [(p["ratio"] - p["low"], p["high"] - p["ratio"]) if p["low"] is not None else (0, 0) for p in points]
         banded = any(low or high for low, high in bounds)
-        # A cost that is a constant plus a multiple of r is a curve on this axis; drawn so, it meets the crossover's
-        # mark.
-        fine = np.geomspace(ranks[0], ranks[-1], 400)
-        axes.plot(fine, np.interp(fine, ranks, ratios), color=BLUE, linewidth=1.8, zorder=4)
+        axes.plot(*curve(points), color=BLUE, linewidth=1.8, zorder=4)
         axes.errorbar(
             ranks,
             ratios,
@@ -107,6 +206,11 @@ def _draw_panel(axes, panel: dict) -> None:
             capsize=3.5,
             label="LoRA" + (", 95% interval" if banded else ""),
             zorder=4,
+        )
+    if relative and panel["beside"]:
+        other = panel["beside"]
+        axes.plot(
+            *curve(other["points"]), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), zorder=3, label=other["name"]
         )
     if relative:
         axes.axhline(1, color=GREY, linewidth=1.5, linestyle="--", label=f"full fine-tuning: {_value(panel)}", zorder=2)
@@ -167,6 +271,8 @@ def _mark_crossover(axes, crossover: dict, ranks: list[int]) -> None:
 def _limits(axes, points: list[dict], panel: dict, relative: bool) -> None:
     """Room around the data, and above it for the legend; the line of full fine-tuning is always in view."""
     values = [value for p in points for value in (p["ratio"], p["low"], p["high"]) if value is not None]
+    if relative and panel["beside"]:
+        values += [point["ratio"] for point in panel["beside"]["points"]]
     if relative:
         values += [1 - (panel["noise"] or 0), 1 + (panel["noise"] or 0)]
     if values:

@@ -1,7 +1,11 @@
-"""A Profile for people on a terminal: one row per arm, the noise floor in the caption, a sentence per crossover."""
+"""A Profile as a table with a row per arm, and as sentences: crossovers, and why costs are as they are."""
 
+import math
 import textwrap
 from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -13,17 +17,10 @@ from lora_fast.profiler.crossover import COSTS, shares_sentence
 from lora_fast.profiler.price import usd_per_million_tokens
 from lora_fast.profiler.profile import Arm, Profile
 
-# An estimate's whole table takes so many columns; narrower, two go.
-WIDE = 118
-
 
 def print_profile(profile: Profile, console: Console) -> None:
     """The table with its title and caption, then crossovers and notes. Plain text where the console is no terminal."""
     console.print(_table(profile, console))
-    _print_sentences(profile, console)
-
-
-def _print_sentences(profile: Profile, console: Console) -> None:
     for text in sentences(profile):
         lines = textwrap.fill(text, console.width, subsequent_indent="  ", break_on_hyphens=False)
         console.print(Text(lines), soft_wrap=True)
@@ -55,15 +52,24 @@ def reason(arm: Arm) -> str:
 
 def title(profile: Profile) -> str:
     work, machine = profile.workload, profile.environment
+    adapters = work.get("adapter_dtype", "fp32")
+    parts = [
+        f"{work['model']} ({si(work['parameters'])} parameters)",
+        work["dtype"],
+        *([f"adapters in {adapters}"] if {adapters, work["dtype"]} != {"fp32"} else []),
+        f"batch {work['batch_size']} × {work['seq_len']} tokens",
+        _targets(work),
+    ]
+    if profile.estimated:
+        return f"{', '.join(parts)}\n{_settings(work)}"
     processor = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"{work['model']} ({si(work['parameters'])} parameters), {work['dtype']}, batch {work['batch_size']} × "
-        f"{work['seq_len']} tokens, {_targets(work)}, AdamW\n{processor}, torch {machine['torch']}"
-    )
+    return f"{', '.join(parts)}, {_settings(work)}\n{processor}, torch {machine['torch']}"
 
 
 def caption(profile: Profile) -> str:
     """How the numbers were made and how far two equal arms differed."""
+    if profile.estimated:
+        return _estimate_caption(profile.workload)
     lines = [f"Medians of {profile.workload['rounds']} randomized rounds; [ ] is the 95% interval of the paired ratio."]
     if profile.aa:
         low, high = profile.aa["ci"]
@@ -104,12 +110,13 @@ def _table(profile: Profile, console: Console) -> Table:
         caption_justify="left",
         title_justify="left",
         show_edge=console.is_terminal,
+        collapse_padding=profile.estimated,  # an estimate has many narrow columns
     )
-    columns = _columns(profile, console.width)
-    for header in columns:
-        table.add_column(header, justify="right", no_wrap=True)
+    shown = columns(profile, console.width)
+    for column in shown:
+        table.add_column(column.header, justify="right", no_wrap=True)
     for arm in profile.arms:
-        cells = [cell(arm) for cell in columns.values()]
+        cells = [column.cell(arm) for column in shown]
         table.add_row(*cells, style=_style(arm), end_section=arm is profile.arms[-2])
     return table
 
@@ -128,43 +135,113 @@ def live_table(profile: Profile) -> Table:
     return table
 
 
-def _columns(profile: Profile, width: int) -> dict[str, Callable[[Arm], str]]:
-    """Header → the arm's cell. As many as fit: columns of which no arm has a value are left out, then those that follow
-    from others or that run.json has too."""
+class Column(NamedTuple):
+    """cell: what is shown of an arm; value: what it is sorted by, or None. goes: how soon the column is left out where
+    there is no room for all, the highest first and 0 never."""
 
-    def known(*fields: str) -> bool:
-        return any(getattr(arm, field) is not None for arm in profile.arms for field in fields)
+    header: str
+    goes: int
+    cell: Callable[[Arm], str]
+    value: Callable[[Arm], float | None]
+
+
+def columns(profile: Profile, width: float = math.inf) -> list[Column]:
+    """As many as fit into `width` characters. Without a limit all of which an arm has a value."""
+    left = _of_estimate(profile) if profile.estimated else _of_measurement(profile)
+    padding = 2 if profile.estimated else 3  # collapsed, or not, and a line
+    while 1 + _width(left, profile.arms, padding) > width and any(column.goes for column in left):
+        left.remove(max(left, key=lambda column: column.goes))
+    return left
+
+
+def _of_measurement(profile: Profile) -> list[Column]:
+    def known(field: str) -> bool:
+        return any(getattr(arm, field) is not None for arm in profile.arms)
 
     price = profile.workload.get("price_per_hour")
-    # Each with how soon it goes: the highest first, 0 never.
     every = [
-        ("rank", 0, lambda arm: "full" if arm.kind == "full" else arm.name.removeprefix("r")),
-        ("trained", 0, lambda arm: si(arm.trainable)),
-        ("share", 5, lambda arm: f"{arm.trainable_share:.2%}"),
-        ("step ms", 0, lambda arm: _number(arm.step_ms)),
-        ("fwd / bwd / opt ms", 4, _phases),
-        ("tokens/s", 1, lambda arm: "–" if arm.tokens_per_s is None else f"{arm.tokens_per_s:,.0f}"),
-        ("time vs full", 0, _ratio),
-        *([("CPU", 6, lambda arm: _share_of_full(arm, arm.cpu_ratio))] if known("cpu_ratio") else []),
-        *([("FLOPs", 2, lambda arm: _share_of_full(arm, arm.flops_ratio))] if known("flops_ratio") else []),
-        ("peak MiB", 0, _peak),
-        *([("predicted", 2, _predicted)] if known("predicted_MiB") else []),
-        ("vs full", 7, lambda arm: "–" if arm.memory_ratio is None else f"{arm.memory_ratio:.2f}"),
-        *([("$/1M tok", 0, lambda arm: _price(arm, price))] if price is not None else []),
+        *_of_the_adapter(share_goes=5),
+        Column("step ms", 0, lambda arm: _number(arm.step_ms), lambda arm: arm.step_ms),
+        Column("fwd / bwd / opt ms", 4, _phases, lambda arm: arm.forward_ms),
+        Column("tokens/s", 1, lambda arm: _number(arm.tokens_per_s), lambda arm: arm.tokens_per_s),
+        Column("time vs full", 0, _ratio, lambda arm: _to_full(arm, arm.ratio_to_full, arm.step_ms)),
     ]
-    left = list(every)
-    while _width(left, profile.arms) > width and any(rank for _, rank, _ in left):
-        left.remove(max(left, key=lambda column: column[1]))
-    return {header: cell for header, _, cell in left}
+    if known("cpu_ratio"):
+        value = _relative("cpu_ratio", "step_ms")
+        every.append(Column("CPU", 6, lambda arm: _two_digits(value(arm)), value))
+    if known("flops_ratio"):
+        flops = _relative("flops_ratio", "forward_flops")
+        every.append(Column("FLOPs", 2, lambda arm: _two_digits(flops(arm)), flops))
+    for header, field in (("TFLOP/s", "executed_tflops_s"), ("full-eq. TFLOP/s", "full_equivalent_tflops_s")):
+        if known(field):
+            rate = attrgetter(field)
+            every.append(Column(header, 8, lambda arm, rate=rate: _digits(rate(arm)), rate))
+    every.append(Column("peak MiB", 0, _peak, lambda arm: arm.peak_MiB))
+    if known("predicted_MiB"):
+        every.append(Column("predicted", 3, _predicted, lambda arm: arm.predicted_MiB))
+    memory = _relative("memory_ratio", "peak_MiB")
+    every.append(Column("vs full", 7, lambda arm: _two_digits(memory(arm)), memory))
+    if price is not None:
+        cost = partial(usd_per_million_tokens, usd_per_hour=price)
+        every.append(Column("$/1M tok", 0, lambda arm: _digits(cost(arm)), cost))
+    return every
 
 
-def _width(columns: list[tuple], arms: list[Arm]) -> int:
-    """Columns of text that a table of these takes, with its padding and, on a terminal, its lines."""
-    return 1 + sum(3 + max(len(header), *(len(cell(arm)) for arm in arms)) for header, _, cell in columns)
+def _of_estimate(profile: Profile) -> list[Column]:
+    def held(header: str, category: str, goes: int) -> Column:
+        return Column(
+            header, goes, lambda arm: f"{arm.by_category[category] / 1024:.2f}", lambda arm: arm.by_category[category]
+        )
+
+    fitted = profile.workload["memory_GiB"] is not None
+    every = [
+        *_of_the_adapter(share_goes=0),
+        Column("peak\nGiB", 0, lambda arm: f"{arm.peak_MiB / 1024:.2f}", lambda arm: arm.peak_MiB),
+        Column("vs\nfull", 0, lambda arm: f"{arm.memory_ratio:.2f}", lambda arm: arm.memory_ratio),
+        *(held("weights", "weights", 6), held("adapters", "adapters", 5), held("grads", "gradients", 3)),
+        *(held("states", "optimizer", 4), held("activ.", "activations", 1), held("temp.", "temporaries", 2)),
+        Column("FLOPs\nvs full", 0, lambda arm: f"{arm.flops_ratio:.3f}", lambda arm: arm.flops_ratio),
+    ]
+    if fitted:
+        every.append(Column("fits", 0, lambda arm: "yes" if arm.fits["fits"] else "no", lambda arm: arm.fits["fits"]))
+        for header, name in (("max\nbatch", "largest_batch_size"), ("max\nlength", "largest_seq_len")):
+            every.append(
+                Column(
+                    header, 0, lambda arm, name=name: str(arm.fits[name] or "–"), lambda arm, name=name: arm.fits[name]
+                )
+            )
+    return every
 
 
-def _share_of_full(arm: Arm, ratio: float | None) -> str:
-    return "1" if arm.kind == "full" else "–" if ratio is None else f"{ratio:.2f}"
+def _of_the_adapter(share_goes: int) -> list[Column]:
+    return [
+        Column("rank", 0, lambda arm: arm.name.removeprefix("r"), lambda arm: arm.rank),
+        Column("trained", 0, lambda arm: si(arm.trainable), lambda arm: arm.trainable),
+        Column("share", share_goes, lambda arm: f"{arm.trainable_share:.2%}", lambda arm: arm.trainable_share),
+    ]
+
+
+def _width(shown: list[Column], arms: list[Arm], padding: int) -> int:
+    texts = [[*column.header.split("\n"), *(column.cell(arm) for arm in arms)] for column in shown]
+    return sum(padding + max(map(len, column)) for column in texts)
+
+
+def _to_full(arm: Arm, ratio: float | None, own: float | None) -> float | None:
+    """The arm's ratio to full fine-tuning, which is 1 for full itself where it was measured."""
+    return (None if own is None else 1.0) if arm.kind == "full" else ratio
+
+
+def _relative(ratio: str, own: str) -> Callable[[Arm], float | None]:
+    return lambda arm: _to_full(arm, getattr(arm, ratio), getattr(arm, own))
+
+
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else "1" if value == 1 else f"{value:.2f}"
+
+
+def _digits(value: float | None) -> str:
+    """Three significant ones."""
+    return "–" if value is None else f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _predicted(arm: Arm) -> str:
@@ -175,59 +252,16 @@ def _predicted(arm: Arm) -> str:
     return _number(arm.predicted_MiB) + off
 
 
-def _price(arm: Arm, usd_per_hour: float) -> str:
-    cost = usd_per_million_tokens(arm, usd_per_hour)
-    return "–" if cost is None else f"{cost:.3g}" if cost < 100 else f"{cost:,.0f}"
-
-
-def print_estimate(profile: Profile, console: Console) -> None:
-    """What was predicted: a row per arm, then crossovers and what the reader has to know."""
-    work = profile.workload
-    wide = console.width >= WIDE
-    fitted = work["memory_GiB"] is not None
-    table = Table(
-        title=f"{work['model']} ({si(work['parameters'])} parameters), {work['dtype']}, adapters in "
-        f"{work['adapter_dtype']}, batch {work['batch_size']} × {work['seq_len']} tokens, {_targets(work)}\n"
-        f"{_settings(work)}",
-        caption=_estimate_caption(work),
-        box=box.ROUNDED if console.is_terminal else box.SIMPLE,
-        title_style="bold",
-        caption_justify="left",
-        title_justify="left",
-        show_edge=console.is_terminal,
-        collapse_padding=True,
-    )
-    headers = ["rank", "trained", "share", "peak\nGiB", "vs\nfull", "weights", "adapters", "grads", "states"]
-    headers += ["activ.", "temp."] if wide else []
-    headers += ["FLOPs", "fits", "max\nbatch", "max\nlength"] if fitted else ["FLOPs vs full"]
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    for arm in profile.arms:
-        held = {category: size / 1024 for category, size in arm.by_category.items()}
-        cells = [arm.name.removeprefix("r"), si(arm.trainable), f"{arm.trainable_share:.2%}"]
-        cells += [f"{arm.peak_MiB / 1024:.2f}", f"{arm.memory_ratio:.2f}"]
-        cells += [f"{held[c]:.2f}" for c in ("weights", "adapters", "gradients", "optimizer")]
-        if wide:
-            cells += [f"{held['activations']:.2f}", f"{held['temporaries']:.2f}"]
-        cells.append(f"{arm.flops_ratio:.3f}")
-        if fitted:
-            cells.append("yes" if arm.fits["fits"] else "no")
-            cells += [str(arm.fits[name] or "–") for name in ("largest_batch_size", "largest_seq_len")]
-        style = "bold" if arm.kind == "full" else "" if arm.fits is None or arm.fits["fits"] else "red"
-        table.add_row(*cells, style=style, end_section=arm is profile.arms[-2])
-    console.print(table)
-    _print_sentences(profile, console)
-
-
 def _settings(work: dict) -> str:
-    parts = [f"AdamW{' foreach' if work['foreach'] else ''}"]
-    if work["gradient_checkpointing"]:
+    """The optimizer, and what was not left at its default."""
+    parts = [f"AdamW{' foreach' if work.get('foreach') else ''}"]
+    if work.get("gradient_checkpointing"):
         parts.append("checkpointing")
-    if work["gradient_accumulation"] > 1:
+    if work.get("gradient_accumulation", 1) > 1:
         parts.append(f"{work['gradient_accumulation']} batches a step")
-    if work["lora_dropout"]:
-        parts.append(f"dropout {work['lora_dropout']}")
-    if work["shards"] > 1:
+    if work.get("lora_dropout"):
+        parts.append(f"dropout {work['lora_dropout']:g}")
+    if work.get("shards", 1) > 1:
         parts.append(f"FSDP over {work['shards']} GPUs, per GPU")
     return ", ".join(parts)
 
@@ -245,7 +279,7 @@ def _estimate_caption(work: dict) -> str:
 
 
 def _style(arm: Arm) -> str:
-    if arm.status != "ok":
+    if arm.status != "ok" or (arm.fits and not arm.fits["fits"]):
         return "red"
     return "bold" if arm.kind == "full" else ""
 
