@@ -85,8 +85,8 @@ def update_svds(
     check_backend(backend)
     if not len(lora_As) == len(lora_Bs) == len(scalings):
         raise LoraFastError(
-            f"{len(lora_As)} lora_As, {len(lora_Bs)} lora_Bs and {len(scalings)} scalings; expected one of each for every "
-            "update"
+            f"{len(lora_As)} lora_As, {len(lora_Bs)} lora_Bs and {len(scalings)} scalings; expected one of each for "
+            "every update"
         )
     for lora_A, lora_B in zip(lora_As, lora_Bs):
         _check_factors(lora_A, lora_B)
