@@ -19,11 +19,12 @@ class Arm:
     status: "ok"; "oom": memory ran out; "timeout": it hung; "killed", by a signal and not for memory; "failed". error
     says what happened, also where only one of the passes is missing. peak_MiB and by_category (MiB, at the peak) come
     from the memory pass, in an estimate from shapes; after_step_MiB: what is held after the optimizer's step, by
-    category; samples_ms are the timed steps, in the order of the rounds. forward_flops, backward_flops: predicted, of one step, a
-    multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes
-    predict. executed_tflops_s: the step's FLOPs over its time; full_equivalent_tflops_s: full fine-tuning's FLOPs over
-    its time, what a full step of the same tokens would have done. fits: of an estimate for a given memory, whether the
-    arm fits, largest_batch_size at the same length and largest_seq_len at the same batch (0: none)."""
+    category; samples_ms are the timed steps, in the order of the rounds. forward_flops, backward_flops: predicted, of
+    one step, a multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak
+    that shapes predict. executed_tflops_s: the step's FLOPs over its time, in 10¹² a second; full_equivalent_tflops_s:
+    full fine-tuning's FLOPs over its time, what a full step of the same tokens would have done. fits: of an estimate
+    for a given memory, whether the arm fits, largest_batch_size at the same length and largest_seq_len at the same
+    batch (0: none)."""
 
     kind: str
     rank: int | None
