@@ -8,7 +8,7 @@ import typer
 from lora_fast import cli_output
 
 NOTHING_MEASURED, TOO_NOISY = 3, 4
-STAGES = {"memory": "Memory, a process per arm", "time": "Time, randomized rounds"}
+STAGES = {"predict": "Predictions", "memory": "Memory, a process per arm", "time": "Time, randomized rounds"}
 ESTIMATE_STAGES = {"estimate": "Arms", "fits": "What fits"}
 
 

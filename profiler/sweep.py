@@ -13,14 +13,15 @@ from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.intervals import MIN_ROUNDS, ratio_with_interval
-from lora_fast.profiler.memory import MALLOC
+from lora_fast.profiler.memory import MALLOC, MiB
+from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
 from lora_fast.profiler.timing import WARM_UP_ROUNDS
-from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, parse_modules
+from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, describe, parse_modules
 
 # The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
 # it.
@@ -140,6 +141,8 @@ def profile_ranks(
         def ended() -> None:
             watch(Profile(about, described, arms, None, {}))
 
+        notes += _predict(arms, source, workload, progress)
+        ended()
         memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress, ended)
         timed, reasons = _timed_arms(arms, memory, device)
         times = _time_pass(source, workload, timed, steps, time_budget_s, progress)
@@ -149,6 +152,7 @@ def profile_ranks(
     for arm in arms:
         if arm.name in reasons and arm.error is None:
             arm.error = reasons[arm.name]
+    _add_utilization(arms)
     profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, folder.path if folder else None)
     if folder:
         folder.write_arms([arm.to_dict() for arm in arms])
@@ -182,6 +186,35 @@ def _too_large(ranks: list[int], targets: list[tuple[str, nn.Module]]) -> list[s
         return []
     names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape) == smallest})
     return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]
+
+
+def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) -> list[str]:
+    """Fill in what shapes predict, and FLOPs; returns a note where they can't. A measurement does without."""
+    try:
+        found = []
+        for index, arm in enumerate(arms):
+            progress("predict", index, len(arms), arm.name)
+            found.append(predict(source, workload, arm.rank))
+    except Exception as error:  # a model of one's own may do anything but run on tensors without values
+        return [f"nothing is predicted: {describe(error)['error']}"]
+    finally:
+        progress("predict", len(arms), len(arms), "done")
+    full = found[-1]
+    for arm, one in zip(arms, found, strict=True):
+        arm.predicted_MiB = one.peak / MiB
+        arm.predicted_by_category = {category: size / MiB for category, size in one.by_category.items()}
+        arm.forward_flops, arm.backward_flops = one.forward_flops, one.backward_flops
+        arm.flops_ratio = one.flops / full.flops if full.flops else None
+    return []
+
+
+def _add_utilization(arms: list[Arm]) -> None:
+    full = next(arm for arm in arms if arm.kind == "full")
+    for arm in arms:
+        if arm.step_ms is not None and arm.forward_flops is not None:
+            # FLOPs per ms, over 10⁹, are 10¹² FLOPs per s.
+            arm.executed_tflops_s = (arm.forward_flops + arm.backward_flops) / arm.step_ms / 1e9
+            arm.full_equivalent_tflops_s = (full.forward_flops + full.backward_flops) / arm.step_ms / 1e9
 
 
 def _memory_pass(arms, source, workload, limit, folder, progress, ended) -> dict[str, dict]:

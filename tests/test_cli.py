@@ -83,6 +83,13 @@ def test_the_document_holds_every_arm(finished):
         assert len(arm["samples_ms"]) == 6 and arm["step_ms"] > 0
         assert arm["tokens_per_s"] == pytest.approx(32e3 / arm["step_ms"])
         assert sum(arm["by_category"].values()) == pytest.approx(arm["peak_MiB"])
+        assert arm["predicted_MiB"] == pytest.approx(arm["peak_MiB"], rel=1e-3)
+        assert sum(arm["predicted_by_category"].values()) == pytest.approx(arm["predicted_MiB"])
+        flops = arm["forward_flops"] + arm["backward_flops"]
+        assert arm["executed_tflops_s"] == pytest.approx(flops / arm["step_ms"] / 1e9)
+        full_flops = full["forward_flops"] + full["backward_flops"]
+        assert arm["flops_ratio"] == pytest.approx(flops / full_flops)
+        assert arm["full_equivalent_tflops_s"] == pytest.approx(full_flops / arm["step_ms"] / 1e9)
     for arm in (low, high):
         assert arm["ratio_ci"][0] <= arm["ratio_to_full"] <= arm["ratio_ci"][1]
         assert arm["cpu_ratio"] > 0
