@@ -43,7 +43,10 @@ setup(
     ],
     package_dir={"lora_fast": "lora_fast", "lora_fast.kernels": "kernels", "lora_fast.profiler": "profiler"},
     packages=["lora_fast", "lora_fast.kernels", "lora_fast.profiler"],
-    package_data={"lora_fast": ["py.typed", "tuned.json"]},
+    package_data={
+        "lora_fast": ["py.typed", "tuned.json"],
+        "lora_fast.profiler": ["report.css", "report.js"],
+    },
     zip_safe=False,
     python_requires=">=3.11",
     install_requires=[
@@ -57,6 +60,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "matplotlib>=3.9",
+        "plotly>=6",
         "optuna>=4",
     ],
     extras_require={

@@ -70,7 +70,7 @@ def profile(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="New folder for run.json, arms.jsonl, rank_cost.png.  [default: runs/MODEL-DATE-TIME]",
+            help="New folder for report.html, run.json, arms.jsonl, rank_cost.png.  [default: runs/MODEL-DATE-TIME]",
             show_default=False,
         ),
     ] = None,
@@ -127,7 +127,9 @@ def profile(
         console = cli_output.console()
         print_profile(result, console)
         console.print(
-            f"Written: {result.folder}/ (run.json, arms.jsonl, rank_cost.png)", soft_wrap=True, highlight=False
+            f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
+            soft_wrap=True,
+            highlight=False,
         )
     if not result.measured:
         cli_output.say("nothing could be measured; the table and run.json say why for each arm")
@@ -191,6 +193,10 @@ def estimate(
     ] = None,
     shards: Annotated[int, typer.Option(help="GPUs that FSDP spreads weights and states over.")] = 1,
     device: Annotated[str, typer.Option(help="Whose allocator and defaults are meant: cuda or cpu.")] = "cuda",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New folder for report.html, run.json, arms.jsonl, rank_cost.png.", show_default=False),
+    ] = None,
     json: Annotated[
         str | None,
         typer.Option(
@@ -226,10 +232,18 @@ def estimate(
             device=device,
             memory_GiB=None if gpu is None else estimation.parse_memory(gpu),
             shards=shards,
+            out=out,
             progress=report,
         )
     cli_output.write_json(json, runs.to_json(result.to_dict()))
     if json != "-":
         from lora_fast.profiler.table import print_profile
 
-        print_profile(result, cli_output.console())
+        console = cli_output.console()
+        print_profile(result, console)
+        if result.folder:
+            console.print(
+                f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
+                soft_wrap=True,
+                highlight=False,
+            )

@@ -44,11 +44,9 @@ class Crossover:
         if self.status == UNMEASURED:
             return f"{cost}: no crossover, because {self.reason}"
         if self.status == NEVER:
-            text = f"{cost}: none up to r={self.r_max}; LoRA is cheaper than full fine-tuning at every measured rank"
+            text = f"{cost}: none up to r={self.r_max}; LoRA is cheaper than full fine-tuning at every rank tried"
         elif self.status == ALWAYS:
-            text = (
-                f"{cost}: LoRA is not cheaper than full fine-tuning even at r={self.r_min}, the smallest rank measured"
-            )
+            text = f"{cost}: LoRA is not cheaper than full fine-tuning even at r={self.r_min}, the smallest rank tried"
         else:
             low, high = self.bracket
             where = (

@@ -14,11 +14,12 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
+from lora_fast.profiler.html import write_results
 from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
-from lora_fast.profiler.runs import environment
+from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.profiler.workload import Workload, parse_modules
 
 MiB, GiB = 2**20, 2**30
@@ -50,6 +51,7 @@ def estimate_memory(
     memory_GiB: float | None = None,
     shards: int = 1,
     whole: bool = False,
+    out: str | Path | None = None,
     progress: Callable[[str, int, int, str], None] = lambda stage, done, total, text: None,
 ) -> Profile:
     """Predict the peak memory and the FLOPs of a training step with AdamW at every rank and with everything trained.
@@ -60,6 +62,7 @@ def estimate_memory(
     length that do. shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by
     layer; each then also holds two gathered layers, those parts of the model that are in no layer, and, where weights
     are trained, one layer's gradients. whole: trace every layer even where all are alike.
+    out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html.
     The other arguments are those of `profile_ranks`.
     Returns a Profile without times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops, fits.
     Raises LoraFastError for wrong input."""
@@ -69,6 +72,7 @@ def estimate_memory(
             raise LoraFastError(f"{name}={value!r}; expected a positive number")
     if device not in ("cuda", "cpu"):
         raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
+    folder = None if out is None else RunFolder(out)
     workload = Workload(
         batch_size=batch_size,
         seq_len=seq_len,
@@ -133,7 +137,11 @@ def estimate_memory(
         "rank_of_share": ranks_of_shares(total, per_rank),
         **counts(subject, targets),
     }
-    return Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0))
+    profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0))
+    if folder:
+        profile.folder = folder.path
+        write_results(folder, profile)
+    return profile
 
 
 def _source(model, stack: ExitStack) -> ModelSource:

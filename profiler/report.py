@@ -213,7 +213,14 @@ def _draw_panel(axes, panel: dict) -> None:
             *curve(other["points"]), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), zorder=3, label=other["name"]
         )
     if relative:
-        axes.axhline(1, color=GREY, linewidth=1.5, linestyle="--", label=f"full fine-tuning: {_value(panel)}", zorder=2)
+        axes.axhline(
+            1,
+            color=GREY,
+            linewidth=1.5,
+            linestyle="--",
+            label=f"full fine-tuning: {amount(panel['full'], panel['unit'])}",
+            zorder=2,
+        )
         axes.set_ylabel(f"{panel['title'].lower()}, ratio to full fine-tuning")
         right = axes.secondary_yaxis("right", functions=(lambda y: y * panel["full"], lambda y: y / panel["full"]))
         right.set_ylabel(panel["unit"])
@@ -283,5 +290,5 @@ def _limits(axes, points: list[dict], panel: dict, relative: bool) -> None:
     axes.set_xlim(ranks[0] / math.sqrt(2), ranks[-1] * math.sqrt(2))
 
 
-def _value(panel: dict) -> str:
-    return f"{panel['full']:,.0f} {panel['unit']}" if panel["full"] >= 100 else f"{panel['full']:.1f} {panel['unit']}"
+def amount(value: float, unit: str) -> str:
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}" if value >= 1 else f"{value:.2g} {unit}"

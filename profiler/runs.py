@@ -1,5 +1,5 @@
-"""The run folder (run.json, arms.jsonl, rank_cost.png), each file written whole or not at all, and where it came
-from."""
+"""The run folder (run.json, arms.jsonl, rank_cost.png, report.html), each file written whole or not at all, and where
+it came from."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import torch
 
 import lora_fast
 from lora_fast import LoraFastError
+from lora_fast.profiler.profile import Profile
 
 
 def environment(device: str) -> dict:
@@ -149,3 +150,22 @@ def default_folder(model_name: str) -> Path:
     stem = f"{safe}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = (Path("runs", stem + (f"-{n}" if n > 1 else "")) for n in range(1, 1000))
     return next(path for path in candidates if not path.exists())
+
+
+def read_profile(path: str | Path) -> Profile:
+    """The profile of a run folder, or of its run.json. Raises LoraFastError for what is none."""
+    path = Path(path).expanduser()
+    file = path / "run.json" if path.is_dir() else path
+    if not file.is_file():
+        if (path / "arms.jsonl").is_file():
+            raise LoraFastError(f"{path} has arms.jsonl but no run.json: the run has not ended")
+        raise LoraFastError(f"{path} is no run: expected a folder of lora-fast profile or estimate, with run.json")
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise TypeError("its content is not an object")
+        return Profile.from_dict(run)
+    except LoraFastError as error:
+        raise LoraFastError(f"{file}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoraFastError(f"{file} is not the run.json of a run: {type(error).__name__}: {error}") from error

@@ -12,13 +12,13 @@ from torch import nn
 from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
+from lora_fast.profiler.html import write_results
 from lora_fast.profiler.intervals import MIN_ROUNDS, ratio_with_interval
 from lora_fast.profiler.memory import MALLOC, MiB
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
-from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
 from lora_fast.profiler.timing import WARM_UP_ROUNDS
 from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, describe, parse_modules
@@ -67,7 +67,7 @@ def profile_ranks(
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
     timed); without both, 30 rounds or 90 seconds.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
-    out: a new folder for run.json, arms.jsonl and rank_cost.png; "auto": runs/<model>-<date>-<time>.
+    out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html; "auto": runs/<model>-<date>-<time>.
     price_per_hour: US dollars for the machine, recorded with the run. progress is called with stage ("memory" or
     "time"), done, total, and what is at work; watch with the profile so far whenever an arm has ended.
     Without model and sizes, the defaults are those of the device (`DEFAULTS`).
@@ -155,9 +155,7 @@ def profile_ranks(
     _add_utilization(arms)
     profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, folder.path if folder else None)
     if folder:
-        folder.write_arms([arm.to_dict() for arm in arms])
-        folder.write_run(profile.to_dict())
-        folder.write_chart(draw_png(chart(profile)))
+        write_results(folder, profile)
     return profile
 
 

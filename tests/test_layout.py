@@ -45,7 +45,7 @@ rank_search decision
 __init__
 profiler
 cli_output
-cli_profile cli_rank cli_spectra
+cli_profile cli_rank cli_report cli_spectra
 cli
 """
 
