@@ -49,7 +49,12 @@ def finished(folder):
 
 def test_a_run_leaves_its_folder_and_prints_only_json(finished, folder):
     assert finished.returncode in (0, TOO_NOISY), finished.stderr
-    assert sorted(path.name for path in (folder / "run").iterdir()) == ["arms.jsonl", "rank_cost.png", "report.html", "run.json"]
+    assert sorted(path.name for path in (folder / "run").iterdir()) == [
+        "arms.jsonl",
+        "rank_cost.png",
+        "report.html",
+        "run.json",
+    ]
     document = json.loads(finished.stdout)
     assert document == json.loads((folder / "run" / "run.json").read_text())
     lines = (folder / "run" / "arms.jsonl").read_text().splitlines()
