@@ -17,7 +17,7 @@ def profile(
         str | None,
         typer.Argument(
             help="A Hugging Face id or a local folder (with weights), a config.json (random weights), or a built-in "
-            "shape: llama-5m, llama-25m, llama-1b, llama-3b, llama-8b.  "
+            "shape: llama-5m, llama-25m, llama-1b, llama-3b, llama-8b, llama-70b.  "
             "[default: llama-5m on a CPU, llama-1b on a GPU]",
             show_default=False,
         ),
