@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from lora_fast.config import BASE_CHANGING_INITS, LoraFastError
+from lora_fast.config import BASE_CHANGING_INITS, LoraFastError, few
 from lora_fast.injection import lora_layers, lora_state
 
 # PEFT's values of init_lora_weights that leave the base weights as they are.
@@ -85,7 +85,7 @@ def _from_folder(folder: Path, check_finite: bool) -> AdapterUpdates:
                 + (", so it is DoRA" if "magnitude" in rest else "")
                 + "; its update is not scaling · lora_B lora_A, use PEFT for it"
             )
-        else:
+        elif not key.endswith(".base_layer.weight"):  # of an embedding PEFT keeps a copy along, as it was
             others.append(key)
     factors = []
     for path, pair in sorted(pairs.items(), key=_counting_order):
@@ -220,7 +220,3 @@ def _factors(source: str, path: str, lora_A: Tensor | None, lora_B: Tensor | Non
             f"{shapes[1]}, of rank {lora_B.shape[1]}"
         )
     return Factors(path, lora_A, lora_B, float(scaling))
-
-
-def few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_fast.adapter_updates import AdapterUpdates, few
-from lora_fast.config import LoraFastError
+from lora_fast.adapter_updates import AdapterUpdates
+from lora_fast.config import LoraFastError, few
 
 _INDEX_NAME, _FILE_NAME = "model.safetensors.index.json", "model.safetensors"
 # Bytes of a panel in float64.

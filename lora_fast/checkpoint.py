@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError
+from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few
 from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
 from lora_fast.linear import LoraLayer
 from lora_fast.targets import saved_module_names, target_modules
@@ -321,18 +321,14 @@ def _check_fit(
     expected = _expected(model, config, targets)
     allowed = expected | {k: s for k, s in _optional(model, targets).items() if k not in expected}
     if missing := [key for key in expected if key not in tensors]:
-        raise LoraFastError(f"{source} lacks {_few(missing)}; was it saved for another model, or other target_modules?")
+        raise LoraFastError(f"{source} lacks {few(missing)}; was it saved for another model, or other target_modules?")
     if strange := [key for key in tensors if key not in allowed]:
         raise LoraFastError(
-            f"{source} holds {_few(strange)}, which {type(model).__name__} with this config has no place for"
+            f"{source} holds {few(strange)}, which {type(model).__name__} with this config has no place for"
         )
     for key, value in tensors.items():
         if value.shape != allowed[key]:
             raise LoraFastError(f"{source}: {key} is {tuple(value.shape)}, the model needs {tuple(allowed[key])}")
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @torch.no_grad()

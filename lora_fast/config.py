@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -292,6 +292,11 @@ def _matches(key: str, module_name: str) -> bool:
 
 def _matching_key(pattern: Collection[str], module_name: str) -> str | None:
     return next((key for key in pattern if _matches(key, module_name)), None)
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three of them, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def warn(message: str) -> None:

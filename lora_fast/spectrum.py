@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast.config import LoraFastError
+from lora_fast.config import LoraFastError, few
 
 EPS = torch.finfo(torch.float64).eps
 METHODS = ("factors", "exact", "topk")
@@ -22,6 +22,13 @@ SCOPES = ("layer", "global")
 # A share such as 0.9 is no binary fraction, and a sum of squares is rounded: a spectrum that keeps just that share
 # counts as keeping it. Relative to the share that is dropped, so that a share of 1 drops nothing but zeros.
 _SLACK = 1e-12
+
+
+def kind_of(name: str) -> str:
+    """The last part of a module's path that is not a number: "q_proj" of model.layers.0.self_attn.q_proj; of a stack of
+    experts, "down_proj" of experts.down_proj[3]."""
+    parts = reversed(name.partition("[")[0].split("."))
+    return next((part for part in parts if not part.isdigit()), name)
 
 
 class Gap(NamedTuple):
@@ -76,10 +83,7 @@ class Spectrum:
 
     @property
     def kind(self) -> str:
-        """The last part of the name that is not a number: "q_proj" of model.layers.0.self_attn.q_proj; of a stack of
-        experts, "down_proj" of experts.down_proj[3]."""
-        parts = reversed(self.name.partition("[")[0].split("."))
-        return next((part for part in parts if not part.isdigit()), self.name)
+        return kind_of(self.name)
 
     @property
     def complete(self) -> bool:
@@ -525,16 +529,11 @@ def readings(spectra: Sequence[Spectrum]) -> list[Reading]:
 def _group_readings(group: str, spectra: Sequence[Spectrum]) -> list[Reading]:
     found = []
     if zeros := [spectrum for spectrum in spectra if spectrum.is_zero]:
-        found.append(
-            Reading(
-                group,
-                "zero update",
-                "no update",
-                f"{len(zeros)} of {len(spectra)} updates are exactly 0 ({_few(zeros)}): not trained, or B is still as "
-                "it started",
-                "definition: σ₁ = 0",
-            )
-        )
+        names = few([spectrum.name for spectrum in zeros])
+        sentence = f"{len(zeros)} of {len(spectra)} updates are exactly 0 ({names}): not trained"
+        if any(spectrum.rank is not None for spectrum in zeros):
+            sentence += ", or B is still as it started"
+        found.append(Reading(group, "zero update", "no update", sentence, "definition: σ₁ = 0"))
     live = [spectrum for spectrum in spectra if not spectrum.is_zero]
     if dense := [spectrum for spectrum in live if spectrum.rank is None]:
         found.append(_dense_reading(group, dense))
@@ -553,11 +552,6 @@ def _group_readings(group: str, spectra: Sequence[Spectrum]) -> list[Reading]:
                 )
             )
     return found
-
-
-def _few(spectra: Sequence[Spectrum]) -> str:
-    names = ", ".join(spectrum.name for spectrum in spectra[:3])
-    return names + (f" and {len(spectra) - 3} more" if len(spectra) > 3 else "")
 
 
 def _rank_words(spectra: Sequence[Spectrum]) -> str:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fast.adapter_updates import DIVERGED, AdapterUpdates, Factors, few, read_updates
+from lora_fast.adapter_updates import DIVERGED, AdapterUpdates, Factors, read_updates
 from lora_fast.base_weights import base_weights
-from lora_fast.config import LoraFastError, warn
+from lora_fast.config import LoraFastError, few, warn
 from lora_fast.spectrum import Spectrum
 from lora_fast.svd import UpdateSvd, update_svds
 

@@ -74,7 +74,7 @@ def document(
     layers = []
     for spectrum in ordered:
         stack, depth = place(spectrum.name)
-        found = {"name": spectrum.name, "stack": stack, "depth": depth, "kind": kind_of(spectrum.name)}
+        found = {"name": spectrum.name, "stack": stack, "depth": depth, "kind": spectrum.kind}
         found |= spectrum.to_dict()
         found["amplification"] = (amplification or {}).get(spectrum.name)
         found["intruders"] = (intruders or {}).get(spectrum.name)
@@ -202,7 +202,7 @@ def in_order(spectra: Sequence[Spectrum]) -> list[Spectrum]:
 
     def key(spectrum: Spectrum) -> tuple[int, int, int]:
         stack, depth = place(spectrum.name)
-        kind = kind_of(spectrum.name)
+        kind = spectrum.kind
         return (
             stacks.index(stack) if stack else len(stacks),
             depth,
@@ -217,12 +217,6 @@ def place(name: str) -> tuple[str, int]:
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return ("", 0) if first is None else (".".join(parts[:first]), int(parts[first]))
-
-
-def kind_of(name: str) -> str:
-    """The path's last part that is no number, without the place in a stack of experts: "q_proj", "gate_up_proj"."""
-    parts = [re.sub(r"\[\d+\]$", "", part) for part in name.split(".")]
-    return next((part for part in reversed(parts) if not part.isdigit()), name)
 
 
 def kinds(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

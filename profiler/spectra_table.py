@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lora_fast.profiler.spectra_charts import title
 from lora_fast.profiler.table import si
+from lora_fast.spectrum import kind_of
 
 # Quantities whose columns go where the window is too narrow, the first ones first; they can be read in spectra.json.
 EXPENDABLE = (
@@ -278,7 +279,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
     report: a ResizeReport's dict, with bytes (of the weights' file) and bytes_before (of those it came from, or
     None)."""
-    from lora_fast.profiler.spectra import KIND_ORDER, kind_of
+    from lora_fast.profiler.spectra import KIND_ORDER
 
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for layer in report["layers"]:

@@ -210,6 +210,17 @@ def test_weights_trained_in_full_are_left_out_and_named(tmp_path):
             assert len(adapter_factors(adapter)) == len(spectra)
 
 
+def test_a_copy_of_an_embedding_that_peft_saves_along_is_not_called_trained(tmp_path):
+    model = peft_model(build("llama"), r=3, target_modules=["q_proj", "embed_tokens"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any(
+        key.endswith("embed_tokens.base_layer.weight") for key in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraFastWarning)
+        assert {found.kind for found in adapter_spectra(tmp_path).values()} == {"q_proj", "embed_tokens"}
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_on_the_base_weights_is_said_and_a_model_of_ours_knows_it(tmp_path, init):
     original = build("llama").state_dict()

@@ -477,7 +477,9 @@ def test_readings_say_their_figures():
         "r=4 is too large: rank 2 keeps 99% of the energy of every update (layers.1.q_proj needs it, the median one "
         "1), and a rank for each, 33% of the parameters"
     )
-    assert sentences["all layers", "zero update"].startswith("1 of 4 updates are exactly 0 (layers.1.v_proj)")
+    assert sentences["all layers", "zero update"] == (
+        "1 of 4 updates are exactly 0 (layers.1.v_proj): not trained, or B is still as it started"
+    )
     assert sentences["v_proj", "dead directions"].endswith("layers.0.v_proj has 2 of 4")
     assert ("q_proj", "dead directions") not in sentences
     assert all(reading.source and "\n" not in reading.sentence for reading in found)
@@ -499,3 +501,5 @@ def test_a_dense_update_is_read_by_its_rank_above_the_noise():
     assert "1 of 1 freed of rounding noise" in reading.sentence
     (reading,) = readings([dense(values[:4], shape=(33, 33), method="topk", frobenius_norm=20.0)])
     assert reading.verdict == "can't tell"
+    (reading,) = readings([dense([0.0] * 33, shape=(33, 33))])
+    assert (reading.verdict, reading.sentence.partition("): ")[2]) == ("no update", "not trained")  # there is no B
