@@ -31,11 +31,11 @@ WORK = (
 
 
 def write_results(folder: RunFolder, profile: Profile) -> None:
-    """run.json, arms.jsonl, rank_cost.png and report.html."""
+    """arms.jsonl, rank_cost.png, report.html and, by which a run has ended, run.json."""
     folder.write_arms([arm.to_dict() for arm in profile.arms])
-    folder.write_run(profile.to_dict())
     folder.write_chart(draw_png(chart(profile)))
     folder.write("report.html", page([profile]))
+    folder.write_run(profile.to_dict())
 
 
 def different_work(profiles: list[Profile]) -> dict[str, list]:
@@ -311,7 +311,7 @@ def _rounds(drift: list[dict]) -> dict:
     ]
     values = [value for series in drift for value in series["ratio"]]
     layout = _layout(None, "step / the arm's median", min(values) - 0.03, max(values) + 0.03)
-    layout["xaxis"] = {"title": {"text": "round"}}
+    layout["xaxis"] = {"title": {"text": "round"}, "automargin": True}
     return {"title": "Drift over the rounds", "data": data, "layout": layout}
 
 
@@ -338,6 +338,7 @@ def _layout(ranks: list[int] | None, y: str, low: float, high: float) -> dict:
             "tickvals": shown,
             "ticktext": [str(rank) for rank in shown],
             "title": {"text": "LoRA rank r (log scale)"},
+            "automargin": True,
         }
     return layout
 
