@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from lora_fast.adapter_updates import adapter_factors
     from lora_fast.checkpoint import load_adapter, save_adapter
     from lora_fast.config import LoraConfig, LoraFastError, LoraFastWarning
+    from lora_fast.decision import Decision, decide
     from lora_fast.delta import delta_spectra
     from lora_fast.extract import extract_adapter
     from lora_fast.fusion import FusionReport, fusion_report
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Decision",
     "FusionReport",
     "LoraConfig",
     "LoraFastError",
@@ -56,6 +58,7 @@ __all__ = [
     "adapter_spectra",
     "amplification_factor",
     "apply_lora",
+    "decide",
     "delta_spectra",
     "disable_adapters",
     "extract_adapter",
@@ -91,6 +94,7 @@ _HOMES = {
     "adapter_updates": ("adapter_factors",),
     "checkpoint": ("load_adapter", "save_adapter"),
     "config": ("LoraConfig", "LoraFastError", "LoraFastWarning"),
+    "decision": ("Decision", "decide"),
     "delta": ("delta_spectra",),
     "extract": ("extract_adapter",),
     "fusion": ("FusionReport", "fusion_report"),

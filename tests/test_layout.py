@@ -34,14 +34,14 @@ dispatch
 ops
 mlp grouped shared_input
 linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_evidence
-checkpoint_pair delta
+checkpoint_files checkpoint_pair delta
 targets injection
 peft_bridge checkpoint rank_rules
 adapter_updates
 base_weights
 update_spectra
 resize extract
-rank_search decision
+rank_search decision decision_answer decision_evidence decision_inputs decision_next
 __init__
 profiler
 cli_output

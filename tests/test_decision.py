@@ -1,0 +1,495 @@
+"""The decision: each rule of both guides from inputs, precedence, what is measured next, totality and monotonicity."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fast import Decision, LoraFastError, decide, lora_svdvals, search_rank
+from lora_fast.decision import section
+from lora_fast.profiler.crossover import crossovers
+from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.rank_rules import TASKS
+from lora_fast.spectrum import Spectrum
+
+TOTAL, PER_RANK = 8_030_261_248, 2_621_440  # Llama-3-8B, all linear layers: r=341 is 10%, r=766 is 20%
+
+
+def profile(ratios, memory=0.6, *, total=TOTAL, per_rank=PER_RANK, estimated=False, noisy=False, full="ok", oom=()):
+    """A Profile with these ratios of step times (in an estimate: FLOPs) to full fine-tuning."""
+    arms = []
+    for rank, ratio in ratios.items():
+        share = rank * per_rank / (total + rank * per_rank)
+        arm = Arm("lora", rank, rank * per_rank, share, memory_ratio=memory, tokens_per_s=1000 / ratio)
+        if estimated:
+            arm.flops_ratio = ratio
+        else:
+            arm.ratio_to_full, arm.ratio_ci = ratio, (ratio - 0.02, ratio + 0.02)
+        arms.append(arm)
+    arms += [Arm("lora", rank, rank * per_rank, 0.5, status="oom") for rank in oom]
+    arms.append(Arm("full", None, total, 1.0, status=full, tokens_per_s=1000))
+    aa = {"ratio": 1.0, "ci": (0.98, 1.02), "noise_floor": 0.2 if noisy else 0.02, "limit": 0.1}
+    workload = {"model": "llama", "parameters": total, "method": "estimated" if estimated else "measured"}
+    return Profile({}, workload, arms, None if estimated else aa, crossovers(arms, 0))
+
+
+CHEAP = {1: 0.7, 16: 0.72, 64: 0.75, 256: 0.85, 1024: 0.94}
+SLOW = {1: 0.8, 16: 0.87, 64: 1.01, 256: 1.61}
+
+
+def search(losses, seeds=2, **options):
+    """A real search over all of these, with a difference of 0.02 between two seeds; without its times, which for
+    trainings of no length are noise."""
+    train = lambda rank, seed: losses[rank] + (0.01 if seed % 2 else -0.01)  # noqa: E731
+    found = search_rank(train, list(losses), "grid", seeds=seeds, **options)
+    return replace(found, trials=tuple(replace(trial, seconds=None) for trial in found.trials))
+
+
+PLATEAU = {1: 3.0, 2: 2.6, 4: 2.3, 8: 2.0, 16: 2.0, 32: 2.0}
+RISING = {1: 3.0, 4: 2.6, 16: 2.3, 64: 2.0}
+FALLING = {1: 3.0, 4: 2.0, 16: 2.4, 64: 2.9}
+
+
+def spectra(values, rank, shape=(200, 120)):
+    values = torch.tensor(values, dtype=torch.float64)
+    norm = float(torch.linalg.vector_norm(values))
+    return {
+        f"layers.{n}.q_proj": Spectrum(
+            f"layers.{n}.q_proj", values, shape, rank, 2.0, norm, 1e-15, "ok", "factors", torch.float32
+        )
+        for n in range(2)
+    }
+
+
+FLAT_16 = [1.0] * 16
+FIVE_OF_16 = [1.0] * 5 + [1e-3] * 11
+
+
+# ------------------------------------------------------------------------- the second guide: its summary table's rows
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "rank", "span"),
+    [
+        ("default", {"task": "medium", "model_size": 7, "data_size": 50_000}, 4, (4, 8)),
+        ("as large as GPT-3", {"model_size": 175, "task": "medium", "data_size": 50_000}, 1, (1, 2)),
+        ("simple classification", {"task": "binary-classification"}, 2, (2, 2)),
+        ("generation", {"task": "summarization"}, 4, (4, 8)),
+        ("generation", {"task": "translation"}, 8, (4, 8)),
+        ("small data", {"data_size": 999}, 2, (1, 2)),
+        ("few resources", {"scenario": "constrained"}, 1, (1, 1)),
+        ("not sure", {}, 4, (4, 4)),
+    ],
+)
+def test_rows_of_the_summary_table(row, given, rank, span):
+    found = decide(**given)
+    assert (found.rank, found.range) == (rank, span)
+    assert row in found.sentence
+    assert found.kind == ("measure" if row == "not sure" else "rank")
+    assert found.confidence <= 0.3 and found.next.name == "search"
+
+
+def test_it_says_when_it_does_not_know():
+    found = decide()
+    assert found.sentence.startswith("Not known yet.") and found.sure == "a guess"
+    assert [i.name for i in found.indicators if i.sure] == ["rules of thumb"]
+    assert all(i.verdict == "not known" and i.value == "–" for i in found.indicators if not i.sure)
+
+
+def test_rows_that_meet_narrow_each_other_and_rows_that_do_not_are_printed():
+    assert decide(task="simple", data_size=500).range == (2, 2)
+    found = decide(task="summarization", model_size=175, data_size=50_000)
+    assert found.range == (1, 2)
+    assert any("4 to 8" in text for text in found.disagreements)
+
+
+def test_scenarios():
+    assert decide(scenario="prototype", task="medium").range == (4, 4)
+    assert decide(scenario="continual").rank == 8
+    assert decide(scenario="production", task="medium").kind == "measure"
+
+
+# ---------------------------------------------------------------------------------- the first guide: four indicators
+
+
+@pytest.mark.parametrize(
+    ("rank", "verdict", "kind"),
+    [(64, "LoRA", "rank"), (340, "LoRA", "measure"), (341, "evaluate", "measure"), (766, "full fine-tuning", "full")],
+)
+def test_share_of_trained_parameters(rank, verdict, kind):
+    """10% asks for an evaluation, 20% decides where nothing is measured."""
+    found = decide(rank=rank, model_size=TOTAL / 1e9, parameters_per_rank=PER_RANK)
+    (share,) = [i for i in found.indicators if i.name == "trained share"]
+    assert (share.verdict, found.kind) == (verdict, kind)
+    assert float(share.value.rstrip("%")) == pytest.approx(100 * rank * PER_RANK / (TOTAL + rank * PER_RANK), abs=0.01)
+
+
+def test_measured_cost_counts_for_more_than_the_share():
+    found = decide(profile(CHEAP), rank=1024)
+    assert found.kind == "measure"  # r ≥ 128: quality against full fine-tuning is still open
+    assert any("stand-in" in text for text in found.disagreements)
+
+
+def test_a_plateau_that_misses_the_target_means_full_fine_tuning():
+    found = decide(search=search(PLATEAU), target=1.9)
+    assert (found.kind, found.rank, found.range, found.target_reached) == ("full", None, None, False)
+    assert "1.9 is missed" in found.sentence
+    assert found.next.name == "full arm"
+    assert decide(search=search({r: 2.0 for r in (1, 2, 4)}), target=1.9).kind == "full"
+    assert decide(search=search(PLATEAU), target=2.05).kind == "rank"
+    negative = search({rank: -loss for rank, loss in PLATEAU.items()}, direction="maximize")
+    assert decide(search=negative, target=-1.9).kind == "full"
+    assert decide(search=negative, target=-2.05).kind == "rank"
+
+
+def test_the_smallest_rank_that_reaches_the_target():
+    found = decide(search=search(PLATEAU), target=2.35)
+    assert (found.kind, found.rank, found.target_reached) == ("rank", 4, True)
+    assert found.range[0] == 4 and found.range[1] >= 8
+    assert decide(search=search(RISING), target=2.35).rank == 16
+
+
+def test_a_target_within_the_noise_asks_for_seeds():
+    found = decide(search=search(PLATEAU), target=1.995)
+    assert (found.kind, found.next.name) == ("measure", "seeds")
+    assert "it reaches: r=" in found.next.why and "it misses: full fine-tuning" in found.next.why
+
+
+def test_a_curve_that_falls_or_rises_is_no_plateau():
+    falls, rises = decide(search=search(FALLING), target=1.5), decide(search=search(RISING), target=1.5)
+    assert (falls.kind, falls.next.name) == ("measure", "full arm")
+    assert (rises.kind, rises.rank) == ("measure", 64)
+    single = decide(search=search({8: 2.0}), target=1.5)
+    assert (single.kind, single.next.name) == ("measure", "search")
+
+
+def test_without_a_target_a_plateau_is_the_answer():
+    found = decide(search=search(PLATEAU))
+    assert (found.kind, found.rank, found.range[0]) == ("rank", 8, 8)
+    assert found.confidence >= 0.75
+
+
+def test_a_rising_curve_asks_for_larger_ranks_unless_they_cost_as_much_as_full():
+    found = decide(search=search(RISING))
+    assert (found.kind, found.rank, found.next.name) == ("measure", 64, "full arm")
+    cheap = decide(profile(CHEAP), search(RISING))
+    assert cheap.kind == "measure"
+    slow = decide(profile(SLOW), search(RISING))
+    assert slow.kind == "full" and "r=128 would be as slow as full fine-tuning" in slow.sentence
+
+
+def test_full_fine_tuning_as_an_arm():
+    better = decide(search=search({**PLATEAU, "full": 1.5}))
+    assert better.kind == "full" and "1.5 against 2" in better.sentence
+    assert better.confidence > decide(search=search(PLATEAU), target=1.9).confidence
+    assert decide(search=search({**PLATEAU, "full": 2.0})).rank == 8
+    worse = decide(search=search({**PLATEAU, "full": 2.4}))
+    assert worse.rank == 8 and "full fine-tuning is worse" in worse.sentence
+    reached = decide(search=search({**PLATEAU, "full": 1.5}), target=1.6)
+    assert (reached.kind, reached.target_reached) == ("full", True)
+    neither = decide(search=search({**PLATEAU, "full": 2.0}), target=1.6)
+    assert (neither.kind, neither.rank, neither.target_reached) == ("rank", 8, False)
+    assert "nothing that was tried reaches the target" in neither.sentence
+    both = decide(search=search({**PLATEAU, "full": 1.5}), target=2.1)
+    assert (both.kind, both.rank) == ("rank", 8) and "which the target does not ask for" in both.sentence
+
+
+@pytest.mark.parametrize("task", ["code", "mathematics", "domain-knowledge", "complex"])
+def test_demanding_tasks_leave_it_open(task):
+    found = decide(task=task)
+    assert found.kind == "measure" and "full" in found.next.command
+    assert any("task and domain speaks for weighing full fine-tuning" in text for text in found.disagreements)
+
+
+def test_domain_and_tasks_of_later_work():
+    assert decide(task="medium", domain="near").kind == "rank"
+    assert decide(task="medium", domain="far").kind == "measure"
+    assert decide(task="continued-pretraining").kind == "full"
+    assert decide(task="code").range == (64, 256)
+    found = decide(task="reinforcement-learning", model_size=7, data_size=50_000)
+    assert (found.kind, found.range) == ("rank", (1, 32))
+    # Measured here, it counts for more than what was measured elsewhere.
+    assert decide(search=search({**PLATEAU, "full": 2.0}), task="continued-pretraining").rank == 8
+
+
+def test_a_rank_as_slow_as_full_fine_tuning_means_full():
+    found = decide(profile(SLOW), rank=256)
+    assert found.kind == "full" and "r=256 is as slow as full fine-tuning" in found.sentence
+    assert decide(profile(CHEAP), rank=16).kind == "rank"
+    assert decide(profile({64: 0.7, 256: 0.949}), rank=256).kind == "measure"
+    assert decide(profile({64: 0.7, 256: 0.951}), rank=256).kind == "full"
+    between = decide(profile({64: 0.7, 256: 1.0}), rank=160)  # 0.85, on a line in r
+    (step,) = [i for i in between.indicators if i.name == "step time"]
+    assert step.value == "0.85"
+    beyond = decide(profile({64: 0.7, 256: 1.0}), rank=512)
+    assert beyond.kind == "full"
+
+
+def test_times_that_are_noise_do_not_decide():
+    found = decide(profile(SLOW, noisy=True), rank=256)
+    assert found.kind == "measure"
+    (step,) = [i for i in found.indicators if i.name == "step time"]
+    assert (step.verdict, step.sure) == ("not known", 0)
+
+
+def test_flops_stand_in_for_time_and_are_less_sure():
+    timed, counted = (decide(profile(SLOW, estimated=e), rank=256) for e in (False, True))
+    assert (timed.kind, counted.kind) == ("full", "full")
+    assert counted.confidence < timed.confidence
+
+
+def from_times(losses, seconds):
+    """A search as it is written, with these seconds for whole trainings."""
+    found = search(losses).to_dict()
+    for trial in found["trials"]:
+        trial["seconds"] = seconds[trial["rank"]]
+    return found
+
+
+def test_total_training_time_counts_for_more_than_a_step():
+    losses = {16: 2.3, 64: 2.0, 128: 2.0, "full": 2.0}
+    slow = from_times(losses, {16: 90, 64: 120, 128: 150, "full": 100})
+    found = decide(profile(CHEAP), slow)
+    assert found.kind == "full" and "faster (training time of r=64: 1.20 of it)" in found.sentence
+    assert any("a whole training 1.20; that is what is paid" in text for text in found.disagreements)
+    fast = from_times(losses, {16: 70, 64: 80, 128: 85, "full": 100})
+    assert decide(profile(SLOW), fast).rank == 64
+    assert decide(profile(SLOW), fast, price_per_hour=3.6).rank == 64
+    (total,) = [i for i in decide(search=fast, price_per_hour=3.6).indicators if i.name == "training time"]
+    assert "$0.08 against $0.1" in total.says
+
+
+def test_memory_decides_between_equals_in_quality_and_time():
+    equal = from_times({16: 2.3, 64: 2.0, 128: 2.0, "full": 2.0}, {16: 98, 64: 99, 128: 100, "full": 100})
+    assert decide(profile(CHEAP, memory=0.7), equal).rank == 64
+    assert decide(profile(CHEAP, memory=1.3), equal).kind == "full"
+
+
+def test_from_128_on_full_fine_tuning_is_weighed():
+    losses = {16: 2.6, 64: 2.3, 128: 2.0, 256: 2.0}
+    found = decide(search=search(losses))
+    assert (found.kind, found.rank) == ("measure", 128)
+    assert "from r=128 on" in found.sentence
+    below = decide(search=search({16: 2.6, 64: 2.0, 128: 2.0}))
+    assert (below.kind, below.rank) == ("rank", 64)
+    # The evaluation: cost is known and speaks for LoRA, quality has its plateau, the task asks for nothing else.
+    assert decide(profile(CHEAP), search(losses)).kind == "rank"
+    assert decide(profile(CHEAP), search(losses), task="code").kind == "measure"
+    assert decide(profile(SLOW), search(losses)).kind == "full"
+    assert decide(rank=128).kind == "measure" and decide(rank=127, task="medium").kind == "rank"
+
+
+# --------------------------------------------------------------------------------------- spectra, budget, constraints
+
+
+def test_spectra():
+    found = decide(spectra=spectra(FIVE_OF_16, 16))
+    assert (found.kind, found.rank) == ("rank", 5)
+    assert decide(spectra=spectra(FLAT_16, 16)).rank == 16
+    assert any("rules on the spectra disagree" in text for text in decide(spectra=spectra(FLAT_16, 16)).disagreements)
+    considered = decide(spectra=spectra(FIVE_OF_16, 16), rank=64)
+    assert considered.rank == 5 and any("you consider r=64" in text for text in considered.disagreements)
+    dense = decide(spectra=spectra([1.0] * 10 + [0.0] * 110, None))
+    assert dense.rank == 9  # 90% of ten equal ones
+    nothing = decide(spectra=spectra([0.0] * 16, 16), task="medium")
+    assert nothing.rank == 4
+    assert decide(search=search(PLATEAU), spectra=spectra(FLAT_16, 16)).rank == 8
+    agrees = decide(search=search(PLATEAU), spectra=spectra([1.0] * 6 + [1e-3] * 10, 16))
+    assert agrees.confidence > decide(search=search(PLATEAU)).confidence
+
+
+def test_spectra_of_real_factors():
+    generator = torch.Generator().manual_seed(3)
+    lora_A, lora_B = (torch.randn(*shape, generator=generator) for shape in ((7, 90), (70, 7)))
+    lora_A[3:] *= 1e-4
+    values = lora_svdvals(lora_A, lora_B, 2.0)
+    norm = float(torch.linalg.vector_norm(2.0 * lora_B.double() @ lora_A.double()))
+    one = Spectrum("q_proj", values, (70, 90), 7, 2.0, norm, 1e-15, "ok", "factors", torch.float32)
+    assert decide(spectra=[one]).rank == 3
+
+
+def test_budget():
+    found = decide(profile(CHEAP), rank=64, budget=20 * PER_RANK + 5)
+    assert (found.kind, found.rank, found.range[1]) == ("rank", 20, 20)
+    (budget,) = [i for i in found.indicators if i.name == "budget"]
+    assert "allows up to r=20" in budget.says
+    # Full fine-tuning is beyond it, though it is better: the best rank that is left, and why.
+    full = decide(profile(CHEAP), search({**PLATEAU, "full": 1.5}), budget=4 * PER_RANK)
+    assert (full.kind, full.rank) == ("rank", 4) and "full fine-tuning would be the answer, but" in full.sentence
+    assert decide(budget=5).indicators[-2].verdict == "not known"
+    with pytest.raises(LoraFastError, match="is less than r=1 trains"):
+        decide(profile(CHEAP), budget=PER_RANK - 1)
+
+
+def test_what_does_not_fit_is_no_answer():
+    found = decide(profile(SLOW, full="oom"), rank=256)
+    assert found.kind != "full" and found.next.command.count("full") == 0
+    capped = decide(profile({8: 0.7, 16: 0.7}, oom=[64], full="oom"), search=search(RISING), target=2.2)
+    assert capped.rank == 16
+    assert decide(profile({8: 0.7}, oom=[16]), search=search({16: 2.0, 32: 2.0})).rank <= 8
+
+
+def test_capacity():
+    found = decide(task="medium", tokens=73e6, parameters_per_rank=2_500_000)
+    assert found.rank == 15  # 73M bits / (2 · 2.5M), as published, with the figure that shows it is a lower bound
+    assert any("256 was needed" in i.says for i in found.indicators)
+
+
+# ------------------------------------------------------------------------------------------- what is measured next
+
+
+def test_what_is_measured_next_is_what_would_change_the_answer_most():
+    complete = decide(profile(CHEAP), search({**PLATEAU, "full": 2.0}), spectra(FLAT_16, 16))
+    assert complete.next is None
+    assert decide(profile(CHEAP), task="medium").next.name == "search"
+    single = decide(profile(CHEAP), search({1: 3.0, 4: 2.0, 16: 2.0, "full": 2.0}, seeds=[0]))
+    assert single.next is None  # the search itself repeated two ranks, so that noise is known
+    without_noise = search({1: 3.0, 4: 2.0, 16: 2.0, "full": 2.0}).to_dict() | {"noise": None}
+    assert decide(profile(CHEAP), without_noise).next.name == "seeds"
+    costly = decide(search=search({**PLATEAU, "full": 2.0}), model_size=0.001, parameters_per_rank=50_000)
+    assert costly.next.name == "profile" and "slower than full: full fine-tuning" in costly.next.why
+
+
+def test_a_search_in_which_no_rank_gave_a_value():
+    assert decide(search=search_rank(lambda rank: math.nan, [1, 2])).kind == "measure"
+    only_full = decide(search=search_rank({"full": 1.5}.__getitem__, [1, 2, "full"]))
+    assert only_full.kind == "measure" and "only full fine-tuning gave a value" in only_full.sentence
+
+
+def test_documents_are_taken_as_objects_are():
+    run, found = profile(CHEAP), search({**PLATEAU, "full": 2.0})
+    written = json.loads(json.dumps([run.to_dict(), {"schema_version": 1, "search": found.to_dict()}]))
+    one, other = decide(run, found), decide(*written)
+    assert one == other
+    assert json.loads(json.dumps(one.to_dict(), allow_nan=False))["rank"] == 8
+
+
+def test_section_of_a_report():
+    found = section(decide(search=search({**PLATEAU, "full": 2.0}), target=2.1))
+    assert [point["rank"] for point in found["curve"]["points"]] == list(PLATEAU)
+    assert found["curve"]["points"][3]["mean"] == pytest.approx(2.0)
+    assert found["curve"]["full"]["mean"] == pytest.approx(2.0)
+    # Two seeds 0.02 apart: σ = 0.01 √2, and two standard errors of a mean of two are 2 σ / √2.
+    assert found["curve"]["points"][0]["half_width"] == pytest.approx(0.02)
+    assert (found["curve"]["recommended"], found["curve"]["target"]) == (8, 2.1)
+    assert len(found["indicators"]) == 10 and all(row["source"] for row in found["indicators"])
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "poetry"}, "task='poetry'; known are simple, medium, complex, binary-classification"),
+        ({"domain": "middle"}, "domain='middle'; expected near or far"),
+        ({"scenario": "rich"}, "scenario='rich'; known are prototype"),
+        ({"target": math.nan}, "target=nan"),
+        ({"target": "low"}, "target='low'"),
+        ({"rank": 0}, "rank=0"),
+        ({"budget": -1}, "budget=-1"),
+        ({"data_size": -1}, "data_size=-1"),
+        ({"model_size": 0}, "model_size=0"),
+        ({"price_per_hour": -1.0}, "price_per_hour=-1.0"),
+        ({"profile": 3}, "profile is a int"),
+        ({"profile": {"arms": []}}, "profile is not the content of a run.json"),
+        ({"search": {"points": []}}, "search is not what a rank search writes"),
+        ({"spectra": {"layers": [{}]}}, "spectra is not the content of a spectra.json"),
+        ({"spectra": 7}, "spectra is a int"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(arguments, message):
+    with pytest.raises(LoraFastError, match=message) as caught:
+        decide(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------------- any evidence, and none at all
+
+RANKS = st.sampled_from([1, 2, 8, 16, 64, 128, 256, 1024])
+
+
+@st.composite
+def searches(draw):
+    ranks = sorted(draw(st.sets(RANKS, min_size=1, max_size=5)))
+    points = [{"rank": r, "mean": draw(st.floats(0.5, 3)), "count": draw(st.integers(1, 3))} for r in ranks]
+    if draw(st.booleans()):
+        points.append({"rank": "full", "mean": draw(st.floats(0.5, 3)), "count": draw(st.integers(1, 3))})
+    trials = [
+        {"rank": p["rank"], "seed": 0, "value": p["mean"], "status": "ok", "seconds": draw(st.none() | st.floats(1, 9))}
+        for p in points
+    ]
+    if draw(st.integers(0, 9)) == 0:
+        points = []
+    return {
+        "points": points,
+        "trials": trials,
+        "noise": draw(st.none() | st.floats(0, 0.5)),
+        "direction": draw(st.sampled_from(["minimize", "maximize"])),
+        "verdict": draw(st.sampled_from(["plateau", "rises then falls", "still rising", "flat", "full fine-tuning"])),
+        "sentence": "a sentence",
+    }
+
+
+@st.composite
+def profiles(draw):
+    ratios = draw(st.dictionaries(RANKS, st.floats(0.4, 2), max_size=4))
+    return profile(
+        dict(sorted(ratios.items())),
+        draw(st.floats(0.3, 1.5)),
+        total=draw(st.sampled_from([5_000_000, TOTAL])),
+        per_rank=draw(st.sampled_from([18_500, PER_RANK])),
+        estimated=draw(st.booleans()),
+        noisy=draw(st.booleans()),
+        full=draw(st.sampled_from(["ok", "ok", "oom", "failed"])),
+        oom=draw(st.sampled_from([(), (), (2048,), (4,)])),
+    )
+
+
+EVIDENCE = st.fixed_dictionaries(
+    {},
+    optional={
+        "profile": profiles(),
+        "search": searches(),
+        "spectra": st.sampled_from([spectra(FLAT_16, 16), spectra(FIVE_OF_16, 16), spectra([0.0] * 4, 4)]),
+        "task": st.sampled_from(["simple", "medium", "complex", *TASKS]),
+        "target": st.floats(0.4, 3.2),
+        "rank": RANKS,
+        "domain": st.sampled_from(["near", "far"]),
+        "budget": st.integers(6_000_000, 10**10),
+        "model_size": st.sampled_from([0.1, 7, 30, 175]),
+        "data_size": st.sampled_from([0, 500, 50_000, 10**6]),
+        "tokens": st.floats(1, 1e12),
+        "scenario": st.sampled_from(["prototype", "production", "constrained", "multi-task", "continual"]),
+        "parameters_per_rank": st.sampled_from([18_500, PER_RANK]),
+        "price_per_hour": st.floats(0.1, 50),
+    },
+)
+
+
+@settings(max_examples=400)
+@given(EVIDENCE)
+def test_any_evidence_gives_an_answer(evidence):
+    found = decide(**evidence)
+    assert isinstance(found, Decision)
+    assert 0 < found.confidence < 1
+    assert found.kind in ("rank", "full", "measure")
+    if found.kind == "full":
+        assert found.rank is None and found.range is None
+    else:
+        assert 1 <= found.range[0] <= found.rank <= found.range[1]
+    assert found.kind != "measure" or found.next is not None or "full" in str(found.reasons) or "profile" in evidence
+    assert len({i.name for i in found.indicators}) == len(found.indicators) == 10
+    assert all(i.source and i.threshold and 0 <= i.sure <= 1 for i in found.indicators)
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@settings(max_examples=400)
+@given(EVIDENCE, st.data())
+def test_more_evidence_never_lowers_the_confidence_in_the_same_answer(evidence, data):
+    kept = data.draw(st.sets(st.sampled_from(sorted(evidence)))) if evidence else set()
+    less, more = decide(**{name: evidence[name] for name in kept}), decide(**evidence)
+    if (less.kind, less.rank) == (more.kind, more.rank):
+        assert more.confidence >= less.confidence - 1e-12
