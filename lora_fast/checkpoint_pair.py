@@ -1,41 +1,18 @@
-"""Two safetensors checkpoints of one model, a base and what was fine-tuned from it, read side by side in panels.
+"""Two safetensors checkpoints of one model, a base and what was fine-tuned from it, read side by side in panels."""
 
-A checkpoint is a file, a folder with model.safetensors, or one with model.safetensors.index.json and its shards."""
-
-import json
 import os
-import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lora_fast.checkpoint_files import DTYPES, Stored, counting_order, shortened, stored_tensors
 from lora_fast.config import LoraFastError
 
-FILE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 # Elements of one panel: 8 MB in float64; its 128 rows of 8192 still make a GEMM that memory does not hold up.
 PANEL = 1 << 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies; its type is safetensors' own name of it ("BF16")."""
-
-    file: Path
-    shape: tuple[int, ...]
-    type: str
-
-    @property
-    def is_matrix(self) -> bool:
-        """Floating point (fp8 too, which is then refused by name), of two dimensions or more. (1, 1, n) is a vector."""
-        dimensions = len(self.shape) if len(self.shape) == 2 else sum(size > 1 for size in self.shape)
-        return self.type.startswith(("F", "BF")) and dimensions >= 2 and 0 not in self.shape
 
 
 @dataclass(frozen=True)
@@ -62,17 +39,17 @@ class CheckpointPair:
     def __init__(self, base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Collection[str] = ()) -> None:
         if isinstance(exclude, str):
             raise LoraFastError(f"exclude={exclude!r}; expected a list of module names")
-        self._base, self._tuned = _header(base, "base"), _header(tuned, "tuned")
+        self._base, self._tuned = stored_tensors(base, "base"), stored_tensors(tuned, "tuned")
         for entry in exclude:
             if not any(_is_named(tensor, [entry]) for tensor in (*self._base, *self._tuned)):
                 raise LoraFastError(f"exclude names {entry!r}, which is no module of either checkpoint")
         kept = [
-            {name: stored for name, stored in side.items() if stored.is_matrix and not _is_named(name, exclude)}
+            {name: stored for name, stored in side.items() if _is_matrix(stored) and not _is_named(name, exclude)}
             for side in (self._base, self._tuned)
         ]
         _check_same(*kept, str(base), str(tuned))
         self._matrices: dict[str, _Matrix] = {}
-        for tensor in sorted(kept[0], key=_counting_order):
+        for tensor in sorted(kept[0], key=counting_order):
             for name, matrix in _matrices(tensor, kept[0][tensor].shape):
                 self._matrices[name] = matrix
         if not self._matrices:
@@ -98,11 +75,11 @@ class CheckpointPair:
 
     def dtype(self, name: str) -> torch.dtype:
         """What the tuned weights are stored in."""
-        return _DTYPES[self._tuned[self._matrices[name].tensor].type]
+        return DTYPES[self._tuned[self._matrices[name].tensor].type]
 
     def base_dtype(self, name: str) -> torch.dtype:
         """What the base weights are stored in."""
-        return _DTYPES[self._base[self._matrices[name].tensor].type]
+        return DTYPES[self._base[self._matrices[name].tensor].type]
 
     def stored_bytes(self, name: str) -> int:
         """Of both matrices, as they lie on disk."""
@@ -120,7 +97,7 @@ class CheckpointPair:
         matrix = self._matrices[name]
         with ExitStack() as stack:
             sides = [side[matrix.tensor] for side in (self._base, self._tuned)]
-            slices = [_open(side, matrix.tensor, stack) for side in sides]
+            reads = [stack.enter_context(side.opened()) for side in sides]
             whole = sides[0].shape
             N, K = matrix.shape
             rows = N >= K
@@ -134,7 +111,7 @@ class CheckpointPair:
                 # Not named, so that nothing here keeps them alive while the next ones are read.
                 yield tuple(
                     part.reshape(-1, K).to(device).double() if rows else part.reshape(N, -1).to(device).double().T
-                    for part in map(_read, slices, (place, place), sides)
+                    for part in (read(place) for read in reads)
                 )
 
     def delta(self, name: str, device: torch.device | str | None = None) -> Tensor:
@@ -145,12 +122,14 @@ class CheckpointPair:
 
     def differs(self, tensor: str) -> bool:
         """Whether a tensor of `skipped` has another type, shape or value in tuned than in base."""
-        sides = (self._base[tensor], self._tuned[tensor])
-        if sides[0][1:] != sides[1][1:]:
+        base, tuned = self._base[tensor], self._tuned[tensor]
+        if (base.shape, base.type) != (tuned.shape, tuned.type):
             return True
-        with ExitStack() as stack:
-            base, tuned = (_read(_open(side, tensor, stack), (), side) for side in sides)
-            return not torch.equal(base, tuned)
+        return not torch.equal(base.read(), tuned.read())
+
+    def tuned(self, tensor: str) -> Tensor:
+        """A whole tensor as tuned, of the matrices or of `skipped`."""
+        return self._tuned[tensor].read()
 
     def non_finite(self, name: str) -> str | None:
         """Which of the two holds NaN or inf in this matrix, as a sentence; None where neither does."""
@@ -162,14 +141,16 @@ class CheckpointPair:
         return None
 
 
+def _is_matrix(stored: Stored) -> bool:
+    """Floating point (fp8 too, which is then refused by name), of two dimensions or more. (1, 1, n) is a vector."""
+    shape = stored.shape
+    dimensions = len(shape) if len(shape) == 2 else sum(size > 1 for size in shape)
+    return stored.type.startswith(("F", "BF")) and dimensions >= 2 and 0 not in shape
+
+
 def _is_named(tensor: str, names: Collection[str]) -> bool:
     module = tensor.removesuffix(".weight")
     return any(name in (tensor, module) or module.endswith("." + name) for name in names)
-
-
-def _counting_order(name: str) -> list:
-    """Sorts layers.2 before layers.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _matrices(tensor: str, shape: Sequence[int]) -> Iterator[tuple[str, _Matrix]]:
@@ -181,113 +162,26 @@ def _matrices(tensor: str, shape: Sequence[int]) -> Iterator[tuple[str, _Matrix]
         yield name, _Matrix(tensor, None, (shape[0], torch.Size(shape[1:]).numel()))
 
 
-def _header(path: str | os.PathLike, argument: str) -> dict[str, _Stored]:
-    """Every tensor of a checkpoint, from the headers of its files."""
-    tensors: dict[str, _Stored] = {}
-    files, listed = _files(Path(path), argument)
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it can't be iterated over
-                    found = opened.get_slice(name)
-                    tensors[name] = _Stored(file, tuple(found.get_shape()), found.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise _damaged(file, error) from None
-    if absent := sorted(set(listed) - set(tensors)):
-        raise LoraFastError(
-            f"{Path(path) / INDEX_NAME} lists {_shortened(absent)}, which its shards don't hold; copy the checkpoint "
-            "anew"
-        )
-    return tensors
-
-
-def _files(path: Path, argument: str) -> tuple[list[Path], Collection[str]]:
-    """The files of a checkpoint, and the names of tensors that its index promises."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise LoraFastError(f"{argument}={str(path)!r}; expected a .safetensors file or a folder. {_ADVICE}")
-        return [path], ()
-    if not path.is_dir():
-        raise LoraFastError(
-            f"{argument}={str(path)!r} doesn't exist; expected a .safetensors file or a folder with {FILE_NAME} or "
-            f"{INDEX_NAME}. One on the hub is fetched first: hf download NAME --local-dir FOLDER"
-        )
-    if (path / INDEX_NAME).is_file():
-        try:
-            places = json.loads((path / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted({path / place for place in places.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoraFastError(f"{path / INDEX_NAME} is not an index of shards ({error!r}); copy it anew") from None
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
-            raise LoraFastError(
-                f"{path} lacks {', '.join(missing)}, which {INDEX_NAME} lists ({len(missing)} of {len(shards)} "
-                "shards); download the checkpoint to its end"
-            )
-        return shards, places
-    if (path / FILE_NAME).is_file():
-        return [path / FILE_NAME], ()
-    others = sorted(entry.name for entry in path.iterdir() if entry.suffix == ".safetensors")
-    if (path / "adapter_config.json").is_file():
-        advice = "It holds a LoRA adapter: adapter_spectra reads its factors, without a base"
-    elif others:
-        advice = f"It holds {_shortened(others)}: name the file"
-    else:
-        advice = _ADVICE if any(entry.suffix in (".bin", ".pt", ".pth") for entry in path.iterdir()) else ""
-    raise LoraFastError(f"{argument}={str(path)!r} holds neither {FILE_NAME} nor {INDEX_NAME}. {advice}".strip())
-
-
-_ADVICE = (
-    "Files of torch.save (.bin, .pt, .pth) are pickles, which may run code and can't be read in parts: load the model "
-    "once and write it with save_pretrained"
-)
-
-
-def _damaged(file: Path, error: Exception) -> LoraFastError:
-    return LoraFastError(f"{file} can't be read: {error}; it is damaged or not a safetensors file: copy it anew")
-
-
-def _open(stored: _Stored, tensor: str, stack: ExitStack):
-    try:
-        return stack.enter_context(safe_open(stored.file, "pt")).get_slice(tensor)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(stored.file, error) from None
-
-
-def _read(opened, place: tuple, stored: _Stored) -> Tensor:
-    try:
-        return opened[place]
-    except (SafetensorError, OSError) as error:
-        raise _damaged(stored.file, error) from None
-
-
-def _check_same(base: dict[str, _Stored], tuned: dict[str, _Stored], base_path: str, tuned_path: str) -> None:
+def _check_same(base: dict[str, Stored], tuned: dict[str, Stored], base_path: str, tuned_path: str) -> None:
     complaints = []
     for side, other, words in ((base, tuned, "base"), (tuned, base, "tuned")):
         if alone := [name for name in side if name not in other]:
-            complaints.append(f"{len(alone)} only in {words} ({_shortened(alone)})")
+            complaints.append(f"{len(alone)} only in {words} ({shortened(alone)})")
     shapes: dict[str, list[str]] = {}
     for name in base.keys() & tuned.keys():
         if base[name].shape != tuned[name].shape:
             sizes = " against ".join("×".join(map(str, side[name].shape)) for side in (base, tuned))
             shapes.setdefault(sizes, []).append(name)
     for sizes, names in sorted(shapes.items()):
-        complaints.append(f"{len(names)} of another shape, {sizes} ({_shortened(names)})")
+        complaints.append(f"{len(names)} of another shape, {sizes} ({shortened(names)})")
     if complaints:
         raise LoraFastError(
             f"base={base_path!r} and tuned={tuned_path!r} don't hold the same weights: {'; '.join(complaints)}. "
             "Expected a checkpoint and one fine-tuned from it; exclude leaves modules out by name"
         )
     stored = [*base.values(), *tuned.values()]
-    if odd := sorted({f"{one.type} in {one.file}" for one in stored if one.type not in _DTYPES}):
+    if odd := sorted({f"{one.type} in {one.file}" for one in stored if one.type not in DTYPES}):
         raise LoraFastError(
-            f"weights are stored as {', '.join(odd)}; expected {', '.join(_DTYPES)}. Quantized weights have scales "
+            f"weights are stored as {', '.join(odd)}; expected {', '.join(DTYPES)}. Quantized weights have scales "
             "beside them: dequantize the checkpoint first"
         )
-
-
-def _shortened(names: Collection[str]) -> str:
-    """All of them, those that differ in their numbers alone as one: "layers.*.up_proj.weight (32)"."""
-    groups: dict[str, list[str]] = {}
-    for name in sorted(names, key=_counting_order):
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return ", ".join(group[0] if len(group) == 1 else f"{key} ({len(group)})" for key, group in groups.items())

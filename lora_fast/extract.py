@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lora_fast.checkpoint import write_adapter
@@ -323,13 +322,8 @@ def _with_others(
     saved = {}
     for path in modules:
         for leaf in model.get_submodule(path).state_dict():
-            saved[f"{path}.{leaf}"] = _tuned(pair, tensor_of[f"{path}.{leaf}"])
+            saved[f"{path}.{leaf}"] = pair.tuned(tensor_of[f"{path}.{leaf}"])
     for path in sorted(carried) if biases else ():
         if f"{path}.bias" in tensor_of:
-            saved[f"{path}.base_layer.bias"] = _tuned(pair, tensor_of[f"{path}.bias"])
+            saved[f"{path}.base_layer.bias"] = pair.tuned(tensor_of[f"{path}.bias"])
     return config, saved
-
-
-def _tuned(pair: CheckpointPair, tensor: str) -> Tensor:
-    with safe_open(pair._tuned[tensor].file, "pt") as opened:
-        return opened.get_tensor(tensor)

@@ -444,8 +444,8 @@ def test_a_base_that_does_not_fit(tmp_path, saved):
         adapter_spectra,
         saved,
         base=tmp_path / "nothing",
-        said="nothing' has no nothing; expected a safetensors file, a folder with model.safetensors or "
-        "model.safetensors.index.json, or a model",
+        said="nothing' doesn't exist; expected a .safetensors file or a folder with model.safetensors or "
+        "model.safetensors.index.json. One on the hub is fetched first: hf download NAME --local-dir FOLDER",
     )
     build("llama").save_pretrained(tmp_path / "shards", max_shard_size="20kB")
     shards = sorted((tmp_path / "shards").glob("*.safetensors"))
@@ -457,21 +457,21 @@ def test_a_base_that_does_not_fit(tmp_path, saved):
         adapter_spectra,
         saved,
         base=tmp_path / "shards",
-        said=f"shards lacks {shards[0].name}, which model.safetensors.index.json lists; download the checkpoint to its "
-        "end",
+        said=f"shards lacks {shards[0].name}, which model.safetensors.index.json lists (1 of {len(shards)} shards); "
+        "download the checkpoint to its end",
     )
     (tmp_path / "shards" / "model.safetensors.index.json").write_text("{}")
     refused(
         adapter_spectra,
         saved,
         base=tmp_path / "shards",
-        said="index.json is damaged; expected a JSON object with a weight_map",
+        said="index.json is not an index of shards (KeyError('weight_map')); copy it anew",
     )
-    save_file(
-        {name: (100 * value).to(torch.int8) for name, value in build("llama").state_dict().items()}, tmp_path / "int8"
-    )
-    with pytest.raises(LoraFastError, match=r"is torch\.int8; expected the base before it was quantized"):
-        adapter_spectra(saved, base=tmp_path / "int8")
+    for dtype, name in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        quantized = {key: (100 * value).to(dtype) for key, value in build("llama").state_dict().items()}
+        save_file(quantized, tmp_path / "quantized.safetensors")
+        with pytest.raises(LoraFastError, match=f"is {name}; expected the base before it was quantized"):
+            adapter_spectra(saved, base=tmp_path / "quantized.safetensors")
 
 
 # ---- Subspaces -------------------------------------------------------------------------------------------------------

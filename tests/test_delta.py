@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_fast import delta
-from lora_fast.checkpoint_pair import FILE_NAME, INDEX_NAME, CheckpointPair
+from lora_fast.checkpoint_files import FILE_NAME, INDEX_NAME
+from lora_fast.checkpoint_pair import CheckpointPair
 from lora_fast.config import LoraFastError
 from lora_fast.delta import delta_spectra, dense_svd, host_bytes
 
@@ -579,6 +580,8 @@ except LoraFastError as error:
     message = str(error)
 with open(f"{out}.{os.environ['RANK']}", "wb") as file:
     pickle.dump((found, told, message), file)
+if joined == "joined":
+    distributed.destroy_process_group()  # left to the interpreter's end, threads of gloo may abort the process
 """
 
 
