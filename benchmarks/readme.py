@@ -1,8 +1,10 @@
-"""Writes README's tables from the files that commands wrote: benchmarks/readme.py [--run DIR] [--svd DIR] [--check].
+"""Writes README's tables from the files that commands wrote.
+
+benchmarks/readme.py [--run DIR] [--estimate DIR] [--svd DIR] [--check]
 
 A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes
-a run of `lora-fast profile` as the one that README shows, --svd one of `lora-fast svd` on an adapter of
-train_adapter.py.
+a run of `lora-fast profile` as the one that README shows, --estimate one of `lora-fast estimate`, --svd one of
+`lora-fast svd` on an adapter of train_adapter.py.
 --check changes nothing; it exits with 1 where README differs.
 """
 
@@ -31,6 +33,12 @@ TABLE_WIDTH = 120
 def profile() -> str:
     """What `make profile` printed, from the run.json that it wrote."""
     run = json.loads((RESULTS / "cpu" / "profile.json").read_text(encoding="utf-8"))
+    return printed(lambda console: print_profile(Profile.from_dict(run), console))
+
+
+def estimate() -> str:
+    """What README's lora-fast estimate printed, from the run.json that it wrote."""
+    run = json.loads((RESULTS / "predicted" / "llama-8b.json").read_text(encoding="utf-8"))
     return printed(lambda console: print_profile(Profile.from_dict(run), console))
 
 
@@ -139,6 +147,7 @@ def _passes(rows: list[dict]) -> str:
 
 BLOCKS = {
     "profile": profile,
+    "estimate": estimate,
     "adapter_training": adapter_training,
     "spectra": spectra_table,
     "spectra_words": spectra_words,
@@ -159,15 +168,19 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition(".")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where README differs")
     parser.add_argument("--run", type=Path, help="a folder of lora-fast profile, to be the one that README shows")
+    parser.add_argument("--estimate", type=Path, help="a folder of lora-fast estimate, likewise")
     parser.add_argument("--svd", type=Path, help="a folder of lora-fast svd, likewise")
     args = parser.parse_args()
     if args.run:
         (RESULTS / "cpu").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(args.run / "run.json", RESULTS / "cpu" / "profile.json")
         shutil.copyfile(args.run / "rank_cost.png", RESULTS / "cpu" / "profile.png")
+    if args.estimate:
+        shutil.copyfile(args.estimate / "run.json", RESULTS / "predicted" / "llama-8b.json")
+        shutil.copyfile(args.estimate / "rank_cost.png", RESULTS / "predicted" / "llama-8b.png")
     if args.svd:
         for name in ("spectra.json", "singular_values.png", "effective_rank.png"):
             shutil.copyfile(args.svd / name, RESULTS / "cpu" / name)

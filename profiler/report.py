@@ -85,10 +85,12 @@ def _flops(profile: Profile) -> dict:
 
 def _memory(profile: Profile) -> dict:
     full = profile.full
+    tallest = max((arm.peak_MiB for arm in profile.arms if arm.peak_MiB is not None), default=0)
+    scale, unit = (1024, "GiB") if tallest >= 10 * 1024 else (1, "MiB")
     panel = {
         "title": "Peak memory",
-        "unit": "MiB",
-        "full": full.peak_MiB,
+        "unit": unit,
+        "full": full.peak_MiB and full.peak_MiB / scale,
         "noise": None,
         "points": [
             {"rank": arm.rank, "ratio": arm.memory_ratio, "low": None, "high": None}
@@ -96,7 +98,9 @@ def _memory(profile: Profile) -> dict:
             if arm.memory_ratio is not None
         ],
         "failed": [arm.rank for arm in profile.lora if arm.peak_MiB is None],
-        "absolute": [{"rank": arm.rank, "value": arm.peak_MiB} for arm in profile.lora if arm.peak_MiB is not None],
+        "absolute": [
+            {"rank": arm.rank, "value": arm.peak_MiB / scale} for arm in profile.lora if arm.peak_MiB is not None
+        ],
         "beside": None,
     }
     predicted = [arm for arm in profile.lora if arm.predicted_MiB is not None and full.peak_MiB]
@@ -221,7 +225,8 @@ def _draw_panel(axes, panel: dict) -> None:
             label=f"full fine-tuning: {amount(panel['full'], panel['unit'])}",
             zorder=2,
         )
-        axes.set_ylabel(f"{panel['title'].lower()}, ratio to full fine-tuning")
+        name = panel["title"] if panel["title"].startswith("FLOP") else panel["title"].lower()
+        axes.set_ylabel(f"{name}, ratio to full fine-tuning")
         right = axes.secondary_yaxis("right", functions=(lambda y: y * panel["full"], lambda y: y / panel["full"]))
         right.set_ylabel(panel["unit"])
         right.tick_params(labelsize=8.5)

@@ -1,5 +1,6 @@
 """README's examples run as they stand, and its tables are what the committed result files say."""
 
+import json
 import re
 import shlex
 import shutil
@@ -54,6 +55,24 @@ def test_the_examples_on_spectra_run_one_after_another(tmp_path):
         script = Path(sys.executable).parent / arguments[0]
         done = subprocess.run([script, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0 and "Written: " in done.stdout, command + done.stderr
+
+
+def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
+    """On a small model here; the table below it is of a run with these very settings."""
+    heading = "What a model would need that you cannot run"
+    commands = [shlex.split(line, comments=True) for line in blocks("", heading)[0].splitlines()]
+    assert [command[:2] for command in commands] == [["lora-fast", "estimate"], ["lora-fast", "report"]]
+    small = [["llama-5m" if word == "llama-8b" else word for word in command] for command in commands]
+    for command in small:
+        script = Path(sys.executable).parent / command[0]
+        done = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "Crossover in FLOPs" in done.stdout, done.stderr
+    shown = json.loads((ROOT / "benchmarks" / "results" / "predicted" / "llama-8b.json").read_text())
+    own = json.loads((tmp_path / "runs" / "8b" / "run.json").read_text())
+    settings = ("adapter_dtype", "foreach", "memory_GiB", "batch_size", "seq_len", "dtype", "target_modules", "shards")
+    assert {name: shown["workload"][name] for name in settings} == {name: own["workload"][name] for name in settings}
+    assert [arm["rank"] for arm in shown["arms"]] == [arm["rank"] for arm in own["arms"]]
+    assert shown["workload"]["model"] == "llama-8b"
 
 
 def test_every_public_name_is_explained():
