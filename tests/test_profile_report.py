@@ -11,10 +11,11 @@ from rich.console import Console
 from lora_fast import LoraFastError
 from lora_fast.profiler import runs
 from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
+from lora_fast.profiler.price import parse_price, usd_per_million_tokens
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
-from lora_fast.profiler.table import print_profile, si
+from lora_fast.profiler.table import live_table, print_profile, si
 
 WORKLOAD = {
     "model": "llama-5m",
@@ -95,6 +96,62 @@ def test_the_table_fits_its_window_and_cuts_no_number(profile, width):
     table = [line for line in text.splitlines() if line.startswith(("╭", "│", "├", "╰"))]
     assert table and max(map(len, table)) <= width
     assert "…" not in text and "0.91 [0.89, 0.94]" in text
+
+
+def full_house(profile) -> None:
+    """Everything that a run can have a column for."""
+    profile.workload |= {"price_per_hour": 2.5}
+    for made in profile.arms:
+        made.flops_ratio = None if made.kind == "full" else 0.7 + made.rank / 100
+        made.forward_flops, made.backward_flops = 10**12, 2 * 10**12
+        made.predicted_MiB = 101.0 + (made.rank or 0)
+        made.executed_tflops_s = made.full_equivalent_tflops_s = 0.0123
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160, 240])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_columns_go_before_a_number_is_cut(profile, width, terminal):
+    full_house(profile)
+    text = printed(profile, width, terminal)
+    rows = text.partition("Medians of")[0].splitlines()
+    assert max(map(len, rows)) <= width and "…" not in text
+    header = next(line for line in rows if "trained" in line)
+    for never_goes in ("rank", "step ms", "time vs full", "peak MiB", "$/1M tok"):
+        assert never_goes in header
+    assert ("full-eq. TFLOP/s" in header) == (width == 240) and ("FLOPs" in header) == (width >= 100)
+
+
+def test_prediction_price_and_flops_stand_beside_the_measurement(profile):
+    full_house(profile)
+    row = next(line for line in printed(profile, 240).splitlines() if line.strip().startswith("8 "))
+    # 2.50 $/h at 1024e3 / 182 tokens a second; 109 MiB predicted for 141 measured.
+    assert f"{2.5 / 3600 / (1024e3 / 182) * 1e6:.3f}" in row.split()
+    assert "109" in row and "-22.7%" in row and "0.78" in row.split() and row.split().count("0.0123") == 2
+    assert usd_per_million_tokens(profile.arms[1], None) is None
+    assert usd_per_million_tokens(profile.arms[3], 2.5) is None  # it ran out of memory
+    # An hour of a million tokens a second is 3,600 million tokens.
+    assert usd_per_million_tokens(arm(None, tokens_per_s=1e6), 3600.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("text", ["2.50/h", "$2.50/h", "2.5", " 2.50 / hour"])
+def test_prices_are_dollars_an_hour(text):
+    assert parse_price(text) == 2.5
+
+
+def test_the_live_table_fills_in_as_arms_end(profile):
+    profile.arms = [arm(1, None, 139.0), arm(8), arm(64, status="oom", error="killed"), arm(None)]
+    profile.arms[1].predicted_MiB = 141.4
+    stream = io.StringIO()
+    Console(file=stream, width=100, force_terminal=True, color_system=None).print(live_table(profile))
+    rows = {line.split()[1]: line for line in stream.getvalue().splitlines() if line.startswith("│")}
+    assert "139" in rows["1"] and rows["1"].count("…") == 1
+    assert "141" in rows["8"] and rows["8"].count("…") == 2 and "OOM" in rows["64"]
+
+
+def test_sentences_fit_the_window(profile):
+    text = printed(profile, 80)
+    assert max(map(len, text.partition("gave")[2].splitlines())) <= 80
+    assert "Why: Batch: AdamW takes 20 of full's 200 ms (10%)" in text
 
 
 def test_a_profile_without_a_baseline_is_shown_too(profile):
