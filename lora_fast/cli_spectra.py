@@ -10,6 +10,7 @@ from lora_fast import cli_output
 
 STAGES = {
     "spectra": "Singular values",
+    "base": "Base weights",
     "intruders": "Intruder dimensions",
     "update": "Updates",
 }

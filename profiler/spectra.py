@@ -6,7 +6,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,16 @@ def of_adapter(
     base: the weights it was trained on, for relative sizes and amplification, and for intruder dimensions where asked.
 
     Raises LoraFastError for all that `adapter_spectra` refuses, and a `layer` that isn't in both."""
-    spectra = adapter_spectra(
-        adapter, base=base, device=device, progress=lambda done, total: progress("spectra", done, total, "")
-    )
+    spectra = adapter_spectra(adapter, device=device, progress=lambda done, total: progress("spectra", done, total, ""))
     # Before the slow parts: what is wrong with these is told at once.
     between = None if against is None else _between(spectra, adapter, against, layer, device)
     amplification = None
     if base is not None:
-        found = amplification_factor(adapter, base, device=device)
+        found = amplification_factor(
+            adapter, base, device=device, progress=lambda done, total: progress("base", done, total, "")
+        )
         amplification = {name: value.factor for name, value in found.items()}
+        spectra = {name: replace(spectrum, weight_norm=found[name].weight_norm) for name, spectrum in spectra.items()}
     strangers = None
     if intruders:
         found = intruder_dimensions(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_fast.config import few
 from lora_fast.profiler.spectra_charts import title
 from lora_fast.profiler.table import si
 from lora_fast.spectrum import kind_of
@@ -21,6 +22,9 @@ EXPENDABLE = (
     ("amplification", "r90"),
     ("relative_size", "corrected_effective_rank"),
 )
+
+# Relative errors above this are told of: an adapter's σ are certified to 1e-9, but for rare ones.
+UNCERTAIN = 1e-6
 
 # Heading, then the quantity of a document's layers or kinds, and how it is printed.
 ADAPTER_COLUMNS = (
@@ -198,11 +202,15 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         "rXX: rank that keeps XX% of ‖ΔW‖_F². eff. rank: exp of the entropy of σ/Σσ. stable rank: ‖ΔW‖_F²/σ₁²."
         + ("" if _is_dense(found) else " gap: the largest σᵢ/σᵢ₊₁.")
     )
-    uncertain = [layer for layer in found["layers"] if layer["status"] not in ("ok", "refined")]
+    if any(layer["status"] == "refined" for layer in found["layers"]):
+        lines.append("refined: by QR, since columns of the factors nearly depend on each other.")
+    uncertain = [
+        layer["name"]
+        for layer in found["layers"]
+        if layer["method"] == "factors" and (layer["certificate"] is None or layer["certificate"] > UNCERTAIN)
+    ]
     if uncertain:
-        lines.append(
-            f"Not converged: {', '.join(layer['name'] for layer in uncertain[:3])}; its values are approximate."
-        )
+        lines.append(f"Known to fewer than six digits: the singular values of {few(uncertain)}.")
     if any(layer["intruders"] for layer in found["layers"]):
         counts = [(layer["name"], layer["intruders"]) for layer in found["layers"] if layer["intruders"]]
         total, tried = sum(of["count"] for _, of in counts), sum(len(of["cosines"]) for _, of in counts)

@@ -561,8 +561,10 @@ def test_amplification_factor_is_the_papers(family, r, small_panels):
     model = injected(family, lora=lora)
     updates = dense(adapter_factors(model))
     for base in (build(family), model):
-        found = amplification_factor(model, base, r)
+        told = []
+        found = amplification_factor(model, base, r, progress=lambda *counts, told=told: told.append(counts))
         assert found.keys() == updates.keys()
+        assert told == [(done, len(updates)) for done in range(1, len(updates) + 1)]
         for name, delta in updates.items():
             W = build(family).get_submodule(name).weight.detach().double()
             W = W.T if family == "gpt2" else W
@@ -571,6 +573,7 @@ def test_amplification_factor_is_the_papers(family, r, small_panels):
             assert found[name].projected_norm == pytest.approx(float(norm), rel=1e-9)
             assert found[name].update_norm == pytest.approx(float(torch.linalg.matrix_norm(delta)), rel=1e-12)
             assert found[name].factor == pytest.approx(float(torch.linalg.matrix_norm(delta) / norm), rel=1e-9)
+            assert found[name].weight_norm == pytest.approx(float(torch.linalg.matrix_norm(W)), rel=1e-12)
 
 
 def test_square_weights_of_gpt2_are_turned_whatever_the_adapter_comes_from(tmp_path):
@@ -591,7 +594,7 @@ def test_square_weights_of_gpt2_are_turned_whatever_the_adapter_comes_from(tmp_p
 
 def test_amplification_of_nothing(saved):
     zero = apply_lora(build("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert set(amplification_factor(zero, build("llama")).values()) == {(None, 0.0, 0.0)}
+    assert {found[:3] for found in amplification_factor(zero, build("llama")).values()} == {(None, 0.0, 0.0)}
     refused(amplification_factor, saved, build("llama"), 0, said="r=0; expected a whole number of at least 1")
 
 

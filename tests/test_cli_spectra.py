@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from lora_fast.checkpoint import read_adapter
 from lora_fast.cli import main
 from lora_fast.cli_output import progress
 from lora_fast.profiler import spectra, spectra_charts
-from lora_fast.profiler.spectra_table import print_spectra, reading_lines
+from lora_fast.profiler.spectra_table import notes, print_spectra, reading_lines
 from lora_fast.spectrum import Spectrum
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -227,7 +228,19 @@ def test_the_table_shows_the_numbers_and_the_files(here, capsys):
     assert row[4] == f"{kind['effective_rank']['median']:.1f}" and row[-1] == "ok"
     assert f"{kind['relative_size']['median']:.2%}" in row
     assert sum(line.split()[:1] == [f"1.{ATTENTION}.v_proj"] for line in out.splitlines()) == 1
-    assert "Singular values: 9/9" in err
+    assert "Singular values: 9/9" in err and "Base weights: 9/9" in err
+
+
+def test_what_is_not_as_certain_as_usual_is_told():
+    found = {name: spectrum(name, torch.linspace(1.0, 0.1, 16)) for name in names()}
+    first, second, *_ = found
+    document = lambda: spectra.document(found, source={"adapter": "a"}, device="cpu")  # noqa: E731
+    assert not any("refined" in line or "fewer" in line for line in notes(document()))
+    found[first] = replace(found[first], status="refined", certificate=1e-8)
+    assert any(line.startswith("refined: by QR") for line in notes(document()))
+    assert not any("fewer" in line for line in notes(document()))
+    found[second] = replace(found[second], status="refined", certificate=math.inf)
+    assert f"Known to fewer than six digits: the singular values of {second}." in notes(document())
 
 
 def test_readings_disagree_and_all_are_shown(capsys):
