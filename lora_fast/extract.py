@@ -107,7 +107,7 @@ def extract_adapter(
     def pick(spectra: Sequence[Spectrum]) -> list[int]:
         return ranks_for([s.corrected or s if denoise else s for s in spectra], **wanted)
 
-    ranks = None
+    ranks, changed = None, False
     total = len(targets)
     if scope == "global" or budget is not None:
         total *= 2
@@ -123,9 +123,11 @@ def extract_adapter(
         )
         spectra = {name: spectrum for name, spectrum in spectra.items() if spectrum.frobenius_norm > 0}
         ranks = dict.fromkeys(targets, 0) | dict(zip(spectra, pick(list(spectra.values()))))
+        changed = bool(spectra)
     factors, layers = {}, []
     for done, (name, target) in enumerate(targets.items(), total - len(targets) + 1):
         svd, r = _truncated(pair, name, pick, None if ranks is None else ranks[name], method, k, device)
+        changed = changed or (svd is not None and svd.spectrum.frobenius_norm > 0)
         if r > 0 and svd.spectrum.frobenius_norm > 0:
             U, V = (svd.V, svd.U) if target.transposed else (svd.U, svd.V)
             lora_A, lora_B, rounding_error = balanced_factors(U[:, :r], svd.S[:r], V[:, :r], dtype)
@@ -138,7 +140,7 @@ def extract_adapter(
     if not layers:
         raise LoraFastError(
             f"base={str(base)!r} and tuned={str(tuned)!r} differ in none of their {len(targets)} linear layers"
-            + (" by more than the rounding of the stored weights; denoise=False takes that too" if denoise else "")
+            + (" by more than the rounding of the stored weights; denoise=False takes that too" if changed else "")
         )
     carried = {layer.name for layer in layers}
     rest = _changed_besides(pair, {name for name, target in targets.items() if target.path in carried}, targets)

@@ -219,6 +219,13 @@ def test_a_layer_that_only_rounded_is_left_out(tmp_path):
             tmp_path / "base", tmp_path / "tuned", tmp_path / "raw", rank=2, denoise=False, scope=scope
         )
         assert len(report.layers) == 3
+        with pytest.raises(LoraFastError, match="none of their 2 linear layers by more than the rounding"):
+            extract_adapter(
+                *(tmp_path / name for name in ("base", "tuned", "none")),
+                rank=2,
+                target_modules=["down_proj"],
+                scope=scope,
+            )
 
 
 def test_topk_finds_what_exact_finds(tmp_path):
@@ -334,8 +341,9 @@ def test_what_extraction_refuses(tmp_path):
             extract_adapter(*folders, out, **asked)
         assert all(part in str(error.value) for part in said), error.value
         assert "\n" not in str(error.value)
-    with pytest.raises(LoraFastError, match="differ in none of their 14 linear layers"):
-        extract_adapter(folders[0], folders[0], out, rank=2)
+    for scope in ("layer", "global"):
+        with pytest.raises(LoraFastError, match="differ in none of their 14 linear layers$"):
+            extract_adapter(folders[0], folders[0], out, rank=2, scope=scope)
     with pytest.raises(LoraFastError, match="holds something else"):
         extract_adapter(*folders, folders[1], rank=2)
     assert (folders[1] / "model.safetensors").is_file()
