@@ -8,7 +8,12 @@ import typer
 from lora_fast import cli_output
 
 NOTHING_MEASURED, TOO_NOISY = 3, 4
-STAGES = {"predict": "Predictions", "memory": "Memory, a process per arm", "time": "Time, randomized rounds"}
+STAGES = {
+    "predict": "Predictions",
+    "memory": "Memory, a process per arm",
+    "time": "Time, randomized rounds",
+    "layers": "Layers by themselves",
+}
 ESTIMATE_STAGES = {"estimate": "Arms", "fits": "What fits"}
 
 
@@ -55,6 +60,41 @@ def profile(
         float | None,
         typer.Option(help="Stop timing after so many seconds, once there are 6 rounds.", show_default=False),
     ] = None,
+    target_ci: Annotated[
+        str | None,
+        typer.Option(
+            help="Stop timing once every ratio's interval is within so much of it, such as 2%, or after 10 minutes, or "
+            "what --time-budget says. The rule looks at the intervals' widths and never at the ratios.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter_dtype: Annotated[str, typer.Option(help="lora_A and lora_B: fp32, bf16 or fp16.")] = "fp32",
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A.")] = 0.0,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches in a step of the optimizer.")] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
+    ] = False,
+    foreach: Annotated[
+        bool | None,
+        typer.Option(
+            "--foreach/--no-foreach",
+            help="AdamW over lists of parameters, with temporaries of their size.  [default: as PyTorch on DEVICE]",
+            show_default=False,
+        ),
+    ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Of the adapted layers: auto, torch or triton.")] = "auto",
+    compare_peft: Annotated[
+        bool, typer.Option("--compare-peft", help="Also PEFT's LoRA at every rank, through PEFT's own layers.")
+    ] = False,
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Also every distinct linear layer by itself: adapted, frozen, and with its weight trained."
+        ),
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="For weights, tokens and the order of the arms.")] = 0,
     memory_limit: Annotated[
@@ -63,6 +103,12 @@ def profile(
             help="MiB that each arm may take; one that needs more is a row 'out of memory'.", show_default=False
         ),
     ] = None,
+    arm_timeout: Annotated[
+        float,
+        typer.Option(
+            help="Seconds that an arm's memory measurement, or one of its steps, may take; then it is a row 'timeout'."
+        ),
+    ] = 1800.0,
     price: Annotated[
         str | None,
         typer.Option(help="What the machine costs, such as 2.50/h (US dollars): adds the cost of a million tokens."),
@@ -74,6 +120,10 @@ def profile(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, which was ended before its time: same arguments."),
+    ] = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +149,7 @@ def profile(
     with cli_output.progress(STAGES, live) as report:
         from lora_fast.profiler import runs, sweep
         from lora_fast.profiler.price import parse_price
+        from lora_fast.profiler.ranks import parse_share
 
         _quiet()
         result = sweep.profile_ranks(
@@ -111,10 +162,22 @@ def profile(
             exclude_modules=exclude_modules,
             steps=steps,
             time_budget_s=time_budget,
+            target_ci=None if target_ci is None else parse_share(target_ci, "--target-ci"),
+            adapter_dtype=adapter_dtype,
+            lora_dropout=lora_dropout,
+            gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=checkpointing,
+            foreach=foreach,
+            attn_implementation=attn_implementation,
+            backend=backend,
+            compare_peft=compare_peft,
+            layers=layers,
             device=device,
             seed=seed,
             memory_limit_MiB=memory_limit,
+            arm_timeout_s=arm_timeout,
             out=out or sweep.AUTO,
+            resume=resume,
             price_per_hour=None if price is None else parse_price(price),
             progress=report,
             watch=so_far.append,
@@ -126,6 +189,10 @@ def profile(
 
         console = cli_output.console()
         print_profile(result, console)
+        if result.layers:
+            from lora_fast.profiler.layers_table import layers_table
+
+            console.print(layers_table(result))
         console.print(
             f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
             soft_wrap=True,
@@ -136,8 +203,8 @@ def profile(
         raise typer.Exit(NOTHING_MEASURED)
     if result.too_noisy:
         cli_output.say(
-            f"noise floor too high: two equal arms differed by up to {result.aa['noise_floor']:.1%}, more than the "
-            f"{result.aa['limit']:.0%} up to which the times mean something; quiet the machine, or raise --steps"
+            f"noise floor too high: two equal arms differed by up to {result.aa['noise_floor']:.1%}, and so near to "
+            "full fine-tuning's are times that were to be told from it; quiet the machine, or raise --steps"
         )
         raise typer.Exit(TOO_NOISY)
 

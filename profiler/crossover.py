@@ -157,7 +157,7 @@ def _of_time(full, lora: list, seed: int) -> Crossover:
         return Crossover(UNMEASURED, reason=_missing(full, full.step_ms))
     ranks = [arm.rank for arm in timed]
     # A ratio that two processes measured has no common rounds to resample.
-    if any(len(arm.samples_ms) != len(full.samples_ms) for arm in timed) or not full.samples_ms:
+    if any(arm.ratio_via or len(arm.samples_ms) != len(full.samples_ms) for arm in timed) or not full.samples_ms:
         return crossover(ranks, [math.log(arm.ratio_to_full) for arm in timed])
     columns = np.stack([log_ratios(arm.samples_ms, full.samples_ms) for arm in timed], axis=1)
     return crossover(ranks, np.median(columns, axis=0).tolist(), resampled_medians(columns, seed=seed))

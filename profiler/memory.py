@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lora_fast import LoraFastError
 from lora_fast.dispatch import IMPLEMENTATIONS
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.workload import Workload, adamw, loss_of, train_adapter, train_full
+from lora_fast.profiler.workload import FULL, PEFT, Workload, adamw, loss_of, train
 
 MiB = 2**20
 # PyTorch's CUDA allocator hands out multiples of this many bytes.
@@ -168,9 +168,9 @@ def track_step(
 
 
 def measure_arm(
-    source: ModelSource, workload: Workload, rank: int | None, memory_limit_MiB: float | None = None
+    source: ModelSource, workload: Workload, kind: str, rank: int | None, memory_limit_MiB: float | None = None
 ) -> dict:
-    """Build one arm in this process, which should be fresh, and measure its step; rank None is full fine-tuning.
+    """Build one arm ("lora", "full" or "peft") in this process, which should be fresh, and measure its step.
 
     memory_limit_MiB bounds what this process may take on top of what it had before the model was built.
     Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, peak_phase, after_step_MiB, and
@@ -178,7 +178,7 @@ def measure_arm(
     code."""
     device = torch.device(workload.device)
     on_cpu = device.type == "cpu"
-    _load_libraries(source, workload)
+    _load_libraries(source, workload, kind)
     _limit_memory(memory_limit_MiB, device)
 
     model = build(
@@ -188,8 +188,8 @@ def measure_arm(
         seed=workload.seed,
         attn_implementation=workload.attn_implementation,
     )
-    trained = train_full(model, workload) if rank is None else train_adapter(model, workload, rank)
-    adapters = [] if rank is None else trained
+    model, trained = train(model, workload, kind, rank)
+    adapters = [] if kind == FULL else trained
     optimizer = adamw(trained, workload.foreach)
     batch = workload.batch(model)
 
@@ -229,9 +229,11 @@ def _held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _load_libraries(source: ModelSource, workload: Workload) -> None:
+def _load_libraries(source: ModelSource, workload: Workload, kind: str) -> None:
     """Import the model's code and start the thread pools, so that a memory limit leaves them out."""
     build(source, device="meta", dtype=workload.torch_dtype)
+    if kind == PEFT:
+        import peft  # noqa: F401
     # Large enough that all threads take part.
     layer = nn.Linear(512, 512, device=workload.device, dtype=workload.torch_dtype)
     layer(torch.ones(512, 512, device=workload.device, dtype=workload.torch_dtype)).sum().backward()

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from lora_fast import LoraFastError
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
-from lora_fast.profiler.workload import Workload, adamw, loss_of, train_adapter, train_full
+from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, adamw, loss_of, train
 
 # The first layer may differ in what is alive around it; from the second on each adds the same.
 DEPTHS = (2, 3)
@@ -61,13 +61,16 @@ class Prediction:
         return self.forward_flops + self.backward_flops
 
 
-def predict(source: ModelSource, workload: Workload, rank: int | None, *, whole: bool = False) -> Prediction:
-    """One arm's step; rank None is full fine-tuning. whole: trace every layer even where they are alike. Raises
-    LoraFastError where the model can't be traced."""
+def predict(
+    source: ModelSource, workload: Workload, rank: int | None, *, peft: bool = False, whole: bool = False
+) -> Prediction:
+    """One arm's step; rank None is full fine-tuning. peft: the adapter is PEFT's. whole: trace every layer even where
+    they are alike. Raises LoraFastError where the model can't be traced."""
+    kind = PEFT if peft else FULL if rank is None else LORA
     depth, alike = _layers(source, workload.torch_dtype)
     if whole or not alike:
-        return replace(_trace(source, workload, rank, None), traced_layers=() if depth is None else (depth,))
-    low, high = (_trace(source, workload, rank, layers) for layers in DEPTHS)
+        return replace(_trace(source, workload, kind, rank, None), traced_layers=() if depth is None else (depth,))
+    low, high = (_trace(source, workload, kind, rank, layers) for layers in DEPTHS)
     return _extend(low, high, depth)
 
 
@@ -107,10 +110,10 @@ def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
     return Prediction(**{name: line(getattr(low, name), getattr(high, name)) for name in names}, traced_layers=DEPTHS)
 
 
-def _trace(source: ModelSource, workload: Workload, rank: int | None, layers: int | None) -> Prediction:
+def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None) -> Prediction:
     attention = workload.attn_implementation
     model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
-    trained = train_full(model, workload) if rank is None else train_adapter(model, workload, rank)
+    model, trained = train(model, workload, kind, rank)
     names = {id(p): name for name, p in model.named_parameters()}
     trained_names = {names[id(p)] for p in trained}
     on_cuda = torch.device(workload.device).type == "cuda"
@@ -133,7 +136,7 @@ def _trace(source: ModelSource, workload: Workload, rank: int | None, layers: in
                     model,
                     optimizer,
                     batch,
-                    adapters=() if rank is None else trained,
+                    adapters=() if kind == FULL else trained,
                     round_to=CUDA_GRANULE if on_cuda else 1,
                     micro_steps=passes,
                     mark=lambda: marks.append(counter.flops),

@@ -1,7 +1,11 @@
-"""A measurement in a process of its own: whatever happens to it, out of memory or killed, comes back as a status."""
+"""A measurement in a process of its own: whatever happens to it, out of memory, hanging or killed, comes back as a
+status."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,9 +16,10 @@ from pathlib import Path
 import torch
 
 from lora_fast import LoraFastError
+from lora_fast.profiler.layers import time_layers
 from lora_fast.profiler.memory import measure_arm
 from lora_fast.profiler.models import ModelSource
-from lora_fast.profiler.timing import time_arms
+from lora_fast.profiler.timing import time_arms, time_limit
 from lora_fast.profiler.workload import Workload, describe
 
 # Threads that wait by spinning fight with whatever else runs (on two busy cores a step took five times as long), and
@@ -42,13 +47,17 @@ def run_in_child(
     arguments: dict,
     *,
     environment: dict[str, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict:
-    """Run a task ("memory" or "time") on source and workload in a fresh process, with these arguments beside them.
+    """Run a task ("memory", "time" or "layers") on source and workload in a fresh process, with these arguments beside
+    them.
 
-    Returns its answer, a dict with the status "ok"; or {"status": "oom" or "failed", "error", perhaps "requested_MiB"}:
-    memory ran out, raised or killed for it, or anything else went wrong. Raises LoraFastError where the child found the
-    input at fault. environment: variables besides `environment_of_children`. progress gets what the task reports."""
+    Returns its answer, a dict with the status "ok"; or {"status", "error", perhaps "requested_MiB"} where the status is
+    "oom": memory ran out, raised or killed for it; "timeout": a `time_limit` ended it; "killed": a signal did, and the
+    system counts no process more that it killed for memory; "failed": anything else. Raises LoraFastError where the
+    child found the input at fault. environment: variables besides `environment_of_children`. progress gets what the
+    task reports."""
+    kills = _memory_kills()
     with tempfile.TemporaryDirectory(prefix="lora-fast-") as folder:
         request, answer, errors = (Path(folder, name) for name in ("request.json", "answer.json", "stderr"))
         request.write_text(
@@ -78,7 +87,8 @@ def run_in_child(
             try:
                 for line in child.stdout:  # a blocking read: waiting takes no CPU from the child
                     if progress and line.startswith(_MARK):
-                        progress(*map(int, line[len(_MARK) :].split()))
+                        done, total, text = line[len(_MARK) :].rstrip("\n").split(" ", 2)
+                        progress(int(done), int(total), text)
             except BaseException:
                 child.kill()
                 raise
@@ -87,24 +97,48 @@ def run_in_child(
             if result["status"] == "bad input":
                 raise LoraFastError(result["error"])
             return result
-        return _death(child.returncode, errors.read_text(errors="replace"))
+        return _death(child.returncode, errors.read_text(errors="replace"), _memory_kills() > kills)
 
 
 _MARK = "lora-fast progress "
 
 
-def _report(done: int, total: int) -> None:
-    print(f"{_MARK}{done} {total}", flush=True)
+def _report(done: int, total: int, text: str = "") -> None:
+    print(f"{_MARK}{done} {total} {text}", flush=True)
 
 
-def _death(code: int, stderr: str) -> dict:
+def _memory_kills() -> int:
+    """Processes that Linux has killed for memory, on this machine and in this control group; 0 where it doesn't say."""
+    count = 0
+    for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
+        with contextlib.suppress(OSError):
+            lines = Path(file).read_text().splitlines()
+            count += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return count
+
+
+def _death(code: int, stderr: str, for_memory: bool) -> dict:
     """The status of a child that ended without an answer."""
     last = stderr.strip().splitlines()[-1][:300] if stderr.strip() else "no message"
-    if code in (-9, 137):
-        return {"status": "oom", "error": "killed by the system (SIGKILL), as Linux does when memory runs out"}
+    hung = re.search(r"^Timeout \((\d+:\d\d:\d\d)\S*\)!\n(.*)", stderr, re.MULTILINE | re.DOTALL)
+    if hung:
+        return {"status": "timeout", "error": f"not done after {hung[1]}, {_innermost(hung[2])}"}
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL) and for_memory:
+        return {"status": "oom", "error": "killed by the system (SIGKILL), because memory ran out"}
     if "bad_alloc" in stderr or "MemoryError" in stderr:
         return {"status": "oom", "error": f"ended with code {code}: {last}"}
+    if code < 0:
+        return {"status": "killed", "error": f"killed by {signal.Signals(-code).name}: {last}"}
     return {"status": "failed", "error": f"the measuring process ended with code {code}: {last}"}
+
+
+def _innermost(traceback: str) -> str:
+    """Where the main thread was, from faulthandler's threads: the main thread comes last, its innermost call first."""
+    frames = re.findall(r'\(most recent call first\):\n  File "([^"]+)", line (\d+) in (\S+)', traceback)
+    if not frames:
+        return "where is not known"
+    file, line, function = frames[-1]
+    return f"in {function} ({Path(file).name}:{line})"
 
 
 def child() -> None:
@@ -118,10 +152,14 @@ def child() -> None:
             fields[name] = tuple(fields[name])
     source, workload = ModelSource(**request["source"]), Workload(**fields)
     try:
+        arguments = request["arguments"]
         if request["task"] == "memory":
-            result = measure_arm(source, workload, **request["arguments"])
+            with time_limit(arguments.pop("arm_timeout_s", None)):
+                result = measure_arm(source, workload, **arguments)
+        elif request["task"] == "time":
+            result = time_arms(source, workload, **arguments, progress=_report)
         else:
-            result = time_arms(source, workload, **request["arguments"], progress=_report)
+            result = time_layers(source, workload, **arguments, progress=_report)
     except LoraFastError as error:
         result = {"status": "bad input", "error": str(error)}
     except Exception as error:

@@ -8,6 +8,8 @@ from lora_fast.profiler.crossover import Crossover
 from lora_fast.profiler.workload import FULL
 
 SCHEMA_VERSION = 1
+# Two costs that differ by less are the same to anyone who chooses between them.
+EQUAL = 0.02
 
 
 @dataclass
@@ -74,10 +76,10 @@ class Arm:
 class Profile:
     """What `profile_ranks` measured; `to_dict` is the content of run.json.
 
-    aa: the second copy of full fine-tuning: ratio, ci, noise_floor (the larger distance of ci from 1), limit; or None.
+    aa: the second copy of full fine-tuning, or of the arm that `of` names where that did not fit: ratio, ci,
+    noise_floor (the larger distance of ci from 1), limit; or None.
     crossover: of "time", "flops" and "memory" (the first versions wrote no "flops"). folder: where the run was
-    written, or None. layers: rows of `layers.time_layers`, where they were asked for. finished: False in what a run
-    leaves that was killed."""
+    written, or None. layers: rows of `layers.time_layers`, where they were asked for."""
 
     environment: dict
     workload: dict
@@ -87,7 +89,6 @@ class Profile:
     notes: list[str] = field(default_factory=list)
     folder: Path | None = None
     layers: list[dict] | None = None
-    finished: bool = True
 
     @property
     def measured(self) -> bool:
@@ -101,7 +102,17 @@ class Profile:
 
     @property
     def too_noisy(self) -> bool:
-        return self.aa is not None and self.aa["noise_floor"] > self.aa["limit"]
+        """Whether noise hides the answer to: is a rank's step faster or slower than full fine-tuning's?
+
+        A rank is hidden if its ratio is as near to 1 as the second copy's may lie. Above the limit, up to which the
+        table is to tell savings, one hidden rank is too much; below it the answer is missing where all of them are, but
+        for a floor of at most EQUAL, which says that all cost the same."""
+        ratios = [arm.ratio_to_full for arm in self.lora if arm.ratio_to_full is not None]
+        if self.aa is None or not ratios:
+            return False
+        floor = self.aa["noise_floor"]
+        hidden = [abs(ratio - 1) <= floor for ratio in ratios]
+        return floor > EQUAL and (all(hidden) or (floor > self.aa["limit"] and any(hidden)))
 
     @property
     def full(self) -> Arm:
@@ -121,7 +132,6 @@ class Profile:
             "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
             "notes": self.notes,
             "layers": self.layers,
-            "finished": self.finished,
         }
 
     @classmethod
@@ -137,5 +147,4 @@ class Profile:
             crossover={name: Crossover(**value) for name, value in run["crossover"].items()},
             notes=run["notes"],
             layers=run.get("layers"),  # absent in the first versions, as are some of an Arm's fields
-            finished=run.get("finished", True),
         )

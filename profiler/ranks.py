@@ -1,4 +1,4 @@
-"""Which ranks a sweep tries: the text of `--ranks`, and the choice made for `auto`."""
+"""Which ranks a sweep tries: the text of `--ranks`, the choice made for `auto`; and shares such as 2%."""
 
 import math
 import re
@@ -29,6 +29,14 @@ def parse_ranks(ranks: str | int | Sequence[int]) -> list[int] | None:
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             raise LoraFastError(f"rank {value!r} in ranks; a rank is a whole number from 1 to 2**31 - 1")
     return sorted(set(values))
+
+
+def parse_share(text: str, argument: str) -> float:
+    """ "2%" or "0.02" → 0.02. Raises LoraFastError for what is neither."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%?)\s*", text)
+    if not match or not 0 < (value := float(match[1]) / (100 if match[2] else 1)) < 1:
+        raise LoraFastError(f"{argument} {text!r}; expected a share such as 2% or 0.02")
+    return value
 
 
 def _parse_part(part: str, text: str) -> list[int]:

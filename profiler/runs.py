@@ -109,17 +109,20 @@ def to_json(document: dict) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
-class RunFolder:
-    """A new or empty folder, made at the first write. Raises LoraFastError for one that holds something."""
+RUN_FILES = {"run.json", "arms.jsonl", "resume.json"}
 
-    def __init__(self, path: str | Path):
+
+class RunFolder:
+    """A new or empty folder, made at the first write. Raises LoraFastError for one that holds something, unless it is
+    to go on with what is there."""
+
+    def __init__(self, path: str | Path, resume: bool = False):
         self.path = Path(path).expanduser()
-        if self.path.is_dir():
+        if self.path.is_dir() and not (resume and RUN_FILES & {entry.name for entry in self.path.iterdir()}):
             content = sorted(entry.name for entry in self.path.iterdir())
-            if {"run.json", "arms.jsonl", "spectra.json"} & set(content):
-                raise LoraFastError(
-                    f"{self.path} holds an earlier run; give another --out, or remove that folder first"
-                )
+            if {*RUN_FILES, "spectra.json"} & set(content):
+                hint = "go on with it with --resume" if "resume.json" in content else "remove that folder first"
+                raise LoraFastError(f"{self.path} holds an earlier run; give another --out, or {hint}")
             if content:
                 raise LoraFastError(f"{self.path} exists and is not empty ({content[0]}); give a new folder as --out")
         elif self.path.exists():

@@ -1,9 +1,11 @@
 """The sweep: every rank and full fine-tuning on one model, memory first and time second, and what follows from it."""
 
 import contextlib
-import statistics
+import math
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,22 +15,26 @@ from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
-from lora_fast.profiler.intervals import MIN_ROUNDS, ratio_with_interval
+from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.memory import MALLOC, MiB
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
+from lora_fast.profiler.resume import UnderWay, finished
+from lora_fast.profiler.rounds import STABLE
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
-from lora_fast.profiler.timing import WARM_UP_ROUNDS
-from lora_fast.profiler.workload import DTYPES, FULL, FULL_AGAIN, Workload, describe, parse_modules
+from lora_fast.profiler.time_pass import Rules, add_times, available_MiB, groups_of, time_groups, widest
+from lora_fast.profiler.workload import DTYPES, FULL, LORA, PEFT, Workload, describe, parse_modules
 
-# The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
-# it.
-NOISE_LIMIT = 0.10
 # A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within
 # BUDGET_S.
 ROUNDS, BUDGET_S = 30, 90.0
+# What a target for the intervals may take, where nothing else is said.
+MAX_ROUNDS, BUDGET_AT_TARGET_S = 2000, 600.0
+LAYER_ROUNDS = 30
+# Longer than any step that is worth waiting for.
+ARM_TIMEOUT_S = 1800.0
 DEFAULTS = {
     "cpu": {"model": "llama-5m", "dtype": "fp32", "batch_size": 4, "seq_len": 256},
     "cuda": {"model": "llama-1b", "dtype": "bf16", "batch_size": 2, "seq_len": 1024},
@@ -50,10 +56,22 @@ def profile_ranks(
     exclude_modules: str | Sequence[str] | None = None,
     steps: int | None = None,
     time_budget_s: float | None = None,
+    target_ci: float | None = None,
+    adapter_dtype: str = "fp32",
+    lora_dropout: float = 0.0,
+    gradient_accumulation: int = 1,
+    gradient_checkpointing: bool = False,
+    foreach: bool | None = None,
+    attn_implementation: str | None = None,
+    backend: str = "auto",
+    compare_peft: bool = False,
+    layers: bool = False,
     device: str = "auto",
     seed: int = 0,
     memory_limit_MiB: float | None = None,
+    arm_timeout_s: float | None = ARM_TIMEOUT_S,
     out: str | Path | None = None,
+    resume: bool = False,
     price_per_hour: float | None = None,
     progress: Progress = lambda stage, done, total, text: None,
     watch: Callable[[Profile], None] = lambda so_far: None,
@@ -65,8 +83,15 @@ def profile_ranks(
     ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers.
     target_modules, exclude_modules: "q_proj,v_proj", names, or a regex over module paths; "all-linear" for the first.
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
-    timed); without both, 30 rounds or 90 seconds.
+    timed); target_ci: stop once every ratio's interval is within ± that share of it (0.02: 2%), a rule on widths and
+    never on ratios. Without all three, 30 rounds or 90 seconds; with target_ci alone, at most 10 minutes.
+    adapter_dtype: of lora_A and lora_B: "fp32", "bf16", "fp16". gradient_accumulation: batches in a step of AdamW.
+    gradient_checkpointing: recompute decoder layers in backward. foreach: AdamW over lists of parameters; None:
+    PyTorch's choice. attn_implementation: as Transformers takes it. backend: as `apply_lora` takes it.
+    compare_peft: PEFT's LoRA beside ours at every rank. layers: also time every distinct layer by itself.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
+    arm_timeout_s: what an arm's memory measurement, or one of its steps, may take; then its status is "timeout".
+    resume: go on with the run in `out`, of the same arguments, if it has not ended.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html; "auto": runs/<model>-<date>-<time>.
     price_per_hour: US dollars for the machine, recorded with the run. progress is called with stage ("memory" or
     "time"), done, total, and what is at work; watch with the profile so far whenever an arm has ended.
@@ -74,17 +99,29 @@ def profile_ranks(
 
     Raises LoraFastError for wrong input, before anything is written."""
     wanted = parse_ranks(ranks)
-    if time_budget_s is not None and not 0 < time_budget_s < float("inf"):
-        raise LoraFastError(f"time_budget_s={time_budget_s!r}; expected a positive number of seconds")
+    for name, value, unit in (
+        ("time_budget_s", time_budget_s, "seconds"),
+        ("memory_limit_MiB", memory_limit_MiB, "MiB"),
+        ("arm_timeout_s", arm_timeout_s, "seconds"),
+        ("target_ci", target_ci, "a ratio, such as 0.02 for 2%"),
+    ):
+        if value is not None and not 0 < value < math.inf:
+            raise LoraFastError(f"{name}={value!r}; expected a positive number of {unit}")
     if steps is None:
-        steps, time_budget_s = ROUNDS, BUDGET_S if time_budget_s is None else time_budget_s
+        steps = ROUNDS if target_ci is None else MAX_ROUNDS
+        if time_budget_s is None:
+            time_budget_s = BUDGET_S if target_ci is None else BUDGET_AT_TARGET_S
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < MIN_ROUNDS:
         raise LoraFastError(
             f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval"
         )
-    if memory_limit_MiB is not None and not 0 < memory_limit_MiB < float("inf"):
-        raise LoraFastError(f"memory_limit_MiB={memory_limit_MiB!r}; expected a positive number")
-    folder = None if out in (None, AUTO) else RunFolder(out)
+    if compare_peft and find_spec("peft") is None:
+        raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
+    if resume and out in (None, AUTO):
+        raise LoraFastError("resume needs the folder of the run to go on with; give it as --out")
+    folder = None if out in (None, AUTO) else RunFolder(out, resume)
+    if resume and (ended := finished(folder.path)):
+        return ended
     given = model if isinstance(model, nn.Module) else None
     if given is not None:
         models.check_module(given)
@@ -100,6 +137,13 @@ def profile_ranks(
         exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
         device=device,
         seed=seed,
+        adapter_dtype=adapter_dtype,
+        lora_dropout=lora_dropout,
+        gradient_accumulation=gradient_accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        foreach=foreach,
+        attn_implementation=attn_implementation,
+        backend=backend,
     )
 
     with contextlib.ExitStack() as stack:
@@ -108,7 +152,9 @@ def profile_ranks(
         else:
             file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")), "model.pt")
             source = models.save_module(given, file)
-        subject = models.build(source, device="meta", dtype=workload.torch_dtype)
+        subject = models.build(
+            source, device="meta", dtype=workload.torch_dtype, attn_implementation=attn_implementation
+        )
         if out == AUTO:
             folder = RunFolder(default_folder(source.name))
         workload.batch(subject)  # says now, not after the memory pass, that the length does not fit the model
@@ -118,18 +164,23 @@ def profile_ranks(
             wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
         notes = _too_large(wanted, targets)
 
-        arms = [Arm("lora", r, per_rank * r, per_rank * r / (total + per_rank * r)) for r in wanted]
-        arms.append(Arm("full", None, total, 1.0))
+        arms = [
+            Arm(kind, r, per_rank * r, per_rank * r / (total + per_rank * r))
+            for kind in ([LORA, PEFT] if compare_peft else [LORA])
+            for r in wanted
+        ]
+        arms.append(Arm(FULL, None, total, 1.0))
         described = {
             "model": source.name,
             "weights": source.weights,
             "parameters": total,
             **workload.to_dict(),
-            "foreach": torch.device(device).type == "cuda",
+            "foreach": torch.device(device).type == "cuda" if foreach is None else foreach,
             "attn_implementation": getattr(subject.config, "_attn_implementation", None),
             "rounds_wanted": steps,
             "time_budget_s": time_budget_s,
-            "warm_up_rounds": WARM_UP_ROUNDS,
+            "target_ci": target_ci,
+            "arm_timeout_s": arm_timeout_s,
             "memory_limit_MiB": memory_limit_MiB,
             "price_per_hour": price_per_hour,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
@@ -138,24 +189,51 @@ def profile_ranks(
         }
         about = environment(device)
 
-        def ended() -> None:
+        under_way = None
+        if folder:
+            under_way = UnderWay(folder, {"arms": [arm.name for arm in arms], **described}, about)
+            records = folder.path
+        else:
+            records = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")))
+
+        def changed() -> None:
             watch(Profile(about, described, arms, None, {}))
 
+        if under_way:
+            before = under_way.measured()
+            arms = [before.get(arm.name, arm) for arm in arms]
+        else:
+            before = {}
         notes += _predict(arms, source, workload, progress)
-        ended()
-        memory = _memory_pass(arms, source, workload, memory_limit_MiB, folder, progress, ended)
-        timed, reasons = _timed_arms(arms, memory, device)
-        times = _time_pass(source, workload, timed, steps, time_budget_s, progress)
+        changed()
+        _memory_pass(arms, set(before), source, workload, memory_limit_MiB, arm_timeout_s, folder, progress, changed)
 
-    described["rounds"] = max((len(series.get("step_ms", ())) for series in times.values()), default=0)
-    aa = _add_times(arms, times, workload)
+        reasons: dict[str, str] = {}
+        groups = under_way.groups if under_way else None
+        if groups is None:
+            groups, reasons = groups_of(arms, available_MiB(device))
+            if under_way:
+                under_way.set_groups(groups)
+        rules = Rules(steps, time_budget_s, target_ci, arm_timeout_s)
+        timed = time_groups(source, workload, groups, rules, records, partial(progress, "time"))
+        progress("time", steps, steps, "done")
+        aa = add_times(arms, timed, workload, rules)
+        described |= _of_timing(arms, aa, timed)
+        notes += _timing_notes(arms, described)
+        rows = None
+        if layers:
+            changed()
+            rows = _layers_pass(source, workload, wanted, progress, notes)
+
     for arm in arms:
         if arm.name in reasons and arm.error is None:
             arm.error = reasons[arm.name]
     _add_utilization(arms)
-    profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, folder.path if folder else None)
+    path = folder.path if folder else None
+    profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, path, rows)
     if folder:
         write_results(folder, profile)
+        under_way.end()
     return profile
 
 
@@ -192,7 +270,7 @@ def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) ->
         found = []
         for index, arm in enumerate(arms):
             progress("predict", index, len(arms), arm.name)
-            found.append(predict(source, workload, arm.rank))
+            found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
     except Exception as error:  # a model of one's own may do anything but run on tensors without values
         return [f"nothing is predicted: {describe(error)['error']}"]
     finally:
@@ -215,105 +293,67 @@ def _add_utilization(arms: list[Arm]) -> None:
             arm.full_equivalent_tflops_s = (full.forward_flops + full.backward_flops) / arm.step_ms / 1e9
 
 
-def _memory_pass(arms, source, workload, limit, folder, progress, ended) -> dict[str, dict]:
+def _memory_pass(arms, known, source, workload, limit, timeout_s, folder, progress, changed) -> None:
     """One child per arm; arms.jsonl is rewritten after each, so that a killed run keeps what was measured."""
-    results: dict[str, dict] = {}
     for index, arm in enumerate(arms):
+        if arm.name in known:
+            continue
         progress("memory", index, len(arms), arm.name)
-        result = run_in_child(
-            "memory", source, workload, {"rank": arm.rank, "memory_limit_MiB": limit}, environment=MALLOC
-        )
-        results[arm.name] = result
+        asked = {"kind": arm.kind, "rank": arm.rank, "memory_limit_MiB": limit, "arm_timeout_s": timeout_s}
+        result = run_in_child("memory", source, workload, asked, environment=MALLOC)
         arm.status, arm.error, arm.requested_MiB = result["status"], result.get("error"), result.get("requested_MiB")
         arm.peak_MiB, arm.peak_phase = result.get("peak_MiB"), result.get("peak_phase")
         arm.by_category, arm.phase_peaks_MiB = result.get("by_category_MiB"), result.get("phase_peaks_MiB")
-        arm.resident_peak_MiB = result.get("resident_peak_MiB")
+        arm.resident_peak_MiB, arm.after_step_MiB = result.get("resident_peak_MiB"), result.get("after_step_MiB")
+        known.add(arm.name)
         if folder:
-            folder.write_arms([done.to_dict() for done in arms[: index + 1]])
-        ended()
+            folder.write_arms([done.to_dict() for done in arms if done.name in known])
+        changed()
     progress("memory", len(arms), len(arms), "done")
     full = arms[-1].peak_MiB
     for arm in arms:
         if full and arm.peak_MiB:
             arm.memory_ratio = arm.peak_MiB / full
-    return results
 
 
-def _timed_arms(arms: list[Arm], memory: dict[str, dict], device: str) -> tuple[list[str], dict[str, str]]:
-    """The arms that can share one process, and for the others why not.
-
-    All arms' adapters and optimizer states stay in memory together, beside the weights and one arm's step. The second
-    copy of full fine-tuning goes first if that is too much, then the largest arms."""
-    sizes = {name: result["after_step_MiB"] for name, result in memory.items() if result["status"] == "ok"}
-    if FULL in sizes:
-        sizes[FULL_AGAIN] = sizes[FULL]
-    states = {name: after["adapters"] + after["optimizer"] for name, after in sizes.items()}
-    available = _available_MiB(device)
-    names = [arm.name for arm in arms if arm.status != "oom"] + ([FULL_AGAIN] if arms[-1].status != "oom" else [])
-    reasons = {arm.name: arm.error or "out of memory" for arm in arms if arm.status == "oom"}
-
-    def needed() -> float:
-        steps = [memory[n]["peak_MiB"] - states[n] for n in names if n in states and n in memory]
-        return sum(states.get(n, 0.0) for n in names) + max(steps, default=0.0)
-
-    while names and available is not None and needed() > available:
-        largest = FULL_AGAIN if FULL_AGAIN in names else max(names, key=lambda n: states.get(n, 0.0))
-        reasons[largest] = f"not timed: beside the others it needs {needed():.0f} MiB of {available:.0f} MiB"
-        names.remove(largest)
-    return names, reasons
+def _of_timing(arms: list[Arm], aa: dict | None, timed: list[dict]) -> dict:
+    """What the workload's description says of the time pass."""
+    warm_ups = [one for group in timed for one in group["warm_ups"]]
+    stops = {group["stopped"] for group in timed if group["stopped"]}
+    return {
+        "rounds": max((len(arm.samples_ms) for arm in arms), default=0),
+        "warm_up_rounds": max((one["rounds"] for one in warm_ups), default=0),
+        "warm_up_stable": all(one["stable"] for one in warm_ups),
+        "stopped_by": stops.pop() if len(stops) == 1 else ", ".join(sorted(stops)) or None,
+        "widest_half_width": widest(arms, aa),
+    }
 
 
-def _available_MiB(device: str) -> float | None:
-    """Free memory of the device; None where the system does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2**20
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def _timing_notes(arms: list[Arm], described: dict) -> list[str]:
+    notes = []
+    via = sorted({arm.ratio_via for arm in arms if arm.ratio_via})
+    if via:
+        names = ", ".join(arm.name for arm in arms if arm.ratio_via)
+        notes.append(
+            f"{names}: not beside full fine-tuning, for lack of memory; each was timed beside {via[0]} in one process, "
+            f"and full beside {via[0]} in another, in turns A B B A. The ratios are quotients of the two."
+        )
+    wanted, reached = described["target_ci"], described["widest_half_width"]
+    if wanted is not None and reached is not None and reached > wanted:
+        ended = described["stopped_by"]
+        notes.append(f"the widest interval is ±{reached:.1%}, not the ±{wanted:.1%} asked for: {ended} ended first")
+    if described["rounds"] and not described["warm_up_stable"]:
+        notes.append(
+            f"steps were still changing by more than {STABLE:.0%} after {described['warm_up_rounds']} rounds of warm-up"
+        )
+    return notes
 
 
-def _time_pass(source, workload, names, steps, budget_s, progress) -> dict[str, dict]:
-    """Each arm's series, or its status where there is none."""
-    if not names:
-        return {}
-    progress("time", 0, WARM_UP_ROUNDS + steps, "loading")
-    result = run_in_child(
-        "time",
-        source,
-        workload,
-        {"arms": names, "rounds": steps, "budget_s": budget_s},
-        progress=lambda done, total: progress("time", done, total, f"{len(names)} arms a round"),
-    )
-    progress("time", WARM_UP_ROUNDS + steps, WARM_UP_ROUNDS + steps, "done")
-    return result["arms"] if result["status"] == "ok" else dict.fromkeys(names, result)
-
-
-def _add_times(arms: list[Arm], times: dict[str, dict], workload: Workload) -> dict | None:
-    """Fill in medians and ratios; returns the A/A result."""
-    full = times.get(FULL, {}).get("step_ms")
-    for arm in arms:
-        measured = times.get(arm.name)
-        if measured is None:
-            continue
-        if measured["status"] != "ok":
-            if arm.status == "ok":
-                arm.status, arm.requested_MiB = measured["status"], measured.get("requested_MiB")
-                arm.error = f"in the timing pass, beside the other arms: {measured['error']}"
-            continue
-        for phase in ("step_ms", "forward_ms", "backward_ms", "optimizer_ms"):
-            setattr(arm, phase, statistics.median(measured[phase]))
-        arm.tokens_per_s = 1e3 * workload.tokens / arm.step_ms
-        arm.samples_ms = measured["step_ms"]
-        if full and arm.kind == "lora":
-            arm.ratio_to_full, arm.ratio_ci = ratio_with_interval(measured["step_ms"], full, seed=workload.seed)
-            if measured["cpu_ms"]:
-                cpu = measured["cpu_ms"], times[FULL]["cpu_ms"]
-                arm.cpu_ratio, arm.cpu_ratio_ci = ratio_with_interval(*cpu, seed=workload.seed)
-    again = times.get(FULL_AGAIN, {}).get("step_ms")
-    if not full or not again:
-        return None
-    ratio, ci = ratio_with_interval(again, full, seed=workload.seed)
-    floor = max(abs(end - 1) for end in ci)
-    return {"ratio": ratio, "ci": ci, "noise_floor": floor, "limit": NOISE_LIMIT, "samples_ms": again}
+def _layers_pass(source, workload, ranks, progress, notes) -> list[dict]:
+    """Rows of every distinct layer; none, and a note, where its process failed."""
+    progress("layers", 0, 1, "loading")
+    asked = {"ranks": list(ranks), "rounds": LAYER_ROUNDS}
+    result = run_in_child("layers", source, workload, asked, progress=partial(progress, "layers"))
+    if result["status"] != "ok":
+        notes.append(f"layers were not timed: {result['error']}")
+    return result.get("layers", [])

@@ -1,18 +1,18 @@
-"""Step times of all arms in one process, stepped in randomized rounds, so that every arm meets the same disturbances.
+"""Step times of all arms in one process, in randomized rounds (`rounds.py`), so that every arm meets the same
+disturbances.
 
-Timing one arm after the other is wrong where it looks best: on a busy machine it gave 0.38 of full fine-tuning with a
-tight interval where the truth was 0.93. Here each round steps every arm once in a new random order, and only ratios
-within a round are compared. The second copy of full fine-tuning (the A/A arm) shows what the method makes of two equal
-things.
-
-All arms share the base weights: one adapter per rank in one model, and AdamW with a learning rate of zero."""
+All arms share the base weights: one adapter per rank in one model, PEFT's in copies of its layers around the same
+parameters, and AdamW with a learning rate of zero. The second copy of an arm (the A/A arm) shows what the method makes
+of two equal things."""
 
 import contextlib
+import copy
+import faulthandler
 import gc
 import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,44 +20,56 @@ from torch import nn
 from lora_fast import LoraFastError, disable_adapters, set_adapter
 from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.models import ModelSource, build
+from lora_fast.profiler.rounds import Record, Stop, run_rounds
 from lora_fast.profiler.workload import (
     FULL,
-    FULL_AGAIN,
+    PEFT,
     Workload,
     adamw,
     describe,
     loss_of,
+    parse_arm,
     train_adapter,
     train_full,
+    train_peft,
 )
-
-WARM_UP_ROUNDS = 3
-
 
 SERIES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "cpu_ms")
 
 
 class _Arm:
-    """What is trained and by which optimizer; `active` makes the shared model compute this arm and no other."""
+    """What is trained and by which optimizer; `active` makes the model compute this arm and no other.
 
-    def __init__(self, model: nn.Module, adapter: str | None, trained: list[nn.Parameter], workload: Workload):
-        self.model, self.adapter, self.passes = model, adapter, workload.gradient_accumulation
+    adapter: the adapter of the shared model; without one the arm trains `base`, all its parameters, or, where these are
+    not given, has a model of its own around them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: list[nn.Parameter],
+        workload: Workload,
+        *,
+        adapter: str | None = None,
+        base: list[nn.Parameter] | None = None,
+    ):
+        self.model, self.adapter, self.base, self.passes = model, adapter, base, workload.gradient_accumulation
         self.optimizer = adamw(trained, workload.foreach)
 
     @contextlib.contextmanager
-    def active(self, base: list[nn.Parameter]):
-        if self.adapter is None:
-            for parameter in base:
-                parameter.requires_grad_(True)
-            try:
-                with disable_adapters(self.model):
-                    yield
-            finally:
-                for parameter in base:
-                    parameter.requires_grad_(False)
-        else:
+    def active(self):
+        if self.adapter is not None:
             set_adapter(self.model, self.adapter)
+        if self.base is None:
             yield
+            return
+        for parameter in self.base:
+            parameter.requires_grad_(True)
+        try:
+            with disable_adapters(self.model):
+                yield
+        finally:
+            for parameter in self.base:
+                parameter.requires_grad_(False)
 
 
 def time_arms(
@@ -66,15 +78,22 @@ def time_arms(
     arms: Sequence[str],
     rounds: int,
     budget_s: float | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    target_ci: float | None = None,
+    least: int = MIN_ROUNDS,
+    final: bool = True,
+    record: str | None = None,
+    arm_timeout_s: float | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict:
-    """Time `rounds` steps of every arm, after warm-up; arms are names: "r8", "full", "full again".
+    """Time steps of every arm until one of the rules of `rounds.Stop` is met; arms are names: "r8", "peft r8", "full",
+    and one of them followed by " again".
 
-    After budget_s seconds no round begins, once there are MIN_ROUNDS. (It looks at the clock and not at the ratios, so
-    it does not favour a result.) progress is called with the number of rounds done, warm-up included, and their total.
-    Returns {"status": "ok", "arms": {name: {"status": "ok", a list with one value per timed round for each of
-    SERIES}}}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or raises has its
-    status and error instead, and no values, since a partial series cannot be paired; the others go on."""
+    record: the file that rounds are written to as they end, and taken up from; None: none. arm_timeout_s: ends this
+    process if building an arm or a step of it takes longer.
+    Returns {"status": "ok", "arms": {name: {"status": "ok", a list with one value per timed round for each of SERIES}},
+    "warm_ups", "stopped"}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or
+    raises has its status and error instead, and no values, since a partial series can't be paired; the others go on."""
+    kept = Record.open(None if record is None else Path(record))
     model = build(
         source,
         device=workload.device,
@@ -83,52 +102,84 @@ def time_arms(
         attn_implementation=workload.attn_implementation,
     )
     base = train_full(model, workload)
-    results: dict[str, dict] = {}
+    bare = shared_copy(model) if any(name.startswith(PEFT) for name in arms) else None
     built: dict[str, _Arm] = {}
     for name in arms:
-        try:
-            built[name] = _build_arm(model, workload, name, base)
-            results[name] = {"status": "ok", **{series: [] for series in SERIES}}
-        except LoraFastError:
-            raise
-        except Exception as error:  # an arm that cannot be built is a row
-            results[name] = describe(error)
+        if name in kept.failed:
+            continue
+        kept.add("at", name)
+        with time_limit(arm_timeout_s):
+            try:
+                built[name] = _build_arm(model, bare, workload, name, base)
+            except LoraFastError:
+                raise
+            except Exception as error:  # an arm that cannot be built is a row
+                kept.add("failed", {name: describe(error)})
     for parameter in base:
         parameter.requires_grad_(False)
 
     batch = workload.batch(model)
     clock = _cuda_step if torch.device(workload.device).type == "cuda" else _cpu_step
-    order = random.Random(workload.seed)
-    started = time.monotonic()
+
+    def step(name: str) -> dict[str, float]:
+        with time_limit(arm_timeout_s), built[name].active():
+            return clock(built[name], batch)
+
+    baseline = FULL if FULL in arms else arms[0]
     gc.disable()  # a collection inside one arm's step would be that arm's bad luck
     try:
-        for done in range(WARM_UP_ROUNDS + rounds):
-            if budget_s is not None and done >= WARM_UP_ROUNDS + MIN_ROUNDS and time.monotonic() - started > budget_s:
-                break
-            names = list(built)
-            order.shuffle(names)
-            for name in names:
-                try:
-                    with built[name].active(base):
-                        sample = clock(built[name], batch)
-                except Exception as error:
-                    results[name] = describe(error)
-                    _release(built.pop(name))
-                    continue
-                if done >= WARM_UP_ROUNDS:
-                    for series, value in sample.items():
-                        results[name][series].append(value)
-            gc.collect()
-            progress(done + 1, WARM_UP_ROUNDS + rounds)
+        run_rounds(
+            [name for name in arms if name in built],
+            step,
+            Stop(rounds, budget_s, target_ci, baseline, least, final),
+            kept,
+            seed=workload.seed,
+            on_failure=lambda name: _release(built.pop(name)),
+            between=gc.collect,
+            progress=progress,
+        )
     finally:
         gc.enable()
-    return {"status": "ok", "arms": results}
+    return {"status": "ok", **results(kept, arms)}
 
 
-def _build_arm(model: nn.Module, workload: Workload, name: str, base: list[nn.Parameter]) -> _Arm:
-    if name in (FULL, FULL_AGAIN):
-        return _Arm(model, None, base, workload)
-    return _Arm(model, name, train_adapter(model, workload, int(name[1:])), workload)
+def results(record: Record, arms: Sequence[str]) -> dict:
+    """What a record says of these arms."""
+    found = {
+        name: record.failed.get(name) or {"status": "ok", **{of: record.series(name, of) for of in SERIES}}
+        for name in arms
+    }
+    return {"arms": found, "warm_ups": record.warm_ups, "stopped": record.stopped}
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float | None):
+    """Ends this process, with a traceback on stderr, if what is inside takes longer: a thread of faulthandler does so
+    wherever this one hangs, in Python or below it."""
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        if seconds is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules around the same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _build_arm(
+    model: nn.Module, bare: nn.Module | None, workload: Workload, name: str, base: list[nn.Parameter]
+) -> _Arm:
+    kind, rank = parse_arm(name)
+    if kind == FULL:
+        return _Arm(model, base, workload, base=base)
+    if kind == PEFT:
+        return _Arm(*train_peft(shared_copy(bare), workload, rank), workload)
+    adapter = name.replace(" ", "-")
+    return _Arm(model, train_adapter(model, workload, rank, adapter), workload, adapter=adapter)
 
 
 def _cpu_step(arm: _Arm, batch) -> dict[str, float]:
@@ -152,6 +203,21 @@ def _cuda_step(arm: _Arm, batch) -> dict[str, float]:
     torch.cuda.synchronize()
     spans = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     return {"step_ms": marks[0].elapsed_time(marks[-1]), **_phases(spans)}
+
+
+def timed(call: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds that a call takes, on the GPU's own clock where it runs there."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    torch.cuda.synchronize()
+    marks[0].record()
+    call()
+    marks[1].record()
+    torch.cuda.synchronize()
+    return marks[0].elapsed_time(marks[1])
 
 
 def _step(arm: _Arm, batch, mark: Callable[[], None]) -> None:

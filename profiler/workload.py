@@ -18,7 +18,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # there.
 LEARNING_RATE = 0.0
 EPS = 1e-6
-FULL, FULL_AGAIN = "full", "full again"
+# Kinds of arms, and what a second copy of one (the A/A arm) has behind its name.
+LORA, FULL, PEFT, AGAIN = "lora", "full", "peft", " again"
+FULL_AGAIN = FULL + AGAIN
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,50 @@ def train_full(model: nn.Module, workload: Workload) -> list[nn.Parameter]:
     return list(model.requires_grad_(True).parameters())
 
 
-def train_adapter(model: nn.Module, workload: Workload, rank: int) -> list[nn.Parameter]:
-    """Puts an adapter of this rank, called r<rank>, beside those that `model` has; returns what is trained."""
+def train_adapter(model: nn.Module, workload: Workload, rank: int, name: str = "default") -> list[nn.Parameter]:
+    """Puts an adapter of this rank and name beside those that `model` has; returns what is trained."""
     apply_lora(
         model,
         workload.lora_config(rank),
-        adapter_name=f"r{rank}",
+        adapter_name=name,
         backend=workload.backend,
         adapter_dtype=DTYPES[workload.adapter_dtype],
     )
     _checkpoint(model, workload)
     return lora_parameters(model)
+
+
+def train_peft(model: nn.Module, workload: Workload, rank: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The same adapter by PEFT's own layers: PEFT's model around `model`, and what is trained."""
+    import peft
+
+    _checkpoint(model, workload)
+    ours, dtype = workload.lora_config(rank), DTYPES[workload.adapter_dtype]
+    names = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in (("target_modules", ours.target_modules), ("exclude_modules", ours.exclude_modules))
+    }
+    config = peft.LoraConfig(r=rank, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, **names)
+    wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.data = parameter.data.to(dtype)
+    return wrapped.train(), trained
+
+
+def train(model: nn.Module, workload: Workload, kind: str, rank: int | None) -> tuple[nn.Module, list[nn.Parameter]]:
+    """Prepares `model` for an arm: the model to run, and what is trained."""
+    if kind == PEFT:
+        return train_peft(model, workload, rank)
+    return model, train_full(model, workload) if kind == FULL else train_adapter(model, workload, rank)
+
+
+def parse_arm(name: str) -> tuple[str, int | None]:
+    """ "r8", "peft r8", "full", each perhaps with AGAIN: kind and rank."""
+    name = name.removesuffix(AGAIN)
+    if name == FULL:
+        return FULL, None
+    return PEFT if name.startswith(PEFT) else LORA, int(name.rpartition("r")[2])
 
 
 def _checkpoint(model: nn.Module, workload: Workload) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +60,12 @@ class Dies(OneLinear):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Hangs(OneLinear):
+    def forward(self, input_ids, labels):
+        while True:
+            time.sleep(1)
+
+
 class Raises(OneLinear):
     def forward(self, input_ids, labels):
         raise IndexError("index 7 is out of range")
@@ -82,8 +89,8 @@ class Asks(OneLinear):
         return SimpleNamespace(loss=torch.empty(2**58).sum())
 
 
-def measured(source, work, rank=None, limit=None) -> dict:
-    arguments = {"rank": rank, "memory_limit_MiB": limit}
+def measured(source, work, rank=None, limit=None, **more) -> dict:
+    arguments = {"kind": "full" if rank is None else "lora", "rank": rank, "memory_limit_MiB": limit} | more
     return process.run_in_child("memory", source, work, arguments, environment=MALLOC)
 
 
@@ -204,9 +211,25 @@ def test_memory_that_runs_out_is_a_status(tmp_path):
     assert measured(source, workload(), limit=400)["status"] == "ok"
 
 
-def test_a_child_that_is_killed_ran_out_of_memory(tmp_path):
+def test_a_child_that_is_killed_says_so(tmp_path):
     result = measured(sent(tmp_path, Dies), workload())
-    assert result["status"] == "oom" and "SIGKILL" in result["error"]
+    assert result["status"] == "killed" and "SIGKILL" in result["error"]
+
+
+@LINUX
+def test_a_kill_counts_as_memory_where_the_system_counts_one_for_memory():
+    """Linux counts its own kills; no test can make it kill a process without endangering the others."""
+    assert process._memory_kills() >= 0
+    killed = process._death(-signal.SIGKILL, "", for_memory=True)
+    assert killed["status"] == "oom" and "memory ran out" in killed["error"]
+    assert process._death(-signal.SIGSEGV, "", for_memory=True)["status"] == "killed"
+
+
+def test_a_child_that_hangs_ends_in_time_and_says_where(tmp_path):
+    result = measured(sent(tmp_path, Hangs), workload(), arm_timeout_s=5)
+    assert result == {"status": "timeout", "error": result["error"]}
+    assert "not done after 0:00:05, in forward (test_profile_memory.py:" in result["error"]
+    assert measured(sent(tmp_path, OneLinear), workload(), arm_timeout_s=600)["status"] != "timeout"
 
 
 def test_a_child_that_raises_has_failed_says_why_and_leaves_no_file(tmp_path, monkeypatch):

@@ -1,0 +1,79 @@
+"""What a run leaves in its folder while it is under way, and how a later one goes on from there.
+
+resume.json holds what was asked for, the machine, and which arms share a process; arms.jsonl a line for each arm whose
+memory was measured; rounds-1.jsonl and so on the timed rounds. The first two are written whole or not at all, of the
+third the last line may be cut off. What is in them is not measured again; run.json takes the place of all but
+arms.jsonl once the run ends."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_fast import LoraFastError
+from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.runs import RunFolder, read_profile, to_json
+
+# Settings that say how long to measure and not what.
+FREE = {
+    *("rounds_wanted", "time_budget_s", "target_ci", "arm_timeout_s", "price_per_hour"),
+    *("rounds", "warm_up_rounds", "warm_up_stable", "stopped_by", "widest_half_width"),
+}
+# Numbers of two machines don't belong into one run, nor those of two versions.
+MACHINE = ("lora_fast", "python", "torch", "transformers", "triton", "cpu", "threads", "gpu")
+PLAN = "resume.json"
+
+
+class UnderWay:
+    """A run under way in a folder. Raises LoraFastError where the folder's run was of other settings or elsewhere."""
+
+    def __init__(self, folder: RunFolder, settings: dict, environment: dict):
+        self.folder, self.groups = folder, None
+        self._plan = json.loads(to_json({"settings": settings, "environment": environment, "groups": None}))
+        earlier = folder.path / PLAN
+        if earlier.is_file():
+            before = json.loads(earlier.read_text(encoding="utf-8"))
+            self._compare(before["settings"], before["environment"])
+            self.groups = before["groups"]
+        elif (folder.path / "arms.jsonl").is_file():
+            raise LoraFastError(
+                f"{folder.path} has no {PLAN}, so that its run can't be gone on with; give another --out"
+            )
+        else:
+            self._write()
+        for partial in folder.path.glob(".*.json*"):  # of a write that was cut off
+            partial.unlink()
+
+    def _compare(self, settings: dict, environment: dict) -> None:
+        for told, now, names in (
+            (settings, self._plan["settings"], sorted(set(settings) | set(self._plan["settings"]) - FREE)),
+            (environment, self._plan["environment"], MACHINE),
+        ):
+            for name in names:
+                if name not in FREE and told.get(name) != now.get(name):
+                    raise LoraFastError(
+                        f"{self.folder.path} was measured with {name}={told.get(name)!r}, and now it is "
+                        f"{now.get(name)!r}; --resume needs the same arguments and machine, or give another --out"
+                    )
+
+    def _write(self) -> None:
+        self.folder.write(PLAN, to_json(self._plan | {"groups": self.groups}))
+
+    def set_groups(self, groups: Sequence[Sequence[str]]) -> None:
+        self.groups = [list(names) for names in groups]
+        self._write()
+
+    def measured(self) -> dict[str, Arm]:
+        """Arms that arms.jsonl has a line for, by name."""
+        file = self.folder.path / "arms.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        arms = [Arm(**json.loads(line)) for line in lines]
+        return {arm.name: arm for arm in arms}
+
+    def end(self) -> None:
+        for file in (self.folder.path / PLAN, *self.folder.path.glob("rounds-*.jsonl")):
+            file.unlink(missing_ok=True)
+
+
+def finished(path: Path) -> Profile | None:
+    """The profile of a folder whose run has ended; None for one whose run has not, or that is not there."""
+    return read_profile(path) if (path / "run.json").is_file() else None
