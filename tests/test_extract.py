@@ -342,7 +342,7 @@ def test_what_extraction_refuses(tmp_path):
         assert all(part in str(error.value) for part in said), error.value
         assert "\n" not in str(error.value)
     for scope in ("layer", "global"):
-        with pytest.raises(LoraFastError, match="differ in none of their 14 linear layers$"):
+        with pytest.raises(LoraFastError, match=r"differ in none of their 14 linear layers$"):
             extract_adapter(folders[0], folders[0], out, rank=2, scope=scope)
     with pytest.raises(LoraFastError, match="holds something else"):
         extract_adapter(*folders, folders[1], rank=2)
