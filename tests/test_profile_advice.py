@@ -145,9 +145,10 @@ def test_dropout_costs_a_bit_per_element(estimate):
     mask = 128 * dropped.workload["adapted"]["in_features"] / 8 / MiB
     assert more == pytest.approx(mask, rel=0.05)
     assert (text is None) == (mask < 0.01 * dropped.lora[0].peak_MiB)
-    small_head = estimate("4", lora_dropout=0.1, target_modules="all-linear", seq_len=63)
-    small_head.lora[0].peak_MiB = 20 * mask
-    assert "35 layers draw and keep a mask each" in advice.dropout_masks(small_head)
+    long = estimate("4", lora_dropout=0.1, seq_len=1024)
+    assert advice.dropout_masks(long) is None  # below a hundredth of this peak
+    long.lora[0].peak_MiB = 320 * mask
+    assert f"35 layers draw and keep a mask each, {16 * mask:.1f} MiB in bits, 5% of" in advice.dropout_masks(long)
     assert advice.dropout_masks(plain) is None
 
 
