@@ -8,7 +8,7 @@ import os
 
 import typer
 
-from lora_fast import cli_output, cli_profile, cli_rank, cli_report, cli_spectra
+from lora_fast import cli_decide, cli_output, cli_profile, cli_rank, cli_report, cli_spectra
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -16,7 +16,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 
 for command in (
-    *(cli_profile.profile, cli_profile.estimate, cli_report.report),
+    *(cli_profile.profile, cli_profile.estimate, cli_report.report, cli_decide.decide),
     *(cli_spectra.svd, cli_spectra.resize, cli_spectra.extract, cli_spectra.merge),
 ):
     app.command()(command)

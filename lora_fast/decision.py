@@ -168,7 +168,7 @@ def _drawn(f: Facts) -> dict | None:
         "verdict": c.verdict,
         "points": [drawn(rank) for rank in c.ranks],
         "full": None if c.full is None else drawn(FULL),
-        "seconds": {str(rank): value for rank, value in c.seconds.items()},
+        "seconds": {str(rank): list(values) for rank, values in c.seconds.items()},
     }
 
 

@@ -164,8 +164,18 @@ def answer_to(f: Facts) -> Answer:
     found = _by_quality(f) if f.curve is not None and tried(f) else _without_quality(f)
     if found.kind == "full" and f.no_full is not None:
         why = f"full fine-tuning would be the answer, but {f.no_full}; r={found.rank} is the best that is left"
-        found = replace(found, kind="rank", reasons=(*found.reasons, why))
+        return _left(f, found, why)
     return found
+
+
+def _left(f: Facts, full: Answer, why: str) -> Answer:
+    """The rank that stands where full fine-tuning would be the answer and can't be done."""
+    reasons = (*full.reasons, why)
+    if f.curve is not None and tried(f):
+        reached = None if f.target is None else f.curve.reaches(full.rank, f.target) == "yes"
+        return _measured(f, "rank", full.rank, full.low, full.high, *reasons, target_reached=reached)
+    base = max(full.base, _limited(f, _candidate(f)).sure)
+    return _with_cost(f, replace(full, kind="rank", reasons=reasons, base=base, support=()))
 
 
 def tried(f: Facts) -> list[int]:
@@ -174,9 +184,11 @@ def tried(f: Facts) -> list[int]:
 
 
 def cost_at(f: Facts, rank: int) -> Cost | None:
-    """Whole trainings where the search timed them, else steps, else FLOPs; the first is what is paid."""
-    if f.curve is not None and rank in f.curve.seconds and FULL in f.curve.seconds:
-        return Cost(Ratio(f.curve.seconds[rank] / f.curve.seconds[FULL]), "training time", TIMED)
+    """Whole trainings where the search timed them, else steps, else FLOPs; the first is what is paid, unless the times
+    of single trainings differ so much that either could be the cheaper."""
+    total = None if f.curve is None else f.curve.time_ratio(rank)
+    if total is not None and not is_unclear(total):
+        return Cost(total, "training time", TIMED)
     if f.costs is None:
         return None
     if f.costs.noise is None and (ratio := ratio_at(f.costs.time, rank)) is not None:
@@ -184,6 +196,10 @@ def cost_at(f: Facts, rank: int) -> Cost | None:
     if (ratio := ratio_at(f.costs.flops, rank)) is not None:
         return Cost(ratio, "FLOPs", COUNTED)
     return None
+
+
+def is_unclear(total: Ratio) -> bool:
+    return total.interval is not None and total.interval[0] < NEAR and total.interval[1] > 1 / NEAR
 
 
 def search_sure(curve: Curve) -> float:
@@ -401,7 +417,8 @@ def _limited(f: Facts, found: _Candidate) -> _Candidate:
         return found
     rank = min(found.rank, f.cap)
     why = f"{found.why}; r={f.cap} is the largest that budget and memory allow"
-    return replace(found, rank=rank, low=min(found.low, rank), high=f.cap, why=why)
+    sure = found.sure if found.low <= rank else by_rules(f).sure  # below what the source said, it says nothing
+    return replace(found, rank=rank, low=min(found.low, rank), high=f.cap, why=why, sure=sure)
 
 
 def _candidate(f: Facts) -> _Candidate:

@@ -1,6 +1,7 @@
 """The evidence beside a decision: every indicator with its threshold and source, and what disagrees with the answer."""
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from lora_fast.decision_answer import (
     by_rules,
     by_spectra,
     cost_at,
+    is_unclear,
     search_sure,
     span,
 )
@@ -140,12 +142,14 @@ def _cost_indicators(f: Facts, rank: int) -> Iterator[Indicator]:
     else:
         why = "no profile" if costs is None else costs.noise or "no rank and full fine-tuning were both timed"
         yield _missing("step time", threshold, why, source)
-    seconds = {} if f.curve is None else f.curve.seconds
-    if rank in seconds and FULL in seconds:
-        total = Ratio(seconds[rank] / seconds[FULL])
-        says = f"a whole training took {seconds[rank]:.3g} s at r={rank}, {seconds[FULL]:.3g} s in full"
-        says += _price_of(f, seconds[rank], seconds[FULL])
-        yield Indicator("training time", str(total), threshold, _cost_verdict(total), says, TIMED, source)
+    total = None if f.curve is None else f.curve.time_ratio(rank)
+    if total is not None:
+        each, full = (statistics.fmean(f.curve.seconds[key]) for key in (rank, FULL))
+        says = f"a whole training took {each:.3g} s at r={rank}, {full:.3g} s in full{_price_of(f, each, full)}"
+        if is_unclear(total):
+            says += "; single trainings differ too much to tell"
+        verdict = UNKNOWN if is_unclear(total) else _cost_verdict(total)
+        yield Indicator("training time", str(total), threshold, verdict, says, TIMED, source)
     else:
         says = "a search with full fine-tuning as an arm would time whole trainings"
         yield _missing("training time", threshold, says, source)
@@ -267,7 +271,7 @@ def _why_not(f: Facts, answer: Answer, found: Indicator) -> str:
     if found.name == "trained share" and cost_at(f, answer.rank) is not None:
         return "measured cost counts for more than its stand-in"
     if found.name == "loss against rank":
-        return "the target decides"
+        return "what is equal in quality is decided by cost" if answer.kind == "full" else "the target decides"
     if f.curve is not None:
         return "quality measured here counts for more"
     return "other evidence counts for more"

@@ -64,7 +64,7 @@ def ratio_at(ratios: Mapping[int, Ratio], rank: int) -> Ratio | None:
     if below is None:
         return Ratio(ratios[above].value, "≤")
     if above is None:
-        return Ratio(ratios[below].value, "≥")
+        return Ratio(max(ratio.value for ratio in ratios.values()), "≥")
     low, high = ratios[below].value, ratios[above].value
     return Ratio(low + (high - low) * (rank - below) / (above - below))
 
@@ -139,7 +139,7 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     """Quality against rank. ranks: ascending, without full fine-tuning, which is `full`. noise: standard deviation
-    between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: mean time of one whole training."""
+    between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended."""
 
     ranks: Mapping[int, Point]
     full: Point | None
@@ -147,7 +147,7 @@ class Curve:
     sign: int
     verdict: str
     sentence: str
-    seconds: Mapping[Rank, float]
+    seconds: Mapping[Rank, tuple[float, ...]]
 
     def point(self, rank: Rank) -> Point:
         return self.full if rank == FULL else self.ranks[rank]
@@ -161,6 +161,15 @@ class Curve:
         if self.noise is None:
             return 0.0
         return SIGNIFICANT * self.noise * math.sqrt(sum(1 / self.point(rank).count for rank in ranks))
+
+    def time_ratio(self, rank: int) -> Ratio | None:
+        """Of a whole training to full fine-tuning's, means over the seeds; interval: the extremes of single trainings,
+        where there are two of each."""
+        one, full = self.seconds.get(rank), self.seconds.get(FULL)
+        if not one or not full:
+            return None
+        ends = (min(one) / max(full), max(one) / min(full)) if min(len(one), len(full)) > 1 else None
+        return Ratio(statistics.fmean(one) / statistics.fmean(full), interval=ends)
 
     def best(self, ranks: Sequence[int]) -> int:
         return min(ranks, key=lambda rank: (self.sign * self.ranks[rank].mean, rank))
@@ -207,7 +216,7 @@ def curve_of(search: Any) -> Curve | None:
             sign={"minimize": 1, "maximize": -1}[found["direction"]],
             verdict=str(found["verdict"]),
             sentence=str(found["sentence"]),
-            seconds={rank: statistics.fmean(values) for rank, values in seconds.items()},
+            seconds={rank: tuple(values) for rank, values in seconds.items()},
         )
         return curve if points or full is not None else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -254,13 +254,22 @@ def test_total_training_time_counts_for_more_than_a_step():
     losses = {16: 2.3, 64: 2.0, 128: 2.0, "full": 2.0}
     slow = from_times(losses, {16: 90, 64: 120, 128: 150, "full": 100})
     found = decide(profile(CHEAP), slow)
-    assert found.kind == "full" and "faster (training time of r=64: 1.20 of it)" in found.sentence
-    assert any("a whole training 1.20; that is what is paid" in text for text in found.disagreements)
+    assert found.kind == "full" and "faster (training time of r=64: 1.20 [1.20, 1.20] of it)" in found.sentence
+    assert any("a whole training 1.20 [1.20, 1.20]; that is what is paid" in text for text in found.disagreements)
     fast = from_times(losses, {16: 70, 64: 80, 128: 85, "full": 100})
     assert decide(profile(SLOW), fast).rank == 64
     assert decide(profile(SLOW), fast, price_per_hour=3.6).rank == 64
     (total,) = [i for i in decide(search=fast, price_per_hour=3.6).indicators if i.name == "training time"]
     assert "$0.08 against $0.1" in total.says
+
+
+def test_training_times_that_differ_too_much_between_seeds_do_not_decide():
+    found = from_times({16: 2.3, 64: 2.0, 128: 2.0, "full": 2.0}, {16: 90, 64: 120, 128: 150, "full": 100})
+    for trial in found["trials"]:
+        trial["seconds"] *= 1.5 if trial["seed"] else 0.5
+    assert decide(profile(CHEAP), found).rank == 64  # 120 against 100 on average, 0.4 to 3.6 of single ones
+    (total,) = [i for i in decide(search=found).indicators if i.name == "training time"]
+    assert total.verdict == "not known" and total.value == "1.20 [0.40, 3.60]"
 
 
 def test_memory_decides_between_equals_in_quality_and_time():
