@@ -36,7 +36,7 @@ mlp grouped shared_input
 linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta
 targets injection
-peft_bridge checkpoint rank_rules
+peft_bridge checkpoint rank_rules training_curve
 adapter_updates
 base_weights
 update_spectra
