@@ -67,6 +67,8 @@ def predict(
     """One arm's step; rank None is full fine-tuning. peft: the adapter is PEFT's. whole: trace every layer even where
     they are alike. Raises LoraFastError where the model can't be traced."""
     kind = PEFT if peft else FULL if rank is None else LORA
+    if workload.backend == "triton":  # kernels read memory; what the operator keeps is the same without them
+        workload = replace(workload, backend="auto")
     depth, alike = _layers(source, workload.torch_dtype)
     if whole or not alike:
         return replace(_trace(source, workload, kind, rank, None), traced_layers=() if depth is None else (depth,))

@@ -2,6 +2,7 @@
 status."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -64,6 +65,7 @@ def run_in_child(
             json.dumps(
                 {
                     "path": sys.path,
+                    "parent": os.getpid(),
                     "threads": torch.get_num_threads(),
                     "task": task,
                     "source": source.to_dict(),
@@ -141,10 +143,20 @@ def _innermost(traceback: str) -> str:
     return f"in {function} ({Path(file).name}:{line})"
 
 
+def _end_with(parent: int) -> None:
+    """On Linux, let the system end this process when its parent ends, however that may be: what goes on after a kill
+    would write into the files of the run that takes this one up."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit("the parent has ended")
+
+
 def child() -> None:
     """Entry point of the child: read the request, write the answer whole or not at all."""
     request = json.loads(Path(sys.argv[1]).read_text())
     answer = Path(sys.argv[2])
+    _end_with(request["parent"])
     torch.set_num_threads(request["threads"])
     fields = request["workload"]
     for name in ("target_modules", "exclude_modules"):

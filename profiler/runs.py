@@ -118,8 +118,10 @@ class RunFolder:
 
     def __init__(self, path: str | Path, resume: bool = False):
         self.path = Path(path).expanduser()
-        if self.path.is_dir() and not (resume and RUN_FILES & {entry.name for entry in self.path.iterdir()}):
+        if self.path.is_dir():
             content = sorted(entry.name for entry in self.path.iterdir())
+            if resume and RUN_FILES & set(content):
+                return
             if {*RUN_FILES, "spectra.json"} & set(content):
                 hint = "go on with it with --resume" if "resume.json" in content else "remove that folder first"
                 raise LoraFastError(f"{self.path} holds an earlier run; give another --out, or {hint}")

@@ -164,7 +164,6 @@ def here(folder, tmp_path, monkeypatch):
         (["config.json", "--gradient-accumulation", "0"], "gradient_accumulation=0"),
         (["config.json", "--attn-implementation", "slow"], "slow"),
         (["config.json", "--backend", "mlx"], "mlx"),
-        (["config.json", "--backend", "triton"], "triton"),
         (["config.json", "--resume"], "give it as --out"),
         (["config.json", "--memory-limit", "0"], "memory_limit_MiB=0"),
         (["config.json", "--device", "abacus"], "device='abacus'"),
