@@ -20,8 +20,6 @@ def version() -> str:
     return found.group(1)
 
 
-PEFT = ["peft>=0.21", "accelerate>=1.0"]
-
 setup(
     name="lora-fast",
     version=version(),
@@ -62,11 +60,12 @@ setup(
         "matplotlib>=3.9",
         "plotly>=6",
         "optuna>=4",
+        "accelerate>=1.0",  # Trainer, by which a rank search trains, needs it
     ],
     extras_require={
-        "peft": PEFT,
+        "peft": ["peft>=0.21"],
         "test": [
-            *PEFT,
+            "peft>=0.21",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.100",

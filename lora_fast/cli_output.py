@@ -48,6 +48,14 @@ def console():
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
+def quiet_transformers() -> None:
+    """Transformers' and the Hub's own bars would run through ours."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
 @contextlib.contextmanager
 def warnings_as_lines() -> Iterator[None]:
     """What lora-fast warns of inside, as lines on stderr like its errors, once each."""

@@ -151,7 +151,7 @@ def profile(
         from lora_fast.profiler.price import parse_price
         from lora_fast.profiler.ranks import parse_share
 
-        _quiet()
+        cli_output.quiet_transformers()
         result = sweep.profile_ranks(
             model,
             ranks,
@@ -207,14 +207,6 @@ def profile(
             "full fine-tuning's are times that were to be told from it; quiet the machine, or raise --steps"
         )
         raise typer.Exit(TOO_NOISY)
-
-
-def _quiet() -> None:
-    """Transformers' and the Hub's own bars would run through ours."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
 
 
 def estimate(
@@ -281,7 +273,7 @@ def estimate(
         from lora_fast.profiler import estimate as estimation
         from lora_fast.profiler import runs
 
-        _quiet()
+        cli_output.quiet_transformers()
         result = estimation.estimate_memory(
             model,
             ranks,

@@ -1,22 +1,24 @@
-"""The commands `lora-fast rank …`: what rules say about a rank, what a budget allows, what has been published."""
+"""The commands `lora-fast rank …`: what rules say about a rank, what a budget allows, what has been published; the
+search is in cli_search.py."""
 
 from typing import Annotated
 
 import typer
 
-from lora_fast import cli_output
+from lora_fast import cli_output, cli_search
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 JSON = Annotated[
     str | None,
     typer.Option(help="Write the result there as JSON; - prints it, and nothing else, on stdout.", show_default=False),
 ]
+app.command()(cli_search.search)
 MODEL_HELP = "A built-in shape (llama-8b, …), a config.json, a local folder, or a Hugging Face id in the local cache."
 
 
 @app.callback()
 def commands() -> None:
-    """Which rank: rules of thumb with their sources, what a budget of parameters allows, published results."""
+    """Which rank: by training at several, by rules of thumb with their sources, by a budget, by published results."""
 
 
 @app.command()

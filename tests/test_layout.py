@@ -45,7 +45,7 @@ rank_search decision decision_answer decision_evidence decision_inputs decision_
 __init__
 profiler
 cli_output
-cli_decide cli_profile cli_rank cli_report cli_spectra
+cli_decide cli_profile cli_rank cli_report cli_search cli_spectra
 cli
 """
 
