@@ -143,6 +143,26 @@ def test_long_sums_count_in_the_certificate():
         assert ((found.S - values).abs() / values).max() <= min(found.certificate, 1e-9)
 
 
+def test_what_cancels_is_certified_for_less():
+    """X Y − X' Y of two nearly equal adapters: of size 1e-8 where its parts are of size 1."""
+    g = torch.Generator().manual_seed(5)
+    X, Y = (torch.randn(*size, dtype=torch.float64, generator=g) for size in ((40, 3), (3, 33)))
+    other = X + 1e-8 * torch.randn(40, 3, dtype=torch.float64, generator=g)
+    (found,) = update_svds([torch.cat([Y, Y])], [torch.cat([X, -other], 1)], [1.0])
+    values = lora_svdvals(Y, X - other)
+    relative = ((found.S[:3] - values).abs() / values).max()
+    assert found.status == "refined"
+    assert 1e-9 < relative <= found.certificate
+
+
+def test_the_second_pass_has_one_sign_of_its_bases():
+    g = torch.Generator().manual_seed(8)
+    factor = torch.randn(2, 33, 5, generator=g)
+    q, upper = reference_svd.orthonormal(factor)
+    assert (torch.diagonal(upper, dim1=-2, dim2=-1) > 0).all()
+    assert torch.allclose(q @ upper, factor.double(), rtol=0, atol=1e-14)
+
+
 def test_rank_deficient_updates_have_exact_zeros():
     for name, rank in (("duplicate columns", 14), ("zero columns", 10)):
         lora_A, lora_B, _ = CASES[name]
@@ -173,6 +193,18 @@ def test_sizes_of_zero(N, K, R):
     for leading in ((), (2,)):
         U, S, Vh = lora_svd(torch.ones(*leading, R, K), torch.ones(*leading, N, R))
         assert (U.shape, S.shape, Vh.shape) == ((*leading, N, 0), (*leading, 0), (*leading, 0, K))
+
+
+def test_zero_columns_beyond_the_smallest_size():
+    """R > N, and what is left of R after its zero columns is not: still min(R, N, K) values."""
+    g = torch.Generator().manual_seed(9)
+    lora_A, lora_B = torch.randn(8, 33, generator=g), torch.randn(5, 8, generator=g)
+    lora_B[:, 1::2] = 0
+    U, S, Vh = lora_svd(lora_A, lora_B)
+    assert (U.shape, S.shape, Vh.shape) == ((5, 5), (5,), (5, 33))
+    update = lora_B.double() @ lora_A.double()
+    assert torch.allclose(lora_svdvals(lora_A, lora_B), torch.linalg.svdvals(update), rtol=0, atol=1e-13)
+    assert torch.allclose(U * S @ Vh, update, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("exponent", [-30, 30])
