@@ -165,6 +165,8 @@ def answer_to(f: Facts) -> Answer:
     if found.kind == "full" and f.no_full is not None:
         why = f"full fine-tuning would be the answer, but {f.no_full}; r={found.rank} is the best that is left"
         return _left(f, found, why)
+    if found.kind == "measure" and f.no_full is not None and f.cap == 1:
+        return replace(found, kind="rank", reasons=(*found.reasons, "nothing else can be done"))
     return found
 
 
@@ -249,7 +251,7 @@ def _by_quality(f: Facts) -> Answer:
         if full == "yes":
             said = f"only full fine-tuning reaches the target, with {c.full.mean:.4g}"
             return _measured(f, "full", rank, rank, best, said, target_reached=True)
-        if "unclear" in (reached[best], full):
+        if "unclear" in (reached[best], full if f.no_full is None else None):
             said = f"the target {f.target:.4g} is missed by less than the noise between seeds"
             return _measured(f, "measure", rank, rank, best, said)
         if c.full is None:
@@ -285,7 +287,7 @@ def _target_missed(f: Facts, rank: int, best: int) -> Answer:
         )
     if c.verdict == "still rising" and ranks[-1] == max(c.ranks):
         return replace(_still_rising(f, rank, missed), target_reached=False)
-    if c.verdict == "rises then falls":
+    if c.verdict == "rises then falls" and f.no_full is None:
         said = "larger ranks overfit, so that full fine-tuning, larger still, may or may not help"
         return _measured(f, "measure", rank, rank, best, missed, said, target_reached=False)
     said = f"larger ranks do not help any more ({c.sentence}): full fine-tuning is what may"
@@ -300,6 +302,9 @@ def _still_rising(f: Facts, rank: int, *reasons: str) -> Answer:
     if cost is not None and cost.is_near and f.no_full is None and f.curve.full is None:
         said = f"larger ranks are better still, and r={2 * rank} would be as slow as full fine-tuning ({cost.ratio})"
         return _measured(f, "full", rank, rank, rank, *reasons, said, base=MISSED)
+    if f.cap is not None and 2 * rank > f.cap:
+        said = f"{f.curve.sentence}, which budget or memory do not allow"
+        return _measured(f, "rank" if f.no_full else "measure", rank, rank, rank, *reasons, said)
     return _measured(f, "measure", rank, rank, 2 * rank, *reasons, f.curve.sentence)
 
 
@@ -325,6 +330,8 @@ def _best_quality(f: Facts, rank: int, best: int, *reasons: str) -> Answer:
         return _measured(f, "full", rank, rank, best, *reasons, suffices, said, base=MISSED)
     if len(ranks) < 2:
         return _measured(f, "measure", rank, rank, best, *reasons, suffices)
+    if f.no_full is not None:
+        return _measured(f, "rank", rank, rank, best, *reasons, suffices)
     if rank >= EVALUATE_FULL_FROM and (cost is None or f.is_demanding):
         said = f"from r={EVALUATE_FULL_FROM} on full fine-tuning has to be weighed, and it was not tried"
         return _measured(f, "measure", rank, rank, best, *reasons, suffices, said)
@@ -400,12 +407,13 @@ def _without_quality(f: Facts) -> Answer:
         said = f"r={rank} trains {share:.0%} of the parameters"
         if share >= FULL_SHARE or f.is_demanding:
             return answer("full", f"{said}{', for a demanding task' if f.is_demanding else ''}", base=SHARE)
-        return answer("measure", f"{said}: what full fine-tuning costs here has to be known")
-    if rank >= EVALUATE_FULL_FROM:
+        if f.no_full is None:
+            return answer("measure", f"{said}: what full fine-tuning costs here has to be known")
+    if f.no_full is None and rank >= EVALUATE_FULL_FROM:
         return answer(
             "measure", f"from r={EVALUATE_FULL_FROM} on full fine-tuning has to be weighed, on quality and cost"
         )
-    if f.is_demanding:
+    if f.no_full is None and f.is_demanding:
         return answer("measure", "for a task like this the sources disagree on whether LoRA is enough")
     if found.is_searched:
         return answer("measure", "nothing is known of the situation" if not f.known else "the guide asks for a search")
@@ -424,18 +432,17 @@ def _limited(f: Facts, found: _Candidate) -> _Candidate:
 def _candidate(f: Facts) -> _Candidate:
     """The rank to start from, by the highest of these that speaks: spectra, the caller, published results, rules."""
     rules, published = by_rules(f), by_publications(f)
-    sure = rules.sure
 
     def covered(rank: int) -> float:
-        return max(sure, published.sure) if published and published.low <= rank <= published.high else sure
+        return max([rules.sure, *(found.sure for found in published if found.low <= rank <= found.high)])
 
     if f.spectra is not None:
         rank, low, why = by_spectra(f.spectra)
         return _Candidate(rank, low, rank, why, max(SPECTRA, covered(rank)))
     if f.rank is not None:
         return _Candidate(f.rank, f.rank, f.rank, f"r={f.rank} is what you consider", covered(f.rank))
-    if published is not None:
-        return published
+    if published:  # the one that asks for the most, where another allows as much
+        return replace(max(published, key=lambda found: found.low), high=max(found.high for found in published))
     return rules
 
 
@@ -450,21 +457,21 @@ def by_spectra(spectra: Directions) -> tuple[int, int, str]:
     return rank, min(spectra.needed, rank) if fits else min(spectra.typical, rank), said
 
 
-def by_publications(f: Facts) -> _Candidate | None:
-    found = None
+def by_publications(f: Facts) -> list[_Candidate]:
+    """What has been published for such a task, or for so many tokens."""
+    found = []
     formula = by_rules(f).rank
     if f.task in ("code", "mathematics"):
-        found = _Candidate(
-            64, 64, 256, "instruction tuning on it gained up to r=256 at 7B, with all layers adapted", PUBLISHED
-        )
+        why = "instruction tuning on it gained up to r=256 at 7B, with all layers adapted"
+        found.append(_Candidate(64, 64, 256, why, PUBLISHED))
     if f.task == "reinforcement-learning":
-        rank = min(32, formula)
-        found = _Candidate(rank, 1, 32, "in reinforcement learning ranks of 1 to 32 were as good as any", PUBLISHED)
+        why = "in reinforcement learning ranks of 1 to 32 were as good as any"
+        found.append(_Candidate(min(32, formula), 1, 32, why, PUBLISHED))
     if f.tokens is not None and f.per_rank is not None:
         least = max(1, math.ceil(capacity_rank(f.tokens, f.per_rank)))
-        if least > (found.rank if found else formula):
+        if least > formula:
             why = f"at least r={least} has the capacity for {f.tokens:,.0f} tokens, at 2 bits a parameter"
-            found = _Candidate(least, least, max(least, found.high if found else least), why, PUBLISHED)
+            found.append(_Candidate(least, least, least, why, PUBLISHED))
     return found
 
 

@@ -81,8 +81,8 @@ def _experiments(f: Facts, answer: Answer) -> _Experiments:
 
 
 def _search_experiments(f: Facts, rank: int) -> _Experiments:
-    wider = {max(1, rank // 4), rank, 4 * rank if rank < EVALUATE_FULL_FROM else rank}
-    ranks = [r for r in sorted(wider) if f.cap is None or r <= f.cap] or [rank]
+    top = 4 * rank if rank < EVALUATE_FULL_FROM else rank
+    ranks = sorted({max(1, rank // 4), rank, top if f.cap is None else min(top, max(f.cap, 1))})
     arms = [*ranks, *([] if f.no_full else [FULL])]
     outcomes = [(f"r={r} suffices", replace(f, curve=_supposed(f, ranks, r))) for r in ranks]
     if not f.no_full:
@@ -94,7 +94,7 @@ def _search_experiments(f: Facts, rank: int) -> _Experiments:
 def _wider_experiments(f: Facts, rank: int) -> _Experiments:
     """What a search left out: larger ranks, and full fine-tuning."""
     c = f.curve
-    if c.verdict == "still rising":
+    if c.verdict == "still rising" and (f.cap is None or 2 * max(c.ranks) <= f.cap):
         larger = [2 * max(c.ranks), 4 * max(c.ranks)]
         outcomes = [
             ("no gain beyond", replace(f, curve=replace(c, verdict="plateau"))),
@@ -123,6 +123,11 @@ def _noise_experiments(f: Facts, rank: int) -> _Experiments:
 
         outcomes = [("it reaches", off_by(-1.01)), ("it misses", off_by(1.01))]
         yield "seeds", f"more seeds at r={best}: the target is within the noise", [best], outcomes
+    elif f.target is not None and c.full is not None and c.reaches(FULL, f.target) == "unclear":
+        beyond = 1.01 * c.sign * c.margin(FULL)
+        sides = {"it reaches": f.target - beyond, "it misses": f.target + beyond}
+        outcomes = [(k, replace(f, curve=replace(c, full=Point(mean, c.full.count)))) for k, mean in sides.items()]
+        yield "seeds", "more seeds of full fine-tuning: the target is within the noise", [FULL], outcomes
     below = max((r for r in ranks if r < rank), default=None)
     if c.noise is None and below is not None:
         equal = replace(_supposed(f, c.ranks, below), full=c.full)
