@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +231,17 @@ def test_the_table_shows_the_numbers_and_the_files(here, capsys):
     assert f"{kind['relative_size']['median']:.2%}" in row
     assert sum(line.split()[:1] == [f"1.{ATTENTION}.v_proj"] for line in out.splitlines()) == 1
     assert "Singular values: 9/9" in err and "Base weights: 9/9" in err
+
+
+def test_under_torchrun_one_process_speaks_for_all(here):
+    script = here / "command.py"
+    script.write_text("import sys\nfrom lora_fast.cli import main\n\nsys.exit(main())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(script), "svd", "--base", "base", "--tuned", "tuned", "--json", "-"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == len(names())
+    assert len(list((here / "runs").iterdir())) == 1
 
 
 def test_what_is_not_as_certain_as_usual_is_told():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import CAUSAL_LM, FAMILIES, build, logits, peft_model
+from torch import nn
 
 import lora_fast
 from lora_fast import LoraConfig, LoraFastError, load_adapter, merge_adapters, resize_adapter
@@ -112,6 +113,25 @@ def test_resized_in_float64_is_the_truth(tmp_path, family):
     assert report.parameters_before == parameters(source)
     assert report.parameters == parameters(tmp_path / "out") < report.parameters_before
     assert report.rounding_error <= 1e-14 * math.hypot(*(layer.frobenius_norm for layer in report.layers))
+
+
+def test_ranks_are_those_of_one_layer_and_of_none_whose_path_ends_like_it(tmp_path):
+    """One path is the end of the other: PEFT takes a pattern for the end of a path, unless it begins with ^."""
+
+    def network():
+        torch.manual_seed(4)
+        return nn.ModuleDict({"q": nn.Linear(12, 12), "inner": nn.ModuleDict({"q": nn.Linear(12, 12)})})
+
+    model = peft.get_peft_model(network(), peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False))
+    with torch.no_grad():
+        model.get_submodule("base_model.model.q").lora_B["default"].weight[:, 1:] = 0
+    model.save_pretrained(tmp_path / "in")
+    report = resize_adapter(tmp_path / "in", tmp_path / "out", energy=1.0, dtype=torch.float64)
+    assert {layer.name: layer.rank for layer in report.layers} == {"q": 1, "inner.q": 4}
+    again = peft.PeftModel.from_pretrained(network(), tmp_path / "out")
+    for path in ("base_model.model.q", "base_model.model.inner.q"):
+        before, after = (m.get_submodule(path).get_delta_weight("default") for m in (model, again))
+        assert torch.allclose(before, after, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -463,6 +463,17 @@ def test_saturation_needs_a_high_effective_rank_and_no_gap():
     assert verdicts([low])["saturation"] == "fits"
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_an_error_that_is_reached_exactly_counts_as_reached(scope):
+    """As √ of a sum of squares that someone else added up."""
+    for seed in range(20):
+        values = random_values(seed, 12)
+        for k in range(1, 12):
+            error = math.sqrt(math.fsum(value**2 for value in reversed(values[k:])))
+            assert ranks_for([spectrum(values)], error=error, scope=scope) == [k]
+            assert ranks_for([spectrum(values)], error=error * (1 - 1e-9), scope=scope) == [k + 1]
+
+
 def test_readings_say_their_figures():
     spectra = [
         spectrum([4.0, 0.1, 0.1, 0.1], name="layers.0.q_proj"),
