@@ -100,14 +100,11 @@ def search_rank(
     storage: where Optuna keeps the study, "sqlite:///search.db" say; a search that was killed goes on from there, and
     several processes with one storage and study_name share the work. progress is told of each trial that ends.
     Raises LoraFastError for wrong arguments, and ImportError's reason where Optuna is not installed."""
-    candidates, with_full = _candidates(ranks, start if strategy == "progressive" else 1)
-    if strategy not in STRATEGIES:
-        raise LoraFastError(f"strategy={strategy!r}; expected one of {', '.join(STRATEGIES)}")
+    candidates, with_full, seeds = check_search(ranks, strategy, start, seeds)
     if direction not in DIRECTIONS:
         raise LoraFastError(f"direction={direction!r}; expected one of {', '.join(DIRECTIONS)}")
     if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)) or not 0 <= min_gain < math.inf:
         raise LoraFastError(f"min_gain={min_gain!r}; expected a number of at least 0, in the metric's unit")
-    seeds = _seeds(seeds)
     study = _Study(train_and_evaluate, direction, storage, study_name, progress)
     curve = _Curve(study, seeds, 1 if direction == "minimize" else -1, float(min_gain))
     if strategy == "grid":
@@ -118,6 +115,16 @@ def search_rank(
     if with_full:
         curve.visit([FULL])
     return curve.result()
+
+
+def check_search(
+    ranks: Iterable[Rank] | None, strategy: str, start: int, seeds: int | Sequence[int]
+) -> tuple[list[int], bool, list[int]]:
+    """What `search_rank` makes of these: candidates, whether full is an arm, seeds. Raises LoraFastError."""
+    if strategy not in STRATEGIES:
+        raise LoraFastError(f"strategy={strategy!r}; expected one of {', '.join(STRATEGIES)}")
+    candidates, with_full = _candidates(ranks, start if strategy == "progressive" else 1)
+    return candidates, with_full, _seeds(seeds)
 
 
 def _candidates(ranks: Iterable[Rank] | None, start: int) -> tuple[list[int], bool]:

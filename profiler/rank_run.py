@@ -31,7 +31,7 @@ from lora_fast.profiler.ranks import parse_ranks
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device, to_json
 from lora_fast.profiler.text_data import Text
 from lora_fast.profiler.workload import parse_modules
-from lora_fast.rank_search import FULL, SIGNIFICANT, Rank, RankSearch, Trial, search_rank
+from lora_fast.rank_search import FULL, SIGNIFICANT, Rank, RankSearch, Trial, check_search, search_rank
 from lora_fast.training_curve import read_training_curve
 
 SCHEMA_VERSION = 1
@@ -150,8 +150,8 @@ def plan_search(
         train_text, evaluation_text = _example_texts()
     if train_text.digest == evaluation_text.digest:
         warnings.warn(
-            f"{evaluation_text.name} says the same as {train_text.name}: the curve shows what was memorized, and larger "
-            "ranks look better than they are; give text that is not trained on as --eval",
+            f"{evaluation_text.name} says the same as {train_text.name}: the curve shows what was memorized, which "
+            "flatters large ranks; give text that is not trained on as --eval",
             LoraFastWarning,
             stacklevel=2,
         )
@@ -162,9 +162,7 @@ def plan_search(
         full_learning_rate = FULL_RATE_SHARE * chosen["learning_rate"]
     recipe = Recipe(
         **chosen,
-        full_learning_rate=FULL_RATE_SHARE * chosen["learning_rate"]
-        if full_learning_rate is None
-        else full_learning_rate,
+        full_learning_rate=full_learning_rate,
         scaling=scaling,
         dtype=dtype or ("fp32" if device == "cpu" or not given else "bf16"),
         target_modules=parse_modules(target_modules),
@@ -184,6 +182,9 @@ def plan_search(
         for text in (train_text, evaluation_text)
     )
     held_out = text_data.spread(all_held_out, held_out_sequences)
+    strategy = strategy or ("progressive" if given else "grid")
+    ranks = _ranks(ranks)
+    _, _, seeds = check_search(ranks, strategy, start, seeds)
     name = "example" if source is None else source.name
     settings = {
         "model": name if source is None else source.to_dict(),
@@ -200,10 +201,10 @@ def plan_search(
         held_out=held_out,
         held_out_count=len(all_held_out),
         recipe=recipe,
-        ranks=_ranks(ranks),
-        strategy=strategy or ("progressive" if given else "grid"),
+        ranks=ranks,
+        strategy=strategy,
         start=start,
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        seeds=tuple(seeds),
         storage=storage,
         folder=_folder(out or default_folder(f"search-{name}"), settings, resume),
         keep_adapters=keep_adapters,

@@ -40,8 +40,8 @@ class Recipe:
 
     steps of batch_size · gradient_accumulation sequences of seq_len tokens; learning_rate: of LoRA, the same at every
     rank (AdamW, linear warm-up over a tenth of the steps, then a cosine to 0, gradients clipped to norm 1);
-    full_learning_rate: of full fine-tuning. scaling: "rslora" or "constant". dtype: of the frozen base; adapters are fp32, and full
-    fine-tuning keeps fp32 weights under autocast to it: updates of this size vanish in bf16's rounding.
+    full_learning_rate: of full fine-tuning. scaling: "rslora" or "constant". dtype: of the frozen base; adapters are
+    fp32, and full fine-tuning keeps fp32 weights under autocast to it: such small updates vanish in bf16's rounding.
     Raises LoraFastError for values out of range."""
 
     steps: int
