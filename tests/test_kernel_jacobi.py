@@ -189,6 +189,16 @@ def test_sweeps_that_do_not_suffice_are_told():
     assert found.status.tolist() == [2] and found.sweeps.tolist() == [2] and math.isinf(found.kappa)
 
 
+def test_directions_count_down_to_the_rounding_of_the_grams():
+    """Of a condition of 1e6 the smallest pivot is some 1e-12, a thousand times what counts as zero."""
+    B, A = conditioned(59, 5, 1e6, 4), random(5, 40, seed=3)
+    found = svd([B], [A], [1.0], vectors=False)
+    exact = digits_60(B, A, 1.0)
+    assert found.status.tolist() == [0] and 1e5 < float(found.kappa) < 1e7
+    assert float((found.S[0].cpu() - exact).abs().max()) <= 1e-9 * exact[0]
+    assert float(found.S[0, -1]) == pytest.approx(float(exact[-1]), rel=1e-2)
+
+
 def test_products_that_cancel_are_zero():
     """B A = b a − b a: what is left of the core is rounding."""
     b, a = random(40, 3, seed=1).double(), random(3, 50, seed=2).double()
