@@ -9,43 +9,28 @@ import argparse
 import json
 import math
 import sys
-import sysconfig
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lora_fast import LoraConfig, apply_lora, lora_parameters, save_adapter
+from lora_fast.profiler import small_example
 from lora_fast.profiler.models import SHAPES
 from lora_fast.profiler.runs import default_folder, environment, to_json
 
 SHAPE = "llama-5m"
 BATCH, LENGTH = 8, 128
-BYTES = 256
-HELD_OUT = 0.1  # the end of each text, on which the losses are measured
 WARM_UP = 0.1
 BASE_RATE, ADAPTER_RATE = 1e-3, 2e-3
 
 
-def prose() -> bytes:
-    """The topics of Python's help(): reST prose, 0.4 MB."""
-    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
-
-
-def code() -> bytes:
-    """The standard library's own modules, by name."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return b"\n\n".join(file.read_bytes() for file in files)
-
-
 def split(text: bytes) -> tuple[Tensor, Tensor]:
     """(to train on, held out), as byte ids."""
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    cut = int(len(ids) * (1 - HELD_OUT))
-    return ids[:cut], ids[cut:]
+    parts = small_example.split(text)
+    return tuple(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in parts)
 
 
 @torch.no_grad()
@@ -90,14 +75,13 @@ def main(argv=None) -> int:
     out = args.out or default_folder("adapter")
     out.mkdir(parents=True)
     started = time.perf_counter()
-    (prose_ids, prose_held), (code_ids, code_held) = split(prose()), split(code())
+    (prose_ids, prose_held), (code_ids, code_held) = split(small_example.prose()), split(small_example.code())
 
     torch.manual_seed(0)
     if args.base:
         model = LlamaForCausalLM.from_pretrained(args.base)
     else:
-        shape = SHAPES[SHAPE] | {"vocab_size": BYTES}
-        model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=LENGTH, use_cache=False))
+        model = small_example.byte_llama(SHAPES[SHAPE], LENGTH)
         print(f"base: {args.base_steps} steps on {len(prose_ids):,} bytes of prose")
         train(model, list(model.parameters()), prose_ids, args.base_steps, BASE_RATE, seed=0)
         model.save_pretrained(out / "base")
