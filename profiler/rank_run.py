@@ -147,7 +147,7 @@ def plan_search(
         train_text, evaluation_text = (text_data.read_text(path, text_field) for path in (train, evaluation))
     else:
         encoder = text_data.BYTES
-        train_text, evaluation_text = _example_texts()
+        train_text, evaluation_text = example_texts()
     if train_text.digest == evaluation_text.digest:
         warnings.warn(
             f"{evaluation_text.name} says the same as {train_text.name}: the curve shows what was memorized, which "
@@ -293,7 +293,7 @@ def document(plan: Plan, source: ModelSource, search: RankSearch) -> dict:
         },
         "recipe": {
             **plan.settings["recipe"],
-            "scaling_says": SCALINGS[recipe.scaling],
+            "scaling_says": SCALINGS[recipe.scaling][-1],
             "full_learning_rate_source": FULL_RATE_SOURCE
             if recipe.full_learning_rate == FULL_RATE_SHARE * recipe.learning_rate
             else None,
@@ -418,7 +418,7 @@ def _difference(name: str, before, now) -> tuple[str, str]:
 # --------------------------------------------------------------------------------------------------- the small example
 
 
-def _example_texts() -> tuple[Text, Text]:
+def example_texts() -> tuple[Text, Text]:
     if not small_example.code().strip():
         raise LoraFastError("this Python has no sources of its standard library; give --model, --train and --eval")
     parts = small_example.split(small_example.prose())

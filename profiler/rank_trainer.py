@@ -22,11 +22,12 @@ from lora_fast.rank_search import FULL, Rank
 # Full fine-tuning's best learning rate is about a tenth of LoRA's. Source: SCHULMAN (10×, 9.8 by their fit).
 FULL_RATE_SHARE = 0.1
 FULL_RATE_SOURCE = SCHULMAN
+# Three rules for alpha, alike at r = 16, where they give 2: (name, alpha of a rank, use_rslora, in words).
 SCALINGS = {
-    "rslora": "alpha/√r with alpha = 8 for all ranks (rsLoRA, arXiv:2312.03732): 2 at r = 16",
-    "constant": "2 at every rank (alpha = 2r)",
+    "rslora": (lambda rank: 8, True, "8/√r (rsLoRA, arXiv:2312.03732)"),
+    "inverse": (lambda rank: 32, False, "32/r (alpha = 32 at every rank)"),
+    "constant": (lambda rank: 2 * rank, False, "2 (alpha = 2r)"),
 }
-RSLORA_ALPHA, CONSTANT_SCALING = 8, 2
 # A training's curve: so many evaluations, the first before it, and so many means of the training loss.
 EVALUATIONS, LOSSES = 5, 20
 WARM_UP = 0.1
@@ -40,7 +41,7 @@ class Recipe:
 
     steps of batch_size · gradient_accumulation sequences of seq_len tokens; learning_rate: of LoRA, the same at every
     rank (AdamW, linear warm-up over a tenth of the steps, then a cosine to 0, gradients clipped to norm 1);
-    full_learning_rate: of full fine-tuning. scaling: "rslora" or "constant". dtype: of the frozen base; adapters are
+    full_learning_rate: of full fine-tuning. scaling: one of SCALINGS. dtype: of the frozen base; adapters are
     fp32, and full fine-tuning keeps fp32 weights under autocast to it: such small updates vanish in bf16's rounding.
     Raises LoraFastError for values out of range."""
 
@@ -75,11 +76,11 @@ class Recipe:
         return self.batch_size * self.gradient_accumulation * self.seq_len
 
     def lora_config(self, rank: int) -> LoraConfig:
-        rslora = self.scaling == "rslora"
+        alpha, use_rslora, _ = SCALINGS[self.scaling]
         return LoraConfig(
             r=rank,
-            lora_alpha=RSLORA_ALPHA if rslora else CONSTANT_SCALING * rank,
-            use_rslora=rslora,
+            lora_alpha=alpha(rank),
+            use_rslora=use_rslora,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
         )
