@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lora_fast import cli_output
+from lora_fast import cli_output, cli_profile, cli_search, cli_spectra
+
+STAGES = cli_profile.STAGES | cli_search.STAGES | cli_spectra.STAGES
 
 
 def decide(
@@ -35,6 +37,44 @@ def decide(
         typer.Option(help="Parameters that may be trained, such as 5000000 or 5M.", show_default=False),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="A rank that you consider.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --train and --eval, in place of RUN…: profile, search and spectra in one go."),
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(help="Text to train on: .jsonl with a field of text, or plain text.")
+    ] = None,
+    evaluation: Annotated[Path | None, typer.Option("--eval", help="Text that is not trained on.")] = None,
+    time_budget: Annotated[str, typer.Option(help="For all three, such as 10m or 1h30m.")] = "10m",
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="To profile and search in one go, full among them.  [default: 1,4,16,64,full]", show_default=False
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="In one go: trainings of every rank.")] = 2,
+    steps: Annotated[int, typer.Option(help="In one go: the most steps of a training.")] = 2000,
+    batch_size: Annotated[
+        int | None, typer.Option(help="In one go: sequences in a step.  [default: 8]", show_default=False)
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(
+            help="In one go: tokens in a sequence.  [default: 512, or what the model allows]", show_default=False
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="In one go: of LoRA at every rank.  [default: 2e-4]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="In one go: auto, cpu or cuda.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="In one go: new folder for profile/, search/, svd/ and decision.json.  [default: "
+            "runs/decide-MODEL-DATE-TIME]",
+            show_default=False,
+        ),
+    ] = None,
     model_size: Annotated[
         float | None, typer.Option(help="Billions of parameters, where no profile says it.", show_default=False)
     ] = None,
@@ -55,8 +95,7 @@ def decide(
         ),
     ] = None,
 ) -> None:
-    """Which rank, or full fine-tuning: an answer from any of profile, rank search and spectra, with the evidence beside
-    it.
+    """Which rank, or full fine-tuning: an answer from any of profile, rank search and spectra, and its evidence.
 
     What was measured here counts for more than what has been published, and that for more than rules of thumb; cost
     decides between equals. What is missing lowers the confidence; what to measure next is said.
@@ -64,39 +103,85 @@ def decide(
     cli_output.check_json_target(json)
     from lora_fast import LoraFastError
     from lora_fast import decide as answer
-    from lora_fast.profiler.evidence import MADE_BY, read_evidence
+    from lora_fast.cli_rank import parse_count
+    from lora_fast.profiler import evidence as gathered
     from lora_fast.profiler.price import parse_price
     from lora_fast.profiler.runs import to_json
 
-    if not runs:
+    given = {"--model": model, "--train": train, "--eval": evaluation}
+    missing = [name for name, value in given.items() if value is None]
+    if runs and len(missing) < 3:
+        raise LoraFastError("RUN… and --model are both given; give runs, or --model, --train and --eval for new ones")
+    if not runs and len(missing) == 3:
         raise LoraFastError(
-            f"no run is given; expected folders of {MADE_BY} (`lora-fast rank suggest` does without any)"
+            f"no run is given; expected folders of {gathered.MADE_BY}, or --model, --train and --eval to make them "
+            "(`lora-fast rank suggest` does without any)"
         )
-    evidence = read_evidence(runs)
+    if not runs and missing:
+        raise LoraFastError(f"{' and '.join(missing)} missing: one go takes --model, --train and --eval")
+    parameters = None if budget is None else parse_count(budget)
+    usd_per_hour = None if price is None else parse_price(price)
+    options = {"rank": rank, "domain": domain, "budget": parameters, "model_size": model_size, "data_size": data_size}
+    options |= {"scenario": scenario, "price_per_hour": usd_per_hour, "task": task, "target": target}
+    answer(**options, tokens=tokens)  # what is wrong with these is said before anything is measured
+    folder, split = None, ()
+    if not runs:
+        made = _at_once(
+            *(model, train, evaluation, time_budget),
+            ranks=ranks,
+            seeds=seeds,
+            most_steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            learning_rate=learning_rate,
+            device=device,
+            out=out,
+        )
+        folder, split = made.folder, made.split
+        runs = [path for name in ("profile", "search", "svd") if (path := folder / name).is_dir()]
+    evidence = gathered.read_evidence(runs)
     found = answer(
         evidence.profile,
         evidence.search,
         evidence.spectra,
-        task,
-        target,
-        rank=rank,
-        domain=domain,
-        budget=None if budget is None else _count(budget),
-        model_size=model_size,
-        data_size=data_size,
-        tokens=tokens,
-        scenario=scenario,
-        price_per_hour=None if price is None else parse_price(price),
+        tokens=evidence.tokens if tokens is None else tokens,
+        **options,
     )
     read = [{"path": path, "kind": kind} for path, kind in evidence.read]
-    cli_output.write_json(json, to_json(found.to_dict() | {"runs": read, "notes": evidence.notes}))
+    document = to_json(found.to_dict() | {"runs": read, "notes": evidence.notes, "time_budget": list(split)})
+    cli_output.write_json(json, document)
+    if folder is not None:
+        cli_output.write_json(str(folder / "decision.json"), document)
     if json != "-":
         from lora_fast.profiler.decision_table import print_decision
 
-        print_decision(found, cli_output.console(), evidence.notes)
+        console = cli_output.console()
+        print_decision(found, console, evidence.notes)
+        if folder is not None:
+            console.print(f"Time: {'; '.join(split)}.", soft_wrap=True, highlight=False)
+            console.print(
+                f"Written: {folder}/ (decision.json, {', '.join(f'{run.name}/' for run in runs)})",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
-def _count(text: str) -> int:
-    from lora_fast.cli_rank import _count as count
+def _at_once(model, train, evaluation, time_budget, *, ranks, **options):
+    from lora_fast.profiler import decide_run
 
-    return count(text)
+    seconds = decide_run.parse_duration(time_budget)
+    cli_output.quiet_transformers()
+    cli_output.say(
+        f"{seconds:.0f} s in all: the profile first, its timing a tenth of them; the search what is then left but 5%; "
+        "the spectra those"
+    )
+    with cli_output.warnings_as_lines(), cli_output.progress(STAGES) as report:
+        return decide_run.measure_at_once(
+            model,
+            train,
+            evaluation,
+            time_budget_s=seconds,
+            ranks=ranks or decide_run.RANKS,
+            progress=report,
+            **options,
+        )

@@ -94,7 +94,7 @@ def budget(
     from lora_fast.profiler.table import si
 
     shapes = _shapes(model)
-    found = rank_rules.budget_of(shapes, _count(parameters), _names(target_modules))
+    found = rank_rules.budget_of(shapes, parse_count(parameters), _names(target_modules))
     choices = rank_rules.budget_tradeoffs(shapes, found.budget)
     document = {**found.to_dict(), "tradeoffs": [rank_rules.asdict(choice) for choice in choices]}
     cli_output.write_json(json, to_json(document))
@@ -170,7 +170,7 @@ def _names(target_modules: str):
     return parse_modules(target_modules)
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
     """5000000, 5_000_000, 5M, 1.5B → a number of parameters."""
     import re
 

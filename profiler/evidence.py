@@ -18,12 +18,13 @@ MADE_BY = "lora-fast profile, estimate, rank search or svd"
 
 @dataclass
 class Evidence:
-    """profile, search, spectra: each None where no run had it. read: (path, what it was). notes: what was left out, and
-    what doesn't go together."""
+    """profile, search, spectra: each None where no run had it. tokens: of the text that the search trained on. read:
+    (path, what it was). notes: what was left out, and what doesn't go together."""
 
     profile: Profile | None = None
     search: dict[str, Any] | None = None
     spectra: dict[str, Any] | None = None
+    tokens: int | None = None
     read: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -47,8 +48,15 @@ def read_evidence(paths: Sequence[str | Path]) -> Evidence:
         evidence.profile = _one_profile(found["profile"], evidence.notes)
     evidence.search = next((document for _, document in found["search"]), None)
     evidence.spectra = next((document for _, document in found["spectra"]), None)
+    evidence.tokens = tokens_of(evidence.search)
     _check_together(evidence, found)
     return evidence
+
+
+def tokens_of(search: dict[str, Any] | None) -> int | None:
+    """Tokens of the text that a search trained on, each counted once."""
+    train = ((search or {}).get("data") or {}).get("train") or {}
+    return train.get("tokens") or None
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:
@@ -108,7 +116,7 @@ def _one_profile(entries: list[tuple[Path, Profile]], notes: list[str]) -> Profi
     first, profile = entries[0]
     for path, other in entries[1:]:
         names = [(p.workload["model"], p.workload["parameters"]) for p in (profile, other)]
-        if names[0] != names[1]:
+        if names[0][1] != names[1][1]:  # the name of one model may differ: an id, a folder
             words = " and ".join(f"{model} ({count:,} parameters)" for model, count in names)
             raise LoraFastError(f"{first} and {path} are profiles of different models: {words}")
     best = max(entries, key=lambda entry: (not entry[1].estimated, entry[1].environment.get("started") or ""))
@@ -119,11 +127,11 @@ def _one_profile(entries: list[tuple[Path, Profile]], notes: list[str]) -> Profi
 def _check_together(evidence: Evidence, found: dict[str, list]) -> None:
     """A search of another model than the profile's is refused; layers of other sizes are said."""
     work = evidence.profile.workload if evidence.profile else {}
-    searched = (evidence.search or {}).get("workload", {})
+    searched = (evidence.search or {}).get("model") or {}
     if work and searched.get("parameters") and searched["parameters"] != work["parameters"]:
         raise LoraFastError(
             f"{found['profile'][0][0]} and {found['search'][0][0]} are of different models: "
-            f"{work['model']} ({work['parameters']:,} parameters) and {searched.get('model')} "
+            f"{work['model']} ({work['parameters']:,} parameters) and {searched.get('name')} "
             f"({searched['parameters']:,})"
         )
     spectra = directions_of(evidence.spectra) if evidence.spectra else None

@@ -1,18 +1,21 @@
 """`lora-fast decide` on real runs of tiny models, and what it says of folders that are none."""
 
 import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_fast import LoraConfig, apply_lora, lora_parameters, save_adapter, search_rank
 from lora_fast.cli import main
 from lora_fast.profiler import estimate_memory
+from lora_fast.profiler.decide_run import affordable_steps, parse_duration
 
 pytest.importorskip("optuna")
 SIZES = {
-    "vocab_size": 61,
+    "vocab_size": 256,
     "hidden_size": 32,
     "intermediate_size": 44,
     "num_hidden_layers": 2,
@@ -22,40 +25,52 @@ SIZES = {
 }
 # Σ (K + N) over q, k, v, o, gate, up, down, in two layers.
 PER_RANK = 2 * (64 + 48 + 48 + 64 + 76 + 76 + 76)
-TOKENS = torch.arange(96).remainder(61).view(6, 16)  # a rule that a rank of 1 learns in part
-
-
-def trained(rank, seed, steps=12):
-    """(a tiny Llama, adapted at this rank or trained in full, its loss)."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES))
-    torch.manual_seed(seed)
-    if rank != "full":
-        apply_lora(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    parameters = list(model.parameters()) if rank == "full" else lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3 if rank == "full" else 3e-2)
-    for _ in range(steps):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model, float(model(input_ids=TOKENS, labels=TOKENS).loss.detach())
+SCRIPT = Path(sys.executable).parent / "lora-fast"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A profile, a search and spectra of one tiny model, each as its command or function makes it."""
-    path = tmp_path_factory.mktemp("runs")
-    (path / "tiny").mkdir()
-    (path / "tiny" / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
-    small = ["--batch-size", "2", "--seq-len", "16", "--steps", "6", "--device", "cpu"]
-    main(["profile", str(path / "tiny" / "config.json"), "--ranks", "4", *small, "--out", str(path / "profile")])
-    found = search_rank(lambda rank, seed: trained(rank, seed)[1], [1, 4, 16, "full"], "grid", seeds=2)
-    (path / "search").mkdir()
-    (path / "search" / "search.json").write_text(json.dumps({"schema_version": 1, "search": found.to_dict()}))
-    save_adapter(trained(16, 0)[0], path / "adapter")
-    assert main(["svd", str(path / "adapter"), "--out", str(path / "svd")]) == 0
+    """A profile, a search and spectra of one tiny model with bytes for tokens, in one go."""
+    path = tmp_path_factory.mktemp("work")
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
+    text = "\n".join(topics[name] for name in sorted(topics))
+    (path / "train.txt").write_text(text[:20_000])
+    (path / "eval.txt").write_text(text[20_000:22_000])
     return path
+
+
+@pytest.fixture(scope="module")
+def at_once(folder):
+    command = [SCRIPT, "decide", "--model", "config.json", "--train", "train.txt", "--eval", "eval.txt"]
+    command += ["--time-budget", "1h", "--steps", "20", "--ranks", "1,4,full", "--seq-len", "16", "--batch-size", "2"]
+    command += ["--learning-rate", "0.01", "--task", "medium", "--device", "cpu", "--out", "runs"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(folder, at_once):
+    assert at_once.returncode == 0, at_once.stderr
+    return folder / "runs"
+
+
+def test_in_one_go(at_once, runs):
+    assert sorted(path.name for path in runs.iterdir()) == ["decision.json", "profile", "search", "svd"]
+    found = json.loads((runs / "decision.json").read_text())
+    assert [Path(run["path"]).name for run in found["runs"]] == ["profile", "search", "svd"]
+    # Every part of the budget is said, before and after.
+    assert "3600 s in all: the profile first" in at_once.stderr
+    assert "(3 arms × 2 seeds × 20 steps of 32 tokens)" in found["time_budget"][1]
+    assert found["time_budget"][-1].endswith("of 60.0 min in all")
+    assert f"Time: {'; '.join(found['time_budget'])}." in at_once.stdout
+    search = json.loads((runs / "search" / "search.json").read_text())
+    assert search["recipe"]["steps"] == 20 and len(search["search"]["trials"]) == 6
+    profile = json.loads((runs / "profile" / "run.json").read_text())
+    assert [arm["rank"] for arm in profile["arms"]] == [1, 4, None]
+    assert json.loads((runs / "svd" / "spectra.json").read_text())["layers"][0]["rank"] == 4
+    # The text's tokens are known from the search, and so its capacity.
+    (capacity,) = [i for i in found["indicators"] if i["name"] == "capacity"]
+    tokens = search["data"]["train"]["tokens"]
+    assert capacity["value"] == f"r ≥ {math.ceil(tokens / (2 * PER_RANK))}"
 
 
 def decided(capsys, *arguments):
@@ -64,19 +79,17 @@ def decided(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_all_runs_together(folder, capsys):
-    found = decided(
-        capsys, folder / "profile", folder / "search", folder / "svd", "--task", "medium", "--price", "3.6/h"
-    )
+def test_all_runs_together(runs, capsys):
+    found = decided(capsys, runs / "profile", runs / "search", runs / "svd", "--task", "medium", "--price", "3.6/h")
     assert [run["kind"] for run in found["runs"]] == ["profile", "search", "spectra"]
     seen = {indicator["name"]: indicator for indicator in found["indicators"]}
-    assert all(seen[name]["sure"] > 0 for name in seen if name not in ("capacity", "budget"))
+    assert all(seen[name]["sure"] > 0 for name in seen if name != "budget")
     rank = found["rank"] or 1
-    run = json.loads((folder / "profile" / "run.json").read_text())
-    assert run["arms"][0]["trainable"] == 4 * PER_RANK
+    run = json.loads((runs / "profile" / "run.json").read_text())
+    assert run["arms"][0]["trainable"] == PER_RANK
     share = rank * PER_RANK / (run["workload"]["parameters"] + rank * PER_RANK)
     assert found["kind"] == "full" or seen["trained share"]["value"] == f"{share:.2%}"
-    search = json.loads((folder / "search" / "search.json").read_text())["search"]
+    search = json.loads((runs / "search" / "search.json").read_text())["search"]
     assert [(p["rank"], p["mean"]) for p in found["curve"]["points"]] == [
         (p["rank"], p["mean"]) for p in search["points"] if p["rank"] != "full"
     ]
@@ -84,9 +97,9 @@ def test_all_runs_together(folder, capsys):
     assert found["notes"] == []
 
 
-def test_the_answer_comes_first_in_print(folder, capsys):
+def test_the_answer_comes_first_in_print(runs, capsys):
     capsys.readouterr()
-    assert main(["decide", str(folder / "search"), "--target", "0.001"]) == 0
+    assert main(["decide", str(runs / "search"), "--target", "0.001"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(("r=", "Full fine-tuning:", "Not known yet."))
     text = "\n".join(lines)
@@ -97,26 +110,26 @@ def test_the_answer_comes_first_in_print(folder, capsys):
 
 
 @pytest.mark.parametrize("kind", ["profile", "search", "svd"])
-def test_each_run_by_itself(folder, capsys, kind):
-    found = decided(capsys, folder / kind)
+def test_each_run_by_itself(runs, capsys, kind):
+    found = decided(capsys, runs / kind)
     assert found["kind"] in ("rank", "full", "measure") and 0 < found["confidence"] < 1
     name = {"profile": "run.json", "search": "search.json", "svd": "spectra.json"}[kind]
-    assert decided(capsys, folder / kind / name)["sentence"] == found["sentence"]
+    assert decided(capsys, runs / kind / name)["sentence"] == found["sentence"]
 
 
-def test_a_budget(folder, capsys):
-    found = decided(capsys, folder / "profile", folder / "search", "--budget", str(4 * PER_RANK))
+def test_a_budget(runs, capsys):
+    found = decided(capsys, runs / "profile", runs / "search", "--budget", str(4 * PER_RANK))
     assert found["kind"] != "full" and found["range"][1] <= 4
 
 
-def test_a_measured_profile_is_taken_before_an_estimate_of_the_same_model(folder, capsys, tmp_path):
-    estimate = estimate_memory(str(folder / "tiny" / "config.json"), [4], seq_len=16, device="cpu")
-    run = json.loads((folder / "profile" / "run.json").read_text())
-    estimate.workload["model"] = run["workload"]["model"]
+def test_a_measured_profile_is_taken_before_an_estimate_of_the_same_model(folder, runs, capsys, tmp_path):
+    estimate = estimate_memory(str(folder / "config.json"), [4], seq_len=16, device="cpu")
+    run = json.loads((runs / "profile" / "run.json").read_text())
+    assert estimate.workload["parameters"] == run["workload"]["parameters"]
     file = tmp_path / "estimate.json"
     file.write_text(json.dumps(estimate.to_dict()))
-    found = decided(capsys, file, folder / "profile")
-    assert found["notes"] == [f"{file} was left out: {folder / 'profile'} is of the same model"]
+    found = decided(capsys, file, runs / "profile")
+    assert found["notes"] == [f"{file} was left out: {runs / 'profile'} is of the same model"]
     alone = decided(capsys, file, "--rank", "4")
     (step,) = [i for i in alone["indicators"] if i["name"] == "step time"]
     assert step["value"].endswith("(FLOPs)")
@@ -130,38 +143,72 @@ def refused(capsys, *arguments):
     return captured.err
 
 
-def test_what_is_no_run_is_refused_in_one_line(folder, capsys, tmp_path):
+def test_what_is_no_run_is_refused_in_one_line(folder, runs, capsys, tmp_path):
     assert "no run is given" in refused(capsys)
     assert "is no run: expected a folder of lora-fast profile" in refused(capsys, tmp_path)
     assert "there is no such file or folder" in refused(capsys, tmp_path / "nowhere")
-    assert "lora-fast svd" in refused(capsys, folder / "adapter")
+    assert "lora-fast svd" in refused(capsys, runs / "search" / "trainings" / "r4-seed0")
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "arms.jsonl").write_text("{}\n")
     assert "the run has not ended" in refused(capsys, tmp_path / "killed")
     for content, said in (("{", "can't be read as JSON"), ("[]", "holds a list"), ("{}", "is no run")):
         (tmp_path / "x.json").write_text(content)
         assert said in refused(capsys, tmp_path / "x.json")
-    assert "both hold a search" in refused(capsys, folder / "search", folder / "search")
-    assert "task='poetry'; known are" in refused(capsys, folder / "search", "--task", "poetry")
-    assert "--budget 'much'" in refused(capsys, folder / "search", "--budget", "much")
+    assert "both hold a search" in refused(capsys, runs / "search", runs / "search")
+    assert "task='poetry'; known are" in refused(capsys, runs / "search", "--task", "poetry")
+    assert "--budget 'much'" in refused(capsys, runs / "search", "--budget", "much")
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("profile", "run.json"), ("search", "search.json"), ("svd", "spectra.json")]
 )
-def test_a_newer_schema_is_refused(folder, capsys, tmp_path, kind, name):
-    document = json.loads((folder / kind / name).read_text()) | {"schema_version": 99}
+def test_a_newer_schema_is_refused(runs, capsys, tmp_path, kind, name):
+    document = json.loads((runs / kind / name).read_text()) | {"schema_version": 99}
     (tmp_path / name).write_text(json.dumps(document))
     error = refused(capsys, tmp_path)
     assert "schema_version=99; this version reads 1" in error and str(tmp_path / name) in error
 
 
-def test_runs_of_different_models_are_refused(folder, capsys, tmp_path):
+def test_runs_of_different_models_are_refused(runs, capsys, tmp_path):
     other = {"model_type": "llama", **SIZES, "hidden_size": 64}
     (tmp_path / "config.json").write_text(json.dumps(other))
     estimate = estimate_memory(str(tmp_path / "config.json"), [4], seq_len=16, device="cpu")
     (tmp_path / "run.json").write_text(json.dumps(estimate.to_dict()))
-    assert "are profiles of different models" in refused(capsys, folder / "profile", tmp_path)
+    assert "are profiles of different models" in refused(capsys, runs / "profile", tmp_path)
     capsys.readouterr()
-    found = decided(capsys, tmp_path, folder / "svd")
+    found = decided(capsys, tmp_path, runs / "svd")
     assert "other layers, or another model" in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "m"], "--train and --eval missing"),
+        (["x", "--model", "m", "--train", "t", "--eval", "e"], "RUN… and --model are both given"),
+        (["--time-budget", "soon"], "--time-budget 'soon'; expected a duration such as 10m"),
+        (["--steps", "3"], "--steps 3; expected at least 20"),
+        (["--ranks", "full"], "names no rank"),
+        (["--domain", "middle"], "domain='middle'"),
+        (["--eval", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_what_is_wrong_in_one_go(folder, capsys, tmp_path, arguments, message):
+    files = {"--model": "config.json", "--train": "train.txt", "--eval": "eval.txt"}
+    whole = [] if arguments[0] in ("--model", "x") else [w for k, v in files.items() for w in (k, str(folder / v))]
+    small = ["--seq-len", "16", "--batch-size", "2", "--out", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main(["decide", *whole, *arguments, *small]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10m", 600), ("90s", 90), ("600", 600), ("1h30m", 5400), ("1.5m", 90), ("2h", 7200)]
+)
+def test_durations(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+def test_steps_that_a_budget_affords():
+    assert affordable_steps(100, 0.5, 30) == 120  # 75 s of the 100 at 0.5 s a step, less 30 for evaluations
+    assert affordable_steps(10, 0.5, 30) == 0
