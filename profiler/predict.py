@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lora_fast import LoraFastError
+from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, adamw, loss_of, train
@@ -120,6 +121,8 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
     trained_names = {names[id(p)] for p in trained}
     on_cuda = torch.device(workload.device).type == "cuda"
     foreach = on_cuda if workload.foreach is None else workload.foreach
+    if workload.lora_dropout:  # a table that the first mask makes and that stays; among fake tensors it wouldn't
+        reference.unpack_mask(torch.zeros(1, 1, dtype=torch.uint8), torch.empty(1, 8, dtype=workload.torch_dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), _seen_as_real():
         _make_fake(model)
         trained = [p for name, p in model.named_parameters() if name in trained_names]
