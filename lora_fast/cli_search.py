@@ -50,7 +50,7 @@ def search(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of LoRA, at every rank.  [default: 2e-4; the example: 2e-3]", show_default=False),
+        typer.Option(help="Of LoRA, at every rank.  [default: 2e-4; the example: 5e-3]", show_default=False),
     ] = None,
     full_learning_rate: Annotated[
         float | None,
@@ -58,8 +58,10 @@ def search(
     ] = None,
     scaling: Annotated[
         str,
-        typer.Option(help="rslora: alpha/√r with one alpha; constant: alpha = 2r. Else the curve would show scaling."),
-    ] = "rslora",
+        typer.Option(
+            help="inverse: 32/r; rslora: 8/√r; constant: 2. One rate then suits all ranks best under the first."
+        ),
+    ] = "inverse",
     lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A.")] = 0.0,
     target_modules: Annotated[str, typer.Option(help="all-linear, names, or a regular expression.")] = "all-linear",
     dtype: Annotated[

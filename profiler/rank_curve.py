@@ -89,6 +89,7 @@ def print_search(found: Mapping[str, Any], console) -> None:
         say("Note: the two texts are one, so this is how well each rank memorizes")
     if found["model"]["weights"] == "random":
         say("Note: the model's weights are random: this is pretraining, not fine-tuning")
+    say(f"{len(search['trials'])} trainings took {search['cost_s'] / 60:.1f} minutes.")
     say(f"Verdict: {search['verdict']}. {search['sentence']}")
 
 

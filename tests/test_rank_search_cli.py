@@ -129,7 +129,9 @@ def test_the_table_says_it_all(finished, capsys):
     for row in finished["ranks"]:
         assert f"{row['mean']:.4f}" in printed and f"{row['spread']:.4f}" in printed
     assert finished["search"]["sentence"] in " ".join(printed.split())
-    assert "alpha/√r" in printed and "full fine-tuning 0.002 (× 0.1, by Schulman" in " ".join(printed.split())
+    assert "scaling 32/r (alpha = 32" in printed and "full fine-tuning 0.002 (× 0.1, by Schulman" in " ".join(
+        printed.split()
+    )
 
 
 def test_more_ranks_and_seeds_go_on_from_what_there_is(finished, folder, capfd):
@@ -221,7 +223,7 @@ def test_bad_files_are_one_line_and_exit_code_2(name, content, more, message, fo
         (["--steps", "0"], "steps=0; expected a whole number of at least 1"),
         (["--seq-len", "65"], "seq_len=65 exceeds the model's max_position_embeddings=64"),
         (["--learning-rate", "-1"], "learning_rate=-1.0; expected a positive number"),
-        (["--scaling", "none"], "scaling='none'; expected one of rslora, constant"),
+        (["--scaling", "none"], "scaling='none'; expected one of inverse, rslora, constant"),
         (["--dtype", "fp16"], "dtype='fp16' needs a GPU"),
         (["--dtype", "int8"], "dtype='int8'; expected one of"),
         (["--target-modules", "absent_proj"], "absent_proj"),
@@ -298,7 +300,10 @@ def test_blocks_and_their_choice():
 def test_every_rank_has_the_same_recipe():
     recipe = Recipe(**rank_run.DEFAULTS, full_learning_rate=1e-5)
     for rank in (1, 4, 64):
-        assert recipe.lora_config(rank).scaling_of("x") == pytest.approx(8 / rank**0.5)
-    constant = Recipe(**rank_run.DEFAULTS, full_learning_rate=1e-5, scaling="constant")
+        assert recipe.lora_config(rank).scaling_of("x") == 32 / rank
+    rslora, constant = (
+        Recipe(**rank_run.DEFAULTS, full_learning_rate=1e-5, scaling=rule) for rule in ("rslora", "constant")
+    )
+    assert [rslora.lora_config(rank).scaling_of("x") for rank in (1, 4, 64)] == [8, 4, 1]
     assert {constant.lora_config(rank).scaling_of("x") for rank in (1, 4, 64)} == {2.0}
     assert recipe.tokens_per_step == 8 * 512
