@@ -58,9 +58,7 @@ def search(
     ] = None,
     scaling: Annotated[
         str,
-        typer.Option(
-            help="inverse: 32/r; rslora: 8/√r; constant: 2. One rate then suits all ranks best under the first."
-        ),
+        typer.Option(help="Of the update, alike at r = 16. inverse: 32/r; rslora: 8/√r; constant: 2."),
     ] = "inverse",
     lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A.")] = 0.0,
     target_modules: Annotated[str, typer.Option(help="all-linear, names, or a regular expression.")] = "all-linear",

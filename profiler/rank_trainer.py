@@ -23,9 +23,9 @@ from lora_fast.rank_search import FULL, Rank
 FULL_RATE_SHARE = 0.1
 FULL_RATE_SOURCE = SCHULMAN
 # Three rules for alpha, alike at r = 16, where they give 2: alpha of a rank, use_rslora, in words. With AdamW, r
-# directions that each move by the learning rate move an update r times as far where they agree: under 1/r the best rate
-# depends least on the rank. SCHULMAN found so; in the small example r = 64 wants a third of r = 8's rate under 1/√r, and
-# about the same under 1/r. rsLoRA argues for 1/√r by the size of gradients at large r.
+# directions that each move by the learning rate move an update r times as far where they agree, so that under 1/r the
+# best rate depends little on the rank; SCHULMAN found so. rsLoRA argues for 1/√r by the size of gradients at large r.
+# benchmarks/bench_rank_scaling.py compares them on the small example.
 SCALINGS = {
     "inverse": (lambda rank: 32, False, f"32/r (alpha = 32; {SCHULMAN})"),
     "rslora": (lambda rank: 8, True, "8/√r (rsLoRA, arXiv:2312.03732)"),
