@@ -1,4 +1,4 @@
-"""Which rule for the scaling lets one learning rate suit all ranks: benchmarks/bench_rank_scaling.py SEARCH [--out DIR].
+"""Which rule for the scaling lets one learning rate suit all ranks: bench_rank_scaling.py SEARCH [--out DIR].
 
 On the small example of `lora-fast rank search` (SEARCH is its folder, for the base model), every rule at low and high
 ranks and two rates. Under the best rule some one rate costs no rank much; under another, a curve of loss against rank
