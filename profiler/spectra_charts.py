@@ -18,6 +18,8 @@ GREY = "#555555"
 MOST_PANELS = 24
 # Singular values this far below the largest of all are rounding of the arithmetic, and would take the axis.
 FLOOR = 1e-9
+# Letters of the size of notes that go above a panel.
+TITLE = 44
 # From this index on a spectrum is drawn over a logarithmic one.
 LONG = 200
 # Up to so many columns of a heat map a number fits into a cell.
@@ -140,7 +142,9 @@ def _draw_spectra(axes, kind: str, members: Sequence[Mapping[str, Any]], colour)
         notes.append("grey: rounding")
     if len(live) < len(members):
         notes.append(f"{len(members) - len(live)} of {len(members)} are zero")
-    axes.set_title("; ".join(notes), fontsize=7.5, loc="right", color=GREY)
+    # Beside the title on the left while both fit, which is half as large again.
+    between = "; " if 1.5 * len(kind) + len("; ".join(notes)) <= TITLE else ";\n"
+    axes.set_title(between.join(notes), fontsize=7.5, loc="right", color=GREY)
 
 
 def _spectra_axes(axes, positive: Sequence[float], longest: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -231,6 +232,24 @@ def test_the_table_shows_the_numbers_and_the_files(here, capsys):
     assert f"{kind['relative_size']['median']:.2%}" in row
     assert sum(line.split()[:1] == [f"1.{ATTENTION}.v_proj"] for line in out.splitlines()) == 1
     assert "Singular values: 9/9" in err and "Base weights: 9/9" in err
+
+
+def test_titles_of_panels_do_not_overlap(monkeypatch):
+    found = {}
+    for i, kind in enumerate(("q_proj", "down_proj", "embed_tokens", "dense_h_to_4h")):
+        name = f"layers.{i}.{kind}"
+        found[name] = replace(
+            spectrum(name, torch.linspace(1.0, 0.1, 16)), rank=None, scaling=None, method="exact", noise_std=1e-3
+        )
+    figures = []
+    monkeypatch.setattr(spectra_charts, "_png", lambda figure: figures.append(figure) or b"")
+    spectra_charts.singular_values(spectra.document(found, source={"base": "b", "tuned": "t"}, device="cpu"))
+    (figure,) = figures
+    figure.canvas.draw()
+    for axes in figure.axes[:4]:
+        titles = {text.get_text(): text for text in axes.findobj(Text)}
+        left, right = (titles[axes.get_title(loc=side)].get_window_extent() for side in ("left", "right"))
+        assert left.x1 < right.x0 or not left.overlaps(right), axes.get_title(loc="left")
 
 
 def test_under_torchrun_one_process_speaks_for_all(here):
