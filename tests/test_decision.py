@@ -225,6 +225,13 @@ def test_a_rank_as_slow_as_full_fine_tuning_means_full():
     between = decide(profile({64: 0.7, 256: 1.0}), rank=160)  # 0.85, on a line in r
     (step,) = [i for i in between.indicators if i.name == "step time"]
     assert step.value == "0.85"
+    assert [step.verdict, *(i.verdict for i in found.indicators if i.name == "step time")] == [
+        "LoRA",
+        "full fine-tuning",
+    ]
+    # At 625 and 1,000 tokens a second a million of them take 1,600 s and 1,000 s, at $0.001 a second.
+    paid = decide(profile({256: 1.6}), rank=256, price_per_hour=3.6)
+    assert any("$1.6 against $1 for 1,000,000 tokens" in i.says for i in paid.indicators)
     beyond = decide(profile({64: 0.7, 256: 1.0}), rank=512)
     assert beyond.kind == "full"
 
@@ -346,6 +353,9 @@ def test_capacity():
     found = decide(task="medium", tokens=73e6, parameters_per_rank=2_500_000)
     assert found.rank == 15  # 73M bits / (2 · 2.5M), as published, with the figure that shows it is a lower bound
     assert any("256 was needed" in i.says for i in found.indicators)
+    both = decide(task="code", tokens=5e8, parameters_per_rank=2_500_000)
+    assert (both.rank, both.range) == (100, (100, 256))
+    assert decide(task="code", tokens=73e6, parameters_per_rank=2_500_000).rank == 64
 
 
 # ------------------------------------------------------------------------------------------- what is measured next
