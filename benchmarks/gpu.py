@@ -81,6 +81,7 @@ def parts(out: Path, commit: str | None) -> list[Part]:
         command += ["-p", "no:xdist", str(ROOT / "tests" / file)]
         listed.append(Part("compute-sanitizer", 10, command, testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     benches = [("lora_linear", 30), ("train_step_gpu", 16), ("mlp", 14), ("qkv", 12), ("grouped", 8), ("svd", 8)]
+    benches.append(("memory", 12))
     for name, weight in benches:
         command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out)]
         command += ["--commit", commit] if commit else []

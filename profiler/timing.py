@@ -65,7 +65,8 @@ class _Arm:
         for parameter in self.base:
             parameter.requires_grad_(True)
         try:
-            with disable_adapters(self.model):
+            adapted = any(hasattr(module, "lora_A") for module in self.model.modules())
+            with disable_adapters(self.model) if adapted else contextlib.nullcontext():
                 yield
         finally:
             for parameter in self.base:

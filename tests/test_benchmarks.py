@@ -102,7 +102,40 @@ def test_the_svd_benchmark_runs_and_writes_its_rows(tmp_path):
     assert float(rows["lora_fast from the file"]["peak_MiB"]) > 0
 
 
-@pytest.mark.parametrize("name", [*BENCHES, "bench_svd", "gpu", "plot"])
+def test_the_memory_benchmark_runs_and_writes_its_rows(tmp_path):
+    import bench_memory
+
+    arguments = ["--device", DEVICE.type, "--tiny", "--dtype", "fp32", "--commit", "abc", "--out", str(tmp_path)]
+    assert bench_memory.main(arguments) == 0
+    rows = read(tmp_path / "memory.csv")
+    assert [row["R"] for row in rows] == ["4", ""] and tuple(rows[0]) == bench_memory.COLUMNS
+    for row in rows:
+        assert row["fits"] == "True" and not row["error"] and row["model"] == "llama-5m" and row["commit"] == "abc"
+        assert abs(float(row["error_percent"])) < 1 and abs(float(row["calibrated_error_percent"])) < 1
+        held = sum(float(row[f"predicted_{category}_MiB"]) for category in bench_memory.CATEGORIES)
+        assert held == pytest.approx(float(row["predicted_MiB"]), abs=0.4)
+
+
+def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
+    import bench_noise
+
+    monkeypatch.setattr(bench_noise, "LOADS", ("bursts",))
+    threads = torch.get_num_threads()
+    arguments = ["--ranks", "4", "--batch-size", "1", "--seq-len", "8", "--rounds", "6", "--out", str(tmp_path)]
+    try:
+        assert bench_noise.main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = read(tmp_path / "noise.csv")
+    assert [(row["load"], row["provider"]) for row in rows] == [("bursts", name) for name in ("r4", "full again")]
+    assert all(row["agrees"] == "True" and float(row["sequential_ratio"]) > 0 for row in rows)
+    assert all(float(row["ratio_low"]) <= float(row["ratio_to_full"]) <= float(row["ratio_high"]) for row in rows)
+    near, far = ({"ratio": ratio, "ci": (ratio - 0.1, ratio + 0.05)} for ratio in (1.0, 1.2))
+    assert not bench_noise.agrees(near, far) and not bench_noise.agrees(far, near)
+    assert bench_noise.agrees(near, {"ratio": 1.14, "ci": (1.0, 1.2)})
+
+
+@pytest.mark.parametrize("name", [*BENCHES, "bench_svd", "bench_memory", "bench_noise", "gpu", "plot"])
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(name).main(["--help"])
@@ -392,7 +425,17 @@ def test_what_make_gpu_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
     listed = gpu.parts(tmp_path, "abc")
     names = [part.name for part in listed]
-    assert names == ["tests", "compute-sanitizer", "lora_linear", "train_step_gpu", "mlp", "qkv", "grouped", "svd"]
+    assert names == [
+        "tests",
+        "compute-sanitizer",
+        "lora_linear",
+        "train_step_gpu",
+        "mlp",
+        "qkv",
+        "grouped",
+        "svd",
+        "memory",
+    ]
     assert all(Path(word).exists() for part in listed for word in part.command if str(ROOT) in word)
     files = {Path(word).name for word in listed[0].command if word.endswith(".py")}
     assert files >= {path.name for path in (ROOT / "tests").glob("test_kernel_*.py")} | {"test_fused.py", "test_mlp.py"}

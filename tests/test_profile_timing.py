@@ -123,6 +123,11 @@ def test_each_arm_trains_what_it_says_and_the_shared_weights_stay(sent, stepped)
     assert len(lora_parameters(model)) == 4
 
 
+def test_full_fine_tuning_is_timed_without_any_rank(sent):
+    arms = time_arms(sent(), WORK, [FULL, FULL_AGAIN], rounds=6)["arms"]
+    assert {name: len(one["step_ms"]) for name, one in arms.items()} == {FULL: 6, FULL_AGAIN: 6}
+
+
 def test_every_round_has_every_arm_in_an_order_of_its_own(sent, stepped):
     time_arms(sent(), WORK, ARMS[:3], rounds=9)
     orders = [tuple(adapter for adapter, _ in stepped.steps[i : i + 3]) for i in range(0, len(stepped.steps), 3)]
