@@ -3,6 +3,7 @@
 import contextlib
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fast import LoraFastError, apply_lora, remove_lora
+from lora_fast import LoraFastError, LoraFastWarning, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
@@ -270,7 +271,9 @@ def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) ->
         found = []
         for index, arm in enumerate(arms):
             progress("predict", index, len(arms), arm.name)
-            found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
+            with warnings.catch_warnings():  # of ranks above min(N, K), which _too_large notes
+                warnings.simplefilter("ignore", LoraFastWarning)
+                found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
     except Exception as error:  # a model of one's own may do anything but run on tensors without values
         return [f"nothing is predicted: {describe(error)['error']}"]
     finally:
