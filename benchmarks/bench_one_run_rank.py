@@ -7,6 +7,7 @@ adapter and takes the smallest rank whose loss is within the noise."""
 
 import argparse
 import csv
+import json
 import math
 import statistics
 import sys
@@ -77,14 +78,14 @@ def truncated(folder: Path, base: Path, rank: int, seed: int, rows: Tensor, batc
     return losses
 
 
-def held_out_rows(found: Mapping, recipe: Mapping) -> Tensor:
+def held_out_rows(found: Mapping, recipe: Mapping, base: Path) -> Tensor:
     """The sequences that the search evaluated on, read again. Stops where they are others here."""
     if found["model"]["example"]:
         _, text = rank_run.example_texts()
         encoder = text_data.BYTES
     else:
         text = text_data.read_text(found["data"]["eval"]["file"])
-        encoder = text_data.encoder_of(models.resolve(found["model"]["name"]))
+        encoder = text_data.encoder_of(models.resolve(str(base)))
     if text.digest != found["data"]["eval"]["digest"]:
         raise SystemExit(f"{text.name} is not the text that the search was evaluated on")
     ids = text_data.token_ids(text, encoder, found["model"]["vocab_size"])
@@ -110,8 +111,9 @@ def main(argv=None) -> int:
     curve, recipe = curve_of(found), found["recipe"]
     ranks = list(curve.ranks)
     grid, best, highest = curve.sufficient(ranks), curve.best(ranks), ranks[-1]
-    base = args.search / "base" if found["model"]["example"] else Path(found["model"]["name"])
-    rows = held_out_rows(found, recipe)
+    settings = json.loads((args.search / rank_run.PLAN).read_text(encoding="utf-8"))
+    base = args.search / "base" if found["model"]["example"] else Path(settings["model"]["location"])
+    rows = held_out_rows(found, recipe, base)
     shared = provenance(torch.device("cpu")) | {
         "model": found["model"]["name"],
         "steps": recipe["steps"],

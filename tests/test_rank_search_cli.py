@@ -1,6 +1,8 @@
 """`lora-fast rank search` on a tiny model: its numbers against the kept adapters, going on after a kill, bad input."""
 
+import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from lora_fast.profiler.rank_trainer import Recipe
 
 pytest.importorskip("optuna")
 pytest.importorskip("accelerate")
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(sys.executable).parent / "lora-fast"
 SIZES = {
     "vocab_size": 256,
@@ -150,6 +153,33 @@ def test_more_ranks_and_seeds_go_on_from_what_there_is(finished, folder, capfd):
     assert "was begun with steps=10, and now it is 11" in capfd.readouterr().err
     assert main(arguments(folder, "--out", str(run))) == 2
     assert "holds an earlier run" in capfd.readouterr().err
+
+
+def test_the_benchmark_of_one_run_reads_the_adapter_of_the_highest_rank(finished, folder, tmp_path):
+    """Untruncated its loss is the search's; a rank's distance is counted in doublings of the grid's."""
+    sys.path.append(str(ROOT / "benchmarks"))
+    import bench_one_run_rank as bench
+
+    rows = bench.held_out_rows(finished, finished["recipe"], folder / "tiny")
+    assert torch.equal(rows, held_out())
+    losses = bench.truncated(folder / "run", folder / "tiny", 4, 0, rows, 3)
+    assert list(losses) == [1, 2, 4]
+    values = next(row["values"] for row in finished["ranks"] if row["rank"] == 4)
+    assert losses[4] == pytest.approx(values[0], rel=1e-6)
+    assert losses[1] != pytest.approx(losses[4], rel=1e-6)
+
+    assert bench.main([str(folder / "run"), "--out", str(tmp_path)]) == 0
+    with (tmp_path / "one_run.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert {row["seed"] for row in table} == {"0", "1"} and tuple(table[0]) == bench.COLUMNS
+    curve = bench.curve_of(finished)
+    for row in table:
+        exact = math.log2(int(row["predicted_rank"]) / int(row["grid_rank"]))
+        assert float(row["doublings"]) == pytest.approx(exact, abs=0.006)
+        assert 1 <= int(row["predicted_rank"]) <= 8
+    assert bench.loss_at(curve, 1) == curve.ranks[1].mean
+    assert bench.loss_at(curve, 2) == pytest.approx((curve.ranks[1].mean + curve.ranks[4].mean) / 2)
+    assert bench.loss_at(curve, 99) == curve.ranks[4].mean
 
 
 def test_a_killed_search_goes_on(folder):
