@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
+from lora_fast.dispatch import on_own_device
 from lora_fast.kernels import reference_svd
 from lora_fast.kernels.reference_svd import EPS, CoreSvd
 
@@ -162,6 +163,7 @@ def _batch_svds(
     return results
 
 
+@on_own_device
 def _core_svds(lora_As, lora_Bs, scales, vectors, backend) -> tuple[CoreSvd, Tensor, float]:
     """The first pass, ‖b_i‖‖a_i‖ of every matrix (n, R), and what the core's SVD adds to a certificate."""
     R, like = lora_As[0].shape[0], lora_As[0]

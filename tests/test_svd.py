@@ -7,7 +7,7 @@ import mpmath
 import pytest
 import torch
 
-from lora_fast import LoraFastError, lora_svd, lora_svdvals
+from lora_fast import LoraFastError, lora_svd, lora_svdvals, svd
 from lora_fast.kernels import reference_svd
 from lora_fast.svd import update_svds
 
@@ -281,6 +281,11 @@ def test_nothing_is_said_of_vectors_that_were_not_computed():
 def test_sizes_that_do_not_fit(a, b, k, message):
     with pytest.raises(LoraFastError, match=message):
         lora_svd(torch.ones(a), torch.ones(b), k=k)
+
+
+def test_kernels_are_launched_on_the_gpu_of_the_factors():
+    """What the wrapper does on a machine with several GPUs, test_fused.py tests."""
+    assert svd._core_svds.__wrapped__
 
 
 @pytest.mark.parametrize("vectors", [False, True])
