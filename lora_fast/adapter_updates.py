@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from lora_fast.checkpoint_files import counting_order
 from lora_fast.config import BASE_CHANGING_INITS, LoraFastError, few
 from lora_fast.injection import lora_layers, lora_state
 
@@ -88,7 +89,7 @@ def _from_folder(folder: Path, check_finite: bool) -> AdapterUpdates:
         elif not key.endswith(".base_layer.weight"):  # of an embedding PEFT keeps a copy along, as it was
             others.append(key)
     factors = []
-    for path, pair in sorted(pairs.items(), key=_counting_order):
+    for path, pair in sorted(pairs.items(), key=lambda item: counting_order(item[0])):
         factor = _factors(source, path, pair.get("A"), pair.get("B"), config.scaling_of(path))
         if (rank := factor.lora_A.shape[0]) != config.rank_of(path):
             raise LoraFastError(
@@ -105,11 +106,6 @@ def _from_folder(folder: Path, check_finite: bool) -> AdapterUpdates:
     if others:
         notes.append(_others_note(others))
     return AdapterUpdates(source, factors, transposed, "; ".join(notes) or None)
-
-
-def _counting_order(item: tuple[str, object]) -> list[tuple[int, str]]:
-    """layers.2 before layers.10, which the file sorts as words."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in item[0].split(".")]
 
 
 def _from_model(model: nn.Module) -> AdapterUpdates:
