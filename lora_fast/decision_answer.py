@@ -176,8 +176,8 @@ def _left(f: Facts, full: Answer, why: str) -> Answer:
     if f.curve is not None and tried(f):
         reached = None if f.target is None else f.curve.reaches(full.rank, f.target) == "yes"
         return _measured(f, "rank", full.rank, full.low, full.high, *reasons, target_reached=reached)
-    base = max(full.base, _limited(f, _candidate(f)).sure)
-    return _with_cost(f, replace(full, kind="rank", reasons=reasons, base=base, support=()))
+    sure = _limited(f, _candidate(f)).sure  # of the rank; what spoke for full fine-tuning does not speak for it
+    return _with_cost(f, replace(full, kind="rank", reasons=reasons, base=sure, support=()))
 
 
 def tried(f: Facts) -> list[int]:
@@ -285,7 +285,7 @@ def _target_missed(f: Facts, rank: int, best: int) -> Answer:
         return _measured(
             f, "measure", rank, rank, best, f"{missed}, and it is the only one tried", target_reached=False
         )
-    if c.verdict == "still rising" and ranks[-1] == max(c.ranks):
+    if _is_rising(f, rank):
         return replace(_still_rising(f, rank, missed), target_reached=False)
     if c.verdict == "rises then falls" and f.no_full is None:
         said = "larger ranks overfit, so that full fine-tuning, larger still, may or may not help"
@@ -294,6 +294,11 @@ def _target_missed(f: Facts, rank: int, best: int) -> Answer:
     if ranks[-1] < max(c.ranks):
         said = f"larger ranks than r={ranks[-1]} are beyond the budget or the memory"
     return _measured(f, "full", rank, rank, best, missed, said, base=MISSED, target_reached=False)
+
+
+def _is_rising(f: Facts, rank: int) -> bool:
+    """Whether the search says so, and the rank that suffices is the largest that was tried."""
+    return f.curve.verdict == "still rising" and rank == max(f.curve.ranks)
 
 
 def _still_rising(f: Facts, rank: int, *reasons: str) -> Answer:
@@ -314,7 +319,7 @@ def _best_quality(f: Facts, rank: int, best: int, *reasons: str) -> Answer:
     if full == "better":
         said = f"full fine-tuning is better than every rank tried: {c.full.mean:.4g} against {c.ranks[best].mean:.4g}"
         return _measured(f, "full", rank, rank, best, *reasons, said)
-    if c.verdict == "still rising" and ranks[-1] == max(c.ranks) and full is None:
+    if _is_rising(f, rank) and full is None:
         return _still_rising(f, rank, *reasons)
     suffices = (
         f"r={rank} is the only rank tried"
@@ -425,25 +430,27 @@ def _limited(f: Facts, found: _Candidate) -> _Candidate:
         return found
     rank = min(found.rank, f.cap)
     why = f"{found.why}; r={f.cap} is the largest that budget and memory allow"
-    sure = found.sure if found.low <= rank else by_rules(f).sure  # below what the source said, it says nothing
+    sure = found.sure if found.low <= rank else _covered(f, rank)  # below what its source said, that says nothing
     return replace(found, rank=rank, low=min(found.low, rank), high=f.cap, why=why, sure=sure)
 
 
 def _candidate(f: Facts) -> _Candidate:
     """The rank to start from, by the highest of these that speaks: spectra, the caller, published results, rules."""
-    rules, published = by_rules(f), by_publications(f)
-
-    def covered(rank: int) -> float:
-        return max([rules.sure, *(found.sure for found in published if found.low <= rank <= found.high)])
-
+    published = by_publications(f)
     if f.spectra is not None:
         rank, low, why = by_spectra(f.spectra)
-        return _Candidate(rank, low, rank, why, max(SPECTRA, covered(rank)))
+        return _Candidate(rank, low, rank, why, max(SPECTRA, _covered(f, rank)))
     if f.rank is not None:
-        return _Candidate(f.rank, f.rank, f.rank, f"r={f.rank} is what you consider", covered(f.rank))
+        return _Candidate(f.rank, f.rank, f.rank, f"r={f.rank} is what you consider", _covered(f, f.rank))
     if published:  # the one that asks for the most, where another allows as much
         return replace(max(published, key=lambda found: found.low), high=max(found.high for found in published))
-    return rules
+    return by_rules(f)
+
+
+def _covered(f: Facts, rank: int) -> float:
+    """How sure published results and rules make of a rank that something else named."""
+    found = [found.sure for found in by_publications(f) if found.low <= rank <= found.high]
+    return max([by_rules(f).sure, *found])
 
 
 def by_spectra(spectra: Directions) -> tuple[int, int, str]:

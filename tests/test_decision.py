@@ -153,6 +153,15 @@ def test_the_smallest_rank_that_reaches_the_target():
     assert decide(search=search(RISING), target=2.35).rank == 16
 
 
+def test_what_is_better_and_costs_no_more_is_taken_though_a_rank_reaches_the_target():
+    losses = {16: 2.3, 64: 2.0, 128: 2.0, "full": 1.5}
+    equal = from_times(losses, {16: 95, 64: 98, 128: 120, "full": 100})
+    found = decide(search=equal, target=2.1)
+    assert (found.kind, found.target_reached) == ("full", True) and "better still (1.5)" in found.sentence
+    cheaper = from_times(losses, {16: 70, 64: 80, 128: 90, "full": 100})
+    assert decide(search=cheaper, target=2.1).rank == 64
+
+
 def test_a_target_within_the_noise_asks_for_seeds():
     found = decide(search=search(PLATEAU), target=1.995)
     assert (found.kind, found.next.name) == ("measure", "seeds")
