@@ -21,6 +21,8 @@ EXPENDABLE = (
     ("gap", "stable_rank"),
     ("amplification", "r90"),
     ("relative_size", "corrected_effective_rank"),
+    ("corrected_r90",),
+    ("frobenius_norm",),
 )
 
 # Relative errors above this are told of: an adapter's σ are certified to 1e-9, but for rare ones.
@@ -81,9 +83,13 @@ def _table(found: Mapping[str, Any], console: Console, *, by_layer: bool) -> Tab
     for count in range(1 if by_layer else 0, len(EXPENDABLE) + 1):
         hidden = {name for names in EXPENDABLE[:count] for name in names}
         table = _table_without(hidden, found, console, by_layer)
-        if table.__rich_measure__(console, console.options.update(width=1000)).maximum <= console.width:
+        if _fits(table, console):
             break
     return table
+
+
+def _fits(table: Table, console: Console) -> bool:
+    return table.__rich_measure__(console, console.options.update(width=1000)).maximum <= console.width
 
 
 def _table_without(hidden: set[str], found: Mapping[str, Any], console: Console, by_layer: bool) -> Table:
@@ -292,15 +298,21 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for layer in report["layers"]:
         kinds.setdefault(kind_of(layer["name"]), []).append(layer)
-    table = _new_table(None, console)
-    table.add_column("module", no_wrap=True)
-    for head in ("layers", "rank before", "rank now", "trained now", "kept energy", "least kept", "error ‖·‖_F"):
-        table.add_column(head, justify="right", no_wrap=True)
     order = lambda kind: KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER)  # noqa: E731
-    for kind, members in sorted(kinds.items(), key=lambda item: order(item[0])):
-        table.add_row(kind, str(len(members)), *_report_cells(members))
-    table.add_section()
-    table.add_row("all", str(len(report["layers"])), *_report_cells(report["layers"]), style="bold")
+    rows = [(kind, _report_cells(kinds[kind])) for kind in sorted(kinds, key=order)]
+    rows.append(("all", _report_cells(report["layers"])))
+    for hidden in ((), ("trained\nnow",)):  # where the window is too narrow
+        table = _new_table(None, console)
+        table.add_column("\nmodule", no_wrap=True)
+        for head in (head for head in rows[0][1] if head not in hidden):
+            table.add_column(head, justify="right", no_wrap=True)
+        for kind, cells in rows:
+            if kind == "all":
+                table.add_section()
+            shown = [cell for head, cell in cells.items() if head not in hidden]
+            table.add_row(kind, *shown, style="bold" if kind == "all" else None)
+        if _fits(table, console):
+            break
     console.print(table)
     lines = [
         f"kept energy: Σσ² kept / ‖ΔW‖_F², against the whole update. error: ‖ΔW − ΔW_k‖_F; rounding the factors adds "
@@ -319,19 +331,21 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     _print_lines(lines, console)
 
 
-def _report_cells(members: Sequence[Mapping[str, Any]]) -> list[str]:
+def _report_cells(members: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """{heading: text}."""
     total = sum(layer["frobenius_norm"] ** 2 for layer in members)
     kept = sum(layer["kept_energy"] * layer["frobenius_norm"] ** 2 for layer in members)
     error = sum(layer["error"] ** 2 for layer in members) ** 0.5
     dense = any(layer["old_rank"] is None for layer in members)
-    return [
-        "dense" if dense else _range([layer["old_rank"] for layer in members]),
-        _range([layer["rank"] for layer in members]),
-        si(sum(layer["rank"] * sum(layer["shape"]) for layer in members)),
-        f"{kept / total:.3%}" if total else "100%",
-        f"{min(layer['kept_energy'] for layer in members):.3%}",
-        _number(error, "size"),
-    ]
+    return {
+        "\nlayers": str(len(members)),
+        "rank\nbefore": "dense" if dense else _range([layer["old_rank"] for layer in members]),
+        "rank\nnow": _range([layer["rank"] for layer in members]),
+        "trained\nnow": si(sum(layer["rank"] * sum(layer["shape"]) for layer in members)),
+        "kept\nenergy": f"{kept / total:.3%}" if total else "100.000%",
+        "least\nkept": f"{min(layer['kept_energy'] for layer in members):.3%}",
+        "error\n‖·‖_F": _number(error, "size"),
+    }
 
 
 def _range(values: Sequence[int]) -> str:

@@ -21,7 +21,7 @@ from lora_fast.checkpoint import read_adapter
 from lora_fast.cli import main
 from lora_fast.cli_output import progress
 from lora_fast.profiler import spectra, spectra_charts
-from lora_fast.profiler.spectra_table import notes, print_spectra, reading_lines
+from lora_fast.profiler.spectra_table import notes, print_report, print_spectra, reading_lines
 from lora_fast.spectrum import Spectrum
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -583,6 +583,32 @@ def test_every_document_can_be_shown(case):
         assert max(len(line) for line in text.splitlines() if "lora-fast " not in line) <= width
         if case != "two stacks":
             assert "…" not in text.partition("Medians")[0]
+
+
+def test_tables_fit_into_80_columns():
+    """Of the modules of a 7B model, a full fine-tune's spectra and what was made of an adapter: nothing is cut."""
+    shapes = {"q_proj": (4096, 4096), "down_proj": (4096, 11008), "embed_tokens": (32000, 4096)}
+    found = {}
+    for kind, shape in shapes.items():
+        for i, last in enumerate((0.5, 0.1, 0.0)):
+            name = f"model.layers.{i}.{kind}"
+            values = torch.linspace(1.0, last, 300) if i < 2 else torch.zeros(300)
+            fields = {"rank": None, "scaling": None, "method": "exact", "noise_std": 1e-3}
+            found[name] = replace(spectrum(name, values), shape=shape, **fields)
+    document = spectra.document(found, source={"base": "b", "tuned": "t"}, device="cpu")
+    layers = [
+        {"name": name, "shape": [1, 1], "old_rank": 128, "rank": 100 + i, "kept_energy": 0.98765, "error": 0.0607}
+        | {"frobenius_norm": 1.0, "noise_energy": None}
+        for i, name in enumerate(found)
+    ]
+    report = {"layers": layers, "rounding_error": 1e-8, "bytes": 5, "bytes_before": 9, "not_carried": []}
+    for draw in (lambda console: print_spectra(document, console), lambda console: print_report(report, console)):
+        for terminal in (False, True):
+            stream = io.StringIO()
+            draw(Console(file=stream, width=80, force_terminal=terminal, color_system=None))
+            text = stream.getvalue()
+            assert "…" not in text and all(kind in text for kind in shapes)
+            assert max(len(line) for line in text.splitlines() if "lora-fast " not in line) <= 80
 
 
 def colour_of(value: float, low: float, high: float, scale: str):
