@@ -7,6 +7,7 @@ import inspect
 import math
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,8 @@ RANKS = tuple(2**e for e in range(10))
 STRATEGIES, DIRECTIONS = ("progressive", "grid"), ("minimize", "maximize")
 # A difference of means counts from so many of its standard errors on: on a plateau it is exceeded once in 44 times.
 SIGNIFICANT = 2.0
+# The attribute of a trial that says what it is, and who took it.
+ARM = "arm"
 # Seconds between looks at trials that other processes have taken.
 POLL_S = 0.5
 # After so long a trial that another machine took is thought lost.
@@ -239,8 +242,9 @@ class _Curve:
         noise = self.noise()
         within = "" if noise is None else f" (noise between seeds {noise:.2g})"
         if full is not None and self.gain(best, FULL) > self.margin(best, FULL):
-            by = f"{full:.4g} against {self.mean(best):.4g} at r={best}"
-            return FULL, "full fine-tuning", f"full fine-tuning is better than every rank tried: {by}{within}"
+            by = f"{full:.4g} against {self.mean(best):.4g} at r={best}{within}"
+            of_ranks = f"; of the ranks r={rank} is as good as any" if len(ranks) > 1 else ""
+            return FULL, "full fine-tuning", f"full fine-tuning is better than every rank tried: {by}{of_ranks}"
         last = ranks[-1]
         if len(ranks) == 1:
             return rank, "flat", f"r={rank} is the only rank with a value, {self.mean(rank):.4g}"
@@ -304,16 +308,7 @@ class _Study:
         verbosity = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
-            self.study = optuna.create_study(
-                storage=storage,
-                study_name=name,
-                direction=direction,
-                load_if_exists=True,
-                sampler=optuna.samplers.RandomSampler(seed=0),
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
-            )
-        except Exception as error:  # SQLAlchemy's errors are many
-            raise LoraFastError(f"storage={storage!r}: {' '.join(str(error).split())[:300]}") from error
+            self.study = self._create(storage, name, direction)
         finally:
             optuna.logging.set_verbosity(verbosity)
         if self.study.direction.name.lower() != direction:
@@ -321,6 +316,25 @@ class _Study:
                 f"the study {name!r} in {storage} was begun with direction={self.study.direction.name.lower()!r}; give "
                 "another study_name, or that direction"
             )
+
+    def _create(self, storage: str | None, name: str, direction: str):
+        """The study of this name, made where there is none."""
+        optuna, tries = self.optuna, 5
+        for attempt in range(tries):
+            try:
+                return optuna.create_study(
+                    storage=storage,
+                    study_name=name,
+                    direction=direction,
+                    load_if_exists=True,
+                    sampler=optuna.samplers.RandomSampler(seed=0),
+                    pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1),
+                )
+            except Exception as error:  # SQLAlchemy's errors are many
+                # Two processes that begin on a new database at once make its tables at once.
+                if attempt + 1 == tries or not re.search("already exists|locked|UNIQUE", str(error)):
+                    raise LoraFastError(f"storage={storage!r}: {' '.join(str(error).split())[:300]}") from error
+                time.sleep(POLL_S)
 
     def run(self, wanted: list[tuple[Rank, int]]) -> list[Trial]:
         """The trials of these (rank, seed), run here unless they are finished or another process is at them."""
@@ -344,9 +358,9 @@ class _Study:
         found: dict[tuple[Rank, int], Trial | None] = {}
         for frozen in self.study.get_trials(deepcopy=False):
             attributes = frozen.user_attrs
-            if "rank" not in attributes or "void" in attributes:
+            if ARM not in attributes or "void" in attributes:
                 continue
-            key = (attributes["rank"], attributes["seed"])
+            key = _key(frozen)
             if frozen.state == states.RUNNING:
                 if not _is_gone(frozen):
                     found.setdefault(key, None)
@@ -359,8 +373,8 @@ class _Study:
 
     def _one(self, rank: Rank, seed: int) -> None:
         trial = self.study.ask()
-        for name, value in (("host", platform.node()), ("pid", os.getpid()), ("rank", rank), ("seed", seed)):
-            trial.set_user_attr(name, value)
+        # One attribute, written at once: another process sees all of it or nothing.
+        trial.set_user_attr(ARM, {"rank": rank, "seed": seed, "host": platform.node(), "pid": os.getpid()})
         states = self.optuna.trial.TrialState
         if self._taken_before(trial.number, rank, seed):
             self._void(trial)
@@ -388,7 +402,7 @@ class _Study:
         states = self.optuna.trial.TrialState
         for other in self.study.get_trials(deepcopy=False):
             attributes = other.user_attrs
-            same = other.number < number and (attributes.get("rank"), attributes.get("seed")) == (rank, seed)
+            same = other.number < number and ARM in attributes and _key(other) == (rank, seed)
             if same and "void" not in attributes and not (other.state == states.RUNNING and _is_gone(other)):
                 return True
         return False
@@ -422,12 +436,17 @@ def _keywords(function: Callable) -> set[str]:
     return {p.name for p in parameters if p.name in ("seed", "report")}
 
 
+def _key(trial: Any) -> tuple[Rank, int]:
+    return trial.user_attrs[ARM]["rank"], trial.user_attrs[ARM]["seed"]
+
+
 def _is_gone(running: Any) -> bool:
     """Whether the process that took a trial is gone: on this machine it can be asked, elsewhere a day must pass."""
-    if running.user_attrs.get("host") != platform.node():
+    arm = running.user_attrs[ARM]
+    if arm["host"] != platform.node():
         return time.time() - running.datetime_start.timestamp() > STALE_S
     try:
-        os.kill(running.user_attrs["pid"], 0)
+        os.kill(arm["pid"], 0)
     except ProcessLookupError:
         return True
     except PermissionError:

@@ -30,9 +30,10 @@ SOURCE = (
 
 @dataclass(frozen=True)
 class CurveReading:
-    """verdict: "too small", "fits", "too large" or "can't tell". sentence: why, with figures. gap: held-out minus
-    training loss at the end, less what it was at the start; rise: of the held-out loss above its least; None where
-    there are too few points."""
+    """verdict: "too small", "fits", "too large" or "can't tell". sentence: why, with figures. gap: by how much the
+    held-out loss is above the training loss at the end, less by how much it was at the start (of two texts one is the
+    easier; a held-out loss that stays below is no overfitting). rise: of the held-out loss above its least. Both None
+    where there are too few points."""
 
     verdict: str
     sentence: str
@@ -70,7 +71,7 @@ def read_training_curve(
     losses = [loss for _, loss in evaluation]
     start, end, least = losses[0], losses[-1], min(losses)
     fall, rise = start - least, end - least
-    gap = (end - levels[-1]) - (start - train[0][1])
+    gap = (end - levels[-1]) - max(0.0, start - train[0][1])
     found = {"gap": gap, "rise": rise}
 
     regained = max(later - earlier for earlier, later in itertools.combinations(levels, 2))
@@ -84,7 +85,7 @@ def read_training_curve(
         return CurveReading("too large", said, **found)
     if gap > max(noise, GAP * fall) and learned > 0:
         share = f", {gap / fall:.0%} of its fall" if fall else ", which never fell"
-        said = f"the training loss fell {gap:.3g} further than the held-out loss{share}"
+        said = f"the training loss ended {gap:.3g} further below the held-out loss{share}"
         return CurveReading("too large", said, **found)
     short = None if expected is None else end - expected
     if short is not None and short > noise:

@@ -192,6 +192,13 @@ def test_a_killed_search_goes_on_and_several_processes_share_one(tmp_path):
     assert [line for line in set(ran) if ran.count(line) > 1] in ([], [done[-1]])
 
 
+def test_processes_that_begin_at_once_make_one_study(tmp_path):
+    """On a database that none of them has made yet; trials so short that they meet at most of them."""
+    several = [start(tmp_path, 0.01) for _ in range(3)]
+    assert [process.communicate()[0].split() for process in several] == [["8", "10"]] * 3
+    assert sorted(finished(tmp_path)) == sorted(f"{rank} {seed}" for rank in (1, 2, 4, 8, 16) for seed in (0, 1))
+
+
 def test_an_interrupt_leaves_no_trial_behind(tmp_path):
     storage = f"sqlite:///{tmp_path}/search.db"
 

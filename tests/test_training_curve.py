@@ -52,6 +52,15 @@ def test_a_gap_that_grows_is_too_large_a_rank(factor, verdict):
     assert found.gap == pytest.approx(wanted)
 
 
+def test_of_two_texts_one_may_be_the_easier():
+    """A gap that was there from the start, either way, is not overfitting."""
+    harder = [(step, loss + 0.6) for step, loss in GOOD]
+    assert read_training_curve(falling(3.0, 2.0), harder).verdict == "fits"
+    # The training text is the harder one: its loss comes nearer, and stays above.
+    assert read_training_curve(falling(3.9, 2.1), GOOD).verdict == "fits"
+    assert read_training_curve(falling(3.9, 1.6), GOOD).verdict == "too large"
+
+
 def test_a_held_out_loss_that_never_falls_is_memorizing():
     found = read_training_curve(falling(3.0, 2.0), held_out(3.0, 3.0, 3.0))
     assert found.verdict == "too large" and "never fell" in found.sentence
