@@ -27,6 +27,8 @@ ARM = "arm"
 POLL_S = 0.5
 # After so long a trial that another machine took is thought lost.
 STALE_S = 24 * 3600.0
+# A trial is named one write after it is begun; after so long its process was killed in between.
+UNNAMED_S = 10.0
 
 Rank = int | str
 
@@ -398,14 +400,28 @@ class _Study:
         self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
 
     def _taken_before(self, number: int, rank: Rank, seed: int) -> bool:
-        """Whether another process took this (rank, seed) in the moment between our look and our taking it."""
+        """Whether another process took this (rank, seed) in the moment between our look and our taking it.
+
+        An earlier trial that is not named yet was begun a moment ago by a process that is about to name it, so it is
+        waited for; one that stays unnamed belongs to a process that was killed in that moment.
+        """
         states = self.optuna.trial.TrialState
-        for other in self.study.get_trials(deepcopy=False):
-            attributes = other.user_attrs
-            same = other.number < number and ARM in attributes and _key(other) == (rank, seed)
-            if same and "void" not in attributes and not (other.state == states.RUNNING and _is_gone(other)):
-                return True
-        return False
+        until = time.monotonic() + UNNAMED_S
+        while True:
+            unnamed = False
+            for other in self.study.get_trials(deepcopy=False):
+                attributes = other.user_attrs
+                if other.number >= number or "void" in attributes:
+                    continue
+                if ARM not in attributes:
+                    begun = other.datetime_start
+                    fresh = begun is not None and time.time() - begun.timestamp() < UNNAMED_S
+                    unnamed |= other.state == states.RUNNING and fresh
+                elif _key(other) == (rank, seed) and not (other.state == states.RUNNING and _is_gone(other)):
+                    return True
+            if not unnamed or time.monotonic() > until:
+                return False
+            time.sleep(0.05)
 
     def _call(self, trial: Any, rank: Rank, seed: int) -> float:
         keywords: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def test_a_module_travels_whole(folder, tmp_path):
         ("./nowhere", "no such file"),
         ("/no/such/folder", "no such file"),
         ("missing/config.json", "no such file"),
-        ("llama-6m", "llama-5m, llama-25m, llama-1b, llama-3b, llama-8b; did you mean llama-5m"),
+        ("llama-6m", "llama-5m, llama-25m, llama-1b, llama-3b, llama-8b, llama-70b; did you mean llama-5m"),
         ("nobody/nothing", "cannot be reached"),
         ("not a model!", "built-in shapes are llama-5m"),
     ],

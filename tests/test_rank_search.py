@@ -2,18 +2,20 @@
 
 import math
 import os
+import platform
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from lora_fast import LoraFastError, search_rank
-from lora_fast.rank_search import RANKS
+from lora_fast.rank_search import ARM, RANKS
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 
 def curve(number):
@@ -197,6 +199,29 @@ def test_processes_that_begin_at_once_make_one_study(tmp_path):
     several = [start(tmp_path, 0.01) for _ in range(3)]
     assert [process.communicate()[0].split() for process in several] == [["8", "10"]] * 3
     assert sorted(finished(tmp_path)) == sorted(f"{rank} {seed}" for rank in (1, 2, 4, 8, 16) for seed in (0, 1))
+
+
+def test_a_trial_that_another_process_is_about_to_name_is_not_run_twice(tmp_path):
+    """The other has begun a trial and not yet written which; here it takes a moment over it."""
+    storage = f"sqlite:///{tmp_path}/search.db"
+    search_rank(lambda rank: 1 / rank, [1], storage=storage)  # makes the study
+    theirs = optuna.load_study(study_name="lora-rank", storage=storage).ask()
+    arm = {"rank": 2, "seed": 0, "host": platform.node(), "pid": os.getpid()}
+
+    def name_and_finish():
+        time.sleep(0.5)
+        theirs.set_user_attr(ARM, arm)
+        optuna.load_study(study_name="lora-rank", storage=storage).tell(theirs.number, 0.25)
+
+    ran = []
+    thread = threading.Thread(target=name_and_finish)
+    thread.start()
+    found = search_rank(
+        lambda rank, seed: ran.append((rank, seed)) or 1 / rank, [1, 2, 4], "grid", seeds=[0], storage=storage
+    )
+    thread.join()
+    assert (2, 0) not in ran and (4, 0) in ran
+    assert [trial.value for trial in found.trials if trial.rank == 2] == [0.25]
 
 
 def test_an_interrupt_leaves_no_trial_behind(tmp_path):
