@@ -221,7 +221,7 @@ def test_a_trial_that_another_process_is_about_to_name_is_not_run_twice(tmp_path
     )
     thread.join()
     assert (2, 0) not in ran and (4, 0) in ran
-    assert [trial.value for trial in found.trials if trial.rank == 2] == [0.25]
+    assert [trial.value for trial in found.trials if (trial.rank, trial.seed) == (2, 0)] == [0.25]
 
 
 def test_an_interrupt_leaves_no_trial_behind(tmp_path):
