@@ -70,8 +70,8 @@ def decide(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="In one go: new folder for profile/, search/, svd/ and decision.json.  [default: "
-            "runs/decide-MODEL-DATE-TIME]",
+            help="New folder for decision.json and report.html, and in one go profile/, search/ and svd/.  [default: "
+            "runs/decide-DATE-TIME, in one go runs/decide-MODEL-DATE-TIME]",
             show_default=False,
         ),
     ] = None,
@@ -104,9 +104,11 @@ def decide(
     from lora_fast import LoraFastError
     from lora_fast import decide as answer
     from lora_fast.cli_rank import parse_count
+    from lora_fast.decision import section
     from lora_fast.profiler import evidence as gathered
+    from lora_fast.profiler import html
     from lora_fast.profiler.price import parse_price
-    from lora_fast.profiler.runs import to_json
+    from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
 
     given = {"--model": model, "--train": train, "--eval": evaluation}
     missing = [name for name, value in given.items() if value is None]
@@ -124,8 +126,9 @@ def decide(
     options = {"rank": rank, "domain": domain, "budget": parameters, "model_size": model_size, "data_size": data_size}
     options |= {"scenario": scenario, "price_per_hour": usd_per_hour, "task": task, "target": target}
     answer(**options, tokens=tokens)  # what is wrong with these is said before anything is measured
-    folder, split = None, ()
-    if not runs:
+    if runs:
+        folder, split = RunFolder(out or default_folder("decide")).path, ()
+    else:
         made = _at_once(
             *(model, train, evaluation, time_budget),
             ranks=ranks,
@@ -150,20 +153,20 @@ def decide(
     read = [{"path": path, "kind": kind} for path, kind in evidence.read]
     document = to_json(found.to_dict() | {"runs": read, "notes": evidence.notes, "time_budget": list(split)})
     cli_output.write_json(json, document)
-    if folder is not None:
-        cli_output.write_json(str(folder / "decision.json"), document)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "decision.json", document)
+    profiles = [] if evidence.profile is None else [evidence.profile]
+    write_whole(folder / "report.html", html.page(profiles, decision=section(found)))
     if json != "-":
         from lora_fast.profiler.decision_table import print_decision
 
         console = cli_output.console()
         print_decision(found, console, evidence.notes)
-        if folder is not None:
+        if split:
             console.print(f"Time: {'; '.join(split)}.", soft_wrap=True, highlight=False)
-            console.print(
-                f"Written: {folder}/ (decision.json, {', '.join(f'{run.name}/' for run in runs)})",
-                soft_wrap=True,
-                highlight=False,
-            )
+        made = [f"{run.name}/" for run in runs] if split else []
+        names = ", ".join(("decision.json", "report.html", *made))
+        console.print(f"Written: {folder}/ ({names})", soft_wrap=True, highlight=False)
 
 
 def _at_once(model, train, evaluation, time_budget, *, ranks, **options):

@@ -56,6 +56,7 @@ def indicators_of(f: Facts, answer: Answer) -> Iterator[Indicator]:
     rank = answer.rank
     yield _share_indicator(f, rank)
     yield _curve_indicator(f)
+    yield _training_indicator(f, rank)
     yield _task_indicator(f)
     yield from _cost_indicators(f, rank)
     yield _spectra_indicator(f)
@@ -108,6 +109,21 @@ def _curve_indicator(f: Facts) -> Indicator:
     if c.full is not None:
         value += f", {c.full.mean:.4g} full"
     return Indicator(name, value, threshold, verdict, says, search_sure(c), source)
+
+
+def _training_indicator(f: Facts, rank: int) -> Indicator:
+    """Signal 1, of the trainings at the answer's rank, or at the largest that was read."""
+    name, source = "training curves", f"{GUIDE_RANK}, signal 1; its thresholds are {OURS}"
+    threshold = "both losses fall together"
+    known = {} if f.curve is None else {r: said for r, said in f.curve.readings.items() if r != FULL}
+    if not known:
+        return _missing(name, threshold, "no losses by step: a rank search keeps them", source)
+    at = rank if rank in known else max(known)
+    verdict, sentence = known[at]
+    if verdict not in FITTING:
+        return _missing(name, threshold, f"r={at}: {sentence}", source)
+    speaks = EVALUATE if verdict == "too small" and at == max(known) else LORA
+    return Indicator(name, f"{verdict}, at r={at}", threshold, speaks, sentence, RULES + PER_KNOWN, source)
 
 
 def _task_indicator(f: Facts) -> Indicator:
@@ -239,6 +255,8 @@ def disagreements_of(f: Facts, answer: Answer) -> Iterator[str]:
     seen = f.curve or f.spectra or f.rank or by_publications(f)
     if not full and seen and not rules.low <= rank <= rules.high:
         yield f"{rules.why}, not {rank}; a rule of thumb has not seen your data"
+    if not full and f.curve is not None and (read := f.curve.readings.get(rank)) and read[0] in FITTING[1:]:
+        yield f"signal 1 reads the training curves of r={rank} as {read[0]} ({read[1]}); losses of other ranks say more"
     if f.spectra is not None:
         other, _, why = by_spectra(f.spectra)
         if full or not other / 2 <= rank <= 2 * other:

@@ -5,7 +5,7 @@ Each is taken as the object of this package or as its plain document (run.json, 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fast.config import LoraFastError
@@ -139,7 +139,8 @@ class Point:
 @dataclass(frozen=True)
 class Curve:
     """Quality against rank. ranks: ascending, without full fine-tuning, which is `full`. noise: standard deviation
-    between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended."""
+    between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended.
+    readings: (verdict, sentence) of `read_training_curve` for the trainings of a rank, where their curves were kept."""
 
     ranks: Mapping[int, Point]
     full: Point | None
@@ -148,6 +149,7 @@ class Curve:
     verdict: str
     sentence: str
     seconds: Mapping[Rank, tuple[float, ...]]
+    readings: Mapping[Rank, tuple[str, str]] = field(default_factory=dict)
 
     def point(self, rank: Rank) -> Point:
         return self.full if rank == FULL else self.ranks[rank]
@@ -197,8 +199,8 @@ class Curve:
 def curve_of(search: Any) -> Curve | None:
     """From a RankSearch or its dict, by itself or as `search` of a larger document; None where no training gave a
     value. Raises LoraFastError for anything else."""
-    found = _document(search, "search", "a RankSearch, or the content of a search.json")
-    found = found.get("search", found)
+    document = _document(search, "search", "a RankSearch, or the content of a search.json")
+    found = document.get("search", document)
     try:
         points = {point["rank"]: Point(float(point["mean"]), int(point["count"])) for point in found["points"]}
         if any(not math.isfinite(point.mean) or point.count < 1 for point in points.values()):
@@ -217,6 +219,11 @@ def curve_of(search: Any) -> Curve | None:
             verdict=str(found["verdict"]),
             sentence=str(found["sentence"]),
             seconds={rank: tuple(values) for rank, values in seconds.items()},
+            readings={
+                row["rank"]: (str(row["reading"]["verdict"]), str(row["reading"]["sentence"]))
+                for row in document.get("ranks", ())
+                if row.get("reading")
+            },
         )
         return curve if points or full is not None else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

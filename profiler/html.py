@@ -1,4 +1,4 @@
-"""Profiles as one self-contained web page: `page` writes it, `figures` draws the chart descriptions with plotly.
+"""Profiles, and a decision between ranks, as one self-contained web page; `html_charts` draws its charts.
 
 The page holds plotly.js, its data, style and script in itself, and a content security policy that lets it ask no
 server for anything. The tables are in the markup, so that they are there without JavaScript too."""
@@ -9,20 +9,13 @@ from pathlib import Path
 
 from lora_fast.profiler.advice import advise
 from lora_fast.profiler.crossover import COSTS
-from lora_fast.profiler.memory import CATEGORIES
+from lora_fast.profiler.html_charts import figures, layer_lines, loss_curve
 from lora_fast.profiler.profile import Profile
-from lora_fast.profiler.report import amount, chart, curve, draw_png
+from lora_fast.profiler.report import amount, chart, draw_png
 from lora_fast.profiler.runs import RunFolder
 from lora_fast.profiler.table import caption, columns, crossover_sentences, reason, title
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-# Middle tones, legible on white and on black; the categories of memory in the order in which they are stacked.
-BLUE, GREY, RED, ORANGE, GREEN = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f"
-STACK = dict(zip(CATEGORIES, (GREY, BLUE, GREEN, "#9a72d4", ORANGE, "#d9705e"), strict=True))
-LINES = {"Step time": BLUE, "FLOPs": ORANGE, "Peak memory": GREEN}
-# A capacity is drawn where the arms come near it; a small model on a large GPU would be squeezed flat.
-NEAR = 0.5
-
 # What makes two runs' numbers comparable: the same work. Machines, versions and methods may differ, and are listed.
 WORK = (
     *("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules", "exclude_modules", "adapter_dtype"),
@@ -50,32 +43,20 @@ def different_work(profiles: list[Profile]) -> dict[str, list]:
     return found
 
 
-def page(profiles: list[Profile], names: list[str] | None = None) -> str:
-    """The whole document. names: what each run is called where there are several."""
+def page(profiles: list[Profile], names: list[str] | None = None, decision: dict | None = None) -> str:
+    """The whole document. names: what each run is called where there are several. decision: what
+    `lora_fast.decision.section` returned; the page then begins with it, and needs no profile."""
     names = names or [profile.workload["model"] for profile in profiles]
-    drawn = _drawn(profiles)
-    charts = "".join(_card(key, drawn, names) for key in CAPTIONS if any(key in run for run in drawn))
-    specifications = [
-        {"id": f"run{number}-{key}", "data": figure["data"], "layout": figure["layout"]}
-        for number, run in enumerate(drawn)
-        for key, figure in run.items()
-    ]
-    script, missing = _plotly()
-    folder = Path(__file__).parent
     heading = "What each LoRA rank costs" + (", compared" if len(profiles) > 1 else "")
-    runs = f'<div class="runs" style="--runs: {len(profiles)}">'
-    sections = [
-        runs
-        + "".join(_answers(p, name, len(profiles) > 1) for p, name in zip(profiles, names, strict=True))
-        + "</div>",
-        _comparison(profiles, names) if len(profiles) > 1 else "",
-        f"<h2>Charts</h2>{missing}"
-        f'<div class="charts runs-{len(profiles)}" style="--columns: {max(2, len(profiles))}">{charts}</div>',
-        "<h2>All arms</h2>" + "".join(_table(p, names[n], len(profiles) > 1) for n, p in enumerate(profiles)),
-        "<h2>Why costs are as they are</h2>" + runs + "".join(_why(p) for p in profiles) + "</div>",
-        "<h2>Settings and environment</h2>" + runs + _settings(profiles) + "</div>",
-        f"<h2>Method</h2>{''.join(f'<p>{_method(e)}</p>' for e in sorted({p.estimated for p in profiles}))}",
-    ]
+    script, missing = _plotly()
+    sections, charts = [missing], []
+    if decision is not None:
+        sections += _decision(decision, charts)
+        sections += [f"<h2>{heading}</h2>"] if profiles else []
+        heading = decision["title"]
+    if profiles:
+        sections += _profiles(profiles, names, charts)
+    folder = Path(__file__).parent
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -84,7 +65,7 @@ def page(profiles: list[Profile], names: list[str] | None = None) -> str:
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <link rel="icon" href="data:,">
-<title>{heading}: {escape(", ".join(names))}</title>
+<title>{": ".join([heading, *map(escape, [", ".join(names)] if names else [])])}</title>
 <style>{(folder / "report.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
@@ -92,12 +73,83 @@ def page(profiles: list[Profile], names: list[str] | None = None) -> str:
 <h1>{heading}</h1>
 {chr(10).join(sections)}
 </main>
-<script id="charts" type="application/json">{_embedded(specifications)}</script>
+<script id="charts" type="application/json">{_embedded(charts)}</script>
 <script>{script}</script>
 <script>{(folder / "report.js").read_text(encoding="utf-8")}</script>
 </body>
 </html>
 """
+
+
+def _profiles(profiles: list[Profile], names: list[str], charts: list[dict]) -> list[str]:
+    """Sections; their charts are added to charts."""
+    several = len(profiles) > 1
+    drawn = _drawn(profiles)
+    cards = "".join(_card(key, drawn, names) for key in CAPTIONS if any(key in run for run in drawn))
+    charts += [_placed(f"run{number}-{key}", run[key]) for number, run in enumerate(drawn) for key in run]
+    runs = f'<div class="runs" style="--runs: {len(profiles)}">'
+    return [
+        runs + "".join(_answers(p, name, several) for p, name in zip(profiles, names, strict=True)) + "</div>",
+        _comparison(profiles, names) if several else "",
+        f'<h2>Charts</h2><div class="charts runs-{len(profiles)}" style="--columns: {max(2, len(profiles))}">'
+        f"{cards}</div>",
+        "<h2>All arms</h2>" + "".join(_table(p, names[n], several) for n, p in enumerate(profiles)),
+        "<h2>Why costs are as they are</h2>" + runs + "".join(_why(p) for p in profiles) + "</div>",
+        "<h2>Settings and environment</h2>" + runs + _settings(profiles) + "</div>",
+        f"<h2>Method</h2>{''.join(f'<p>{_method(e)}</p>' for e in sorted({p.estimated for p in profiles}))}",
+    ]
+
+
+def _placed(place: str, figure: dict) -> dict:
+    return {"id": place, "data": figure["data"], "layout": figure["layout"]}
+
+
+def _decision(decision: dict, charts: list[dict]) -> list[str]:
+    """Sections; their chart is added to charts."""
+    curve = decision["curve"]
+    figure = None if curve is None else loss_curve(curve)
+    parts = [
+        f'<p class="answer">{escape(decision["answer"])}</p>',
+        f'<p class="soft">How sure: {escape(decision["sure"])} ({decision["confidence"]:.2f} of 1).</p>',
+    ]
+    if figure is not None:
+        charts.append(_placed("decision", figure))
+        note = f"{escape(curve['verdict'])}; noise between seeds: "
+        note += "not known" if curve["noise"] is None else f"{curve['noise']:.2g} (standard deviation)"
+        parts.append(
+            f'<figure class="card"><h3>{figure["title"]}</h3><div class="chart" id="decision"></div>'
+            f"<figcaption>The search says: {note}.</figcaption></figure>"
+        )
+    following = decision["next"]
+    if following is None:
+        parts.append("<p>Nothing that could be measured next would change this answer.</p>")
+    else:
+        parts.append(
+            f'<div class="card"><h3>Measure next: {escape(following["what"])}</h3><p>What it would say: '
+            f"{escape(following['why'])}.</p><p><code>{escape(following['command'])}</code></p></div>"
+        )
+    parts.append(_indicators(decision["indicators"]))
+    if decision["disagreements"]:
+        items = "".join(f"<li>{escape(text)}</li>" for text in decision["disagreements"])
+        parts.append(f'<div class="card"><h3>Against it</h3><ul>{items}</ul></div>')
+    return parts
+
+
+def _indicators(indicators: list[dict]) -> str:
+    sources = list(dict.fromkeys(found["source"] for found in indicators))
+    rows = ""
+    for found in indicators:
+        number = sources.index(found["source"]) + 1
+        value = found["value"] if found["sure"] else "–"
+        cells = (f"{found['name']} [{number}]", value, found["threshold"], found["verdict"], found["says"])
+        body = "".join(f"<td>{escape(cell)}</td>" for cell in (*cells, f"{found['sure']:.2f}"))
+        rows += f"<tr{'' if found['sure'] else ' class=soft'}>{body}</tr>"
+    head = "".join(
+        f'<th scope="col">{name}</th>' for name in ("indicator", "value", "threshold", "speaks for", "why", "sure")
+    )
+    notes = "".join(f"<li>{escape(source)}</li>" for source in sources)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<h3>The evidence</h3><div class="card scroll words">{table}</div><ol class="soft">{notes}</ol>'
 
 
 def _card(key: str, drawn: list[dict[str, dict]], names: list[str]) -> str:
@@ -118,8 +170,10 @@ def _plotly() -> tuple[str, str]:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        hint = "The charts need plotly: <code>pip install plotly</code>, then <code>lora-fast report RUN</code>."
-        return "", f'<p class="card">{hint} rank_cost.png holds two of them.</p>'
+        return (
+            "",
+            '<p class="card">The charts need plotly: <code>pip install plotly</code>, then the command again.</p>',
+        )
     return get_plotlyjs(), ""
 
 
@@ -135,6 +189,7 @@ CAPTIONS = {
     "memory-ratio": "Ratio to full fine-tuning's peak.",
     "memory": "At each arm's peak, by what it is.",
     "overlay": "Each cost has a crossover of its own, where its line passes 1.",
+    "layers": "A step of one layer, forward and backward, over that of the layer with its weight trained.",
     "drift": "Each step over its arm's median: what moves all lines together is the machine, and cancels in ratios.",
 }
 
@@ -142,6 +197,9 @@ CAPTIONS = {
 def _drawn(profiles: list[Profile]) -> list[dict[str, dict]]:
     """Each run's figures, with the same scale for the same chart of all runs."""
     drawn = [figures(chart(profile)) for profile in profiles]
+    for run, profile in zip(drawn, profiles, strict=True):
+        if any(row["status"] == "ok" for row in profile.layers or ()):
+            run["layers"] = layer_lines(profile.layers)
     for key in CAPTIONS:
         axes = [run[key]["layout"]["yaxis"] for run in drawn if key in run]
         units = {axis["title"]["text"] for axis in axes}
@@ -150,243 +208,6 @@ def _drawn(profiles: list[Profile]) -> list[dict[str, dict]]:
             for axis in axes:
                 axis["range"] = [low, high]
     return drawn
-
-
-def figures(description: dict) -> dict[str, dict]:
-    """Chart descriptions (report.chart) as plotly figures and their titles, without the page's colours."""
-    first, memory = description["panels"]
-    found = {}
-    for key, panel in (("first", first), ("memory-ratio", memory)):
-        if panel["points"]:
-            found[key] = _ratios(panel)
-    if any(arm["by_category"] or arm["problem"] for arm in description["memory"]["arms"]):
-        found["memory"] = _stack(description["memory"])
-    if len(description["overlay"]) > 1:
-        found["overlay"] = _overlay(description["overlay"])
-    if description["drift"]:
-        found["drift"] = _rounds(description["drift"])
-    return found
-
-
-def _ratios(panel: dict) -> dict:
-    points, ranks = panel["points"], panel["ranks"]
-    low, high = _range(panel)
-    ends = [ranks[0] / 1.4, ranks[-1] * 1.4]
-    unit, full = panel["unit"], panel["full"]
-    data = []
-    if panel["noise"]:
-        noise = panel["noise"]
-        data.append(_area(ends, [1 - noise] * 2, [1 + noise] * 2, GREY, f"noise floor ±{noise:.1%}"))
-    banded = [point for point in points if point["low"] is not None]
-    if banded:
-        edges = [curve([{"rank": p["rank"], "ratio": p[end]} for p in banded]) for end in ("low", "high")]
-        data.append(_area(edges[0][0], edges[0][1], edges[1][1], BLUE, "95% interval"))
-    crossover = panel["crossover"]
-    if crossover["low"] is not None or crossover["high"] is not None:
-        interval = [crossover["low"] or ranks[0], crossover["high"] or ranks[-1]]
-        data.append(_area(interval, [low] * 2, [high] * 2, RED, "crossover, 95% interval"))
-    elif crossover["rank"] is None and None not in crossover["bracket"]:
-        data.append(_area(crossover["bracket"], [low] * 2, [high] * 2, RED, "crossover, between"))
-    value = "" if full is None else f": {amount(full, unit)}"
-    data.append(_line(ends, [1, 1], GREY, f"full fine-tuning{value}", dash="dash"))
-    if panel["beside"]:
-        x, y = curve(panel["beside"]["points"])
-        data.append(_line(x, y, ORANGE, panel["beside"]["name"], dash="dot", hover="r=%{x:.0f}: %{y:.3f}"))
-    data.append({**_line(*curve(points), BLUE, "LoRA"), "showlegend": False, "line": {"color": BLUE, "width": 2.5}})
-    absolute = {entry["rank"]: entry["value"] for entry in panel["absolute"]}
-    hover = [
-        f"r={p['rank']}<br>{p['ratio']:.3f} of full"
-        + ("" if p["low"] is None else f" [{p['low']:.3f}, {p['high']:.3f}]")
-        + (f"<br>{amount(absolute[p['rank']], unit)}" if p["rank"] in absolute else "")
-        for p in points
-    ]
-    data.append(
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "LoRA",
-            "x": [p["rank"] for p in points],
-            "y": [p["ratio"] for p in points],
-            "text": hover,
-            "hovertemplate": "%{text}<extra></extra>",
-            "marker": {"color": BLUE, "size": 9},
-        }
-    )
-    if panel["failed"]:
-        data.append(_crosses(panel["failed"], [high - 0.04 * (high - low)] * len(panel["failed"]), "no value"))
-    if crossover["rank"] is not None:
-        text = _short(crossover)
-        data.append(_line([crossover["rank"]] * 2, [low, high], RED, text, dash="dot"))
-        data.append(_diamond(crossover["rank"], RED, text))
-    title = panel["title"]
-    return {
-        "title": f"{title} against rank",
-        "data": data,
-        "layout": _layout(ranks, f"{title if title == 'FLOPs' else title.lower()} / full", low, high),
-    }
-
-
-def _short(crossover: dict) -> str:
-    low, high = crossover["low"], crossover["high"]
-    text = f"crossover r≈{crossover['rank']:.0f}"
-    return text if low is None or high is None else f"{text} [{low:.0f}–{high:.0f}]"
-
-
-def _overlay(panels: list[dict]) -> dict:
-    data, ranks = [], panels[0]["ranks"]
-    low, high = min(_range(panel)[0] for panel in panels), max(_range(panel)[1] for panel in panels)
-    data.append(_line([ranks[0] / 1.4, ranks[-1] * 1.4], [1, 1], GREY, "full fine-tuning", dash="dash"))
-    for panel in panels:
-        colour = LINES[panel["title"]]
-        hover = f"{panel['title']}, r=%{{x:.0f}}: %{{y:.3f}} of full"
-        data.append({**_line(*curve(panel["points"]), colour, panel["title"]), "showlegend": False})
-        marks = [[point[name] for point in panel["points"]] for name in ("rank", "ratio")]
-        data.append({**_line(*marks, colour, panel["title"], hover=hover), "mode": "markers", "marker": {"size": 8}})
-        data[-1]["marker"]["color"] = colour
-        if panel["crossover"]["rank"] is not None:
-            text = f"{panel['title']}: {_short(panel['crossover'])}"
-            data.append(_diamond(panel["crossover"]["rank"], colour, text))
-    title = "All costs: " + ", ".join(panel["title"] for panel in panels)
-    return {"title": title, "data": data, "layout": _layout(ranks, "ratio to full fine-tuning", low, high)}
-
-
-def _stack(memory: dict) -> dict:
-    arms, capacity = memory["arms"], memory["capacity_MiB"]
-    tallest = max((value for arm in arms for value in (arm["peak_MiB"], arm["predicted_MiB"]) if value), default=0)
-    problems = [arm for arm in arms if arm["problem"]]
-    if capacity and not problems and tallest < NEAR * capacity:
-        capacity = None
-    scale, unit = (1024, "GiB") if max(tallest, capacity or 0) >= 2000 else (1, "MiB")
-    names = [arm["name"] for arm in arms]
-    data = [
-        {
-            "type": "bar",
-            "name": category,
-            "x": names,
-            "y": [arm["by_category"].get(category, 0) / scale for arm in arms],
-            "hovertemplate": f"%{{x}}<br>{category}: %{{y:.2f}} {unit}<extra></extra>",
-            "marker": {"color": colour},
-        }
-        for category, colour in STACK.items()
-        if any(arm["by_category"].get(category, 0) > 0.001 * tallest for arm in arms)
-    ]
-    predicted = [arm for arm in arms if arm["predicted_MiB"] is not None]
-    if predicted:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "predicted from shapes",
-                "x": [arm["name"] for arm in predicted],
-                "y": [arm["predicted_MiB"] / scale for arm in predicted],
-                "hovertemplate": f"%{{x}}<br>predicted: %{{y:.2f}} {unit}<extra></extra>",
-                "marker": {"symbol": "diamond-open", "size": 9, "color": RED, "line": {"width": 2}},
-            }
-        )
-    if capacity:
-        line = _line(names, [capacity / scale] * len(names), RED, f"capacity {capacity / scale:,.4g} {unit}", "dash")
-        data.append(line)
-    if problems:
-        height = (capacity or tallest or scale) / scale
-        labels = [arm["problem"] for arm in problems]
-        data.append(_crosses([arm["name"] for arm in problems], [height] * len(problems), "out of memory", labels))
-    top = 1.12 * max(tallest, capacity or 0, 1e-9) / scale
-    layout = _layout(None, unit, 0, top) | {"barmode": "stack", "bargap": 0.35}
-    layout["xaxis"] = {"type": "category", "categoryarray": names, "automargin": True}
-    return {"title": "What the memory holds", "data": data, "layout": layout}
-
-
-def _rounds(drift: list[dict]) -> dict:
-    palette = (BLUE, ORANGE, GREEN, "#9a72d4", "#d9705e", "#4fb3c9", "#b59a3c", "#c76aa8")
-    data = [
-        _line(
-            list(range(1, len(series["ratio"]) + 1)),
-            series["ratio"],
-            GREY if series["name"].startswith("full") else palette[number % len(palette)],
-            series["name"],
-            dash="dot" if series["name"] == "full again" else "solid",
-            hover=f"{series['name']}, round %{{x}}: %{{y:.3f}} of its median",
-        )
-        for number, series in enumerate(drift)
-    ]
-    values = [value for series in drift for value in series["ratio"]]
-    layout = _layout(None, "step / the arm's median", min(values) - 0.03, max(values) + 0.03)
-    layout["xaxis"] = {"title": {"text": "round"}, "automargin": True}
-    return {"title": "Drift over the rounds", "data": data, "layout": layout}
-
-
-def _range(panel: dict) -> tuple[float, float]:
-    """Room around all points and 1."""
-    values = [value for p in panel["points"] for value in (p["ratio"], p["low"], p["high"]) if value is not None]
-    values += [1 - (panel["noise"] or 0), 1 + (panel["noise"] or 0)]
-    values += [point["ratio"] for point in panel["beside"]["points"]] if panel["beside"] else []
-    room = 0.08 * max(max(values) - min(values), 0.1)
-    return max(0, min(values) - room), max(values) + room
-
-
-def _layout(ranks: list[int] | None, y: str, low: float, high: float) -> dict:
-    layout = {
-        "margin": {"l": 56, "r": 12, "t": 34, "b": 60},
-        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
-        "hovermode": "closest",
-        "yaxis": {"title": {"text": y}, "range": [low, high], "automargin": True},
-    }
-    if ranks:
-        shown = ranks[:: -(-len(ranks) // 10)]
-        layout["xaxis"] = {
-            "type": "log",
-            "tickvals": shown,
-            "ticktext": [str(rank) for rank in shown],
-            "title": {"text": "LoRA rank r (log scale)"},
-            "automargin": True,
-        }
-    return layout
-
-
-def _line(x: list, y: list, colour: str, name: str, dash: str = "solid", hover: str | None = None) -> dict:
-    line = {"type": "scatter", "mode": "lines", "x": x, "y": y, "name": name, "line": {"color": colour, "dash": dash}}
-    return line | ({"hovertemplate": hover + "<extra></extra>"} if hover else {"hoverinfo": "skip"})
-
-
-def _area(x: list, low: list[float], high: list[float], colour: str, name: str) -> dict:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "x": [*x, *reversed(x)],
-        "y": [*low, *reversed(high)],
-        "fill": "toself",
-        "fillcolor": f"rgba({red},{green},{blue},0.2)",
-        "line": {"width": 0},
-        "name": name,
-        "hoverinfo": "skip",
-    }
-
-
-def _diamond(rank: float, colour: str, text: str) -> dict:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [rank],
-        "y": [1],
-        "name": text,
-        "hovertemplate": f"{text}<extra></extra>",
-        "marker": {"symbol": "diamond", "size": 11, "color": colour},
-        "showlegend": False,
-    }
-
-
-def _crosses(x: list, y: list[float], name: str, labels: list[str] | None = None) -> dict:
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        "x": x,
-        "y": y,
-        "name": "✕ " + " or ".join(dict.fromkeys(labels or [name])),
-        "text": labels or [name] * len(x),
-        "hovertemplate": "%{x}: %{text}<extra></extra>",
-        "marker": {"symbol": "x", "size": 12, "color": RED},
-    }
 
 
 # The words ------------------------------------------------------------------------------------------------------------

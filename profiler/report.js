@@ -44,8 +44,8 @@ function sort(header) {
   table.tBodies[0].append(...rows);
 }
 
-for (const header of document.querySelectorAll("th"))
-  header.querySelector("button").addEventListener("click", () => sort(header));
+for (const button of document.querySelectorAll("th button"))
+  button.addEventListener("click", () => sort(button.closest("th")));
 if (window.Plotly) {
   draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

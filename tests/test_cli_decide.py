@@ -1,5 +1,6 @@
 """`lora-fast decide` on real runs of tiny models, and what it says of folders that are none."""
 
+import html
 import json
 import math
 import subprocess
@@ -28,6 +29,12 @@ PER_RANK = 2 * (64 + 48 + 48 + 64 + 76 + 76 + 76)
 SCRIPT = Path(sys.executable).parent / "lora-fast"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each decision is written under runs/ of the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A profile, a search and spectra of one tiny model with bytes for tokens, in one go."""
@@ -54,7 +61,7 @@ def runs(folder, at_once):
 
 
 def test_in_one_go(at_once, runs):
-    assert sorted(path.name for path in runs.iterdir()) == ["decision.json", "profile", "search", "svd"]
+    assert sorted(path.name for path in runs.iterdir()) == ["decision.json", "profile", "report.html", "search", "svd"]
     found = json.loads((runs / "decision.json").read_text())
     assert [Path(run["path"]).name for run in found["runs"]] == ["profile", "search", "svd"]
     # Every part of the budget is said, before and after.
@@ -71,6 +78,18 @@ def test_in_one_go(at_once, runs):
     (capacity,) = [i for i in found["indicators"] if i["name"] == "capacity"]
     tokens = search["data"]["train"]["tokens"]
     assert capacity["value"] == f"r ≥ {math.ceil(tokens / (2 * PER_RANK))}"
+
+
+def test_a_decision_on_runs_is_written_too(runs, capsys, tmp_path):
+    found = decided(capsys, runs / "search", "--out", tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "decision.json").read_text()) == found
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert found["sentence"] in html.unescape(page) and 'id="decision"' in page and "All arms" not in page
+    assert main(["decide", str(runs / "profile"), str(runs / "search")]) == 0
+    (folder,) = (tmp_path / "runs").glob("decide-*")
+    assert f"Written: {Path('runs', folder.name)}/ (decision.json, report.html)" in capsys.readouterr().out
+    assert "All arms" in (folder / "report.html").read_text()
+    refused(capsys, runs / "search", "--out", tmp_path / "new")
 
 
 def decided(capsys, *arguments):

@@ -404,7 +404,7 @@ def test_section_of_a_report():
     # Two seeds 0.02 apart: σ = 0.01 √2, and two standard errors of a mean of two are 2 σ / √2.
     assert found["curve"]["points"][0]["half_width"] == pytest.approx(0.02)
     assert (found["curve"]["recommended"], found["curve"]["target"]) == (8, 2.1)
-    assert len(found["indicators"]) == 10 and all(row["source"] for row in found["indicators"])
+    assert len(found["indicators"]) == 11 and all(row["source"] for row in found["indicators"])
     json.dumps(found, allow_nan=False)
 
 
@@ -509,7 +509,7 @@ def test_any_evidence_gives_an_answer(evidence):
     else:
         assert 1 <= found.range[0] <= found.rank <= found.range[1]
     assert found.kind != "measure" or found.next is not None
-    assert len({i.name for i in found.indicators}) == len(found.indicators) == 10
+    assert len({i.name for i in found.indicators}) == len(found.indicators) == 11
     assert all(i.source and i.threshold and 0 <= i.sure <= 1 for i in found.indicators)
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -521,3 +521,36 @@ def test_more_evidence_never_lowers_the_confidence_in_the_same_answer(evidence, 
     less, more = decide(**{name: evidence[name] for name in kept}), decide(**evidence)
     if (less.kind, less.rank) == (more.kind, more.rank):
         assert more.confidence >= less.confidence - 1e-12
+
+
+def read(verdicts):
+    """The content of a search.json whose trainings were read so, by rank."""
+    ranks = [
+        {"rank": rank, "reading": verdict and {"verdict": verdict, "sentence": f"it {verdict}"}}
+        for rank, verdict in verdicts.items()
+    ]
+    return {"search": search(PLATEAU).to_dict(), "ranks": ranks}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "value", "speaks"),
+    [
+        ({8: "fits", 32: "too large", "full": "too large"}, "fits, at r=8", "LoRA"),
+        ({8: "too large", 32: "too large"}, "too large, at r=8", "LoRA"),
+        ({8: "too small", 32: "fits"}, "too small, at r=8", "LoRA"),
+        ({1: "too small", 4: "too small"}, "too small, at r=4", "evaluate"),
+        ({8: "can't tell"}, "–", "not known"),
+        ({8: None}, "–", "not known"),
+        ({}, "–", "not known"),
+    ],
+)
+def test_training_curves_are_an_indicator(verdicts, value, speaks):
+    found = decide(search=read(verdicts))
+    (indicator,) = [i for i in found.indicators if i.name == "training curves"]
+    assert found.rank == 8 and (indicator.value, indicator.verdict) == (value, speaks)
+    assert (indicator.sure > 0) == (value != "–") and "signal 1" in indicator.source
+    against = [text for text in found.disagreements if text.startswith("signal 1 reads")]
+    assert bool(against) == (verdicts.get(8) in ("too large", "too small"))
+    # It changes neither the answer nor how sure it is: what was measured at several ranks says more.
+    plain = decide(search=search(PLATEAU))
+    assert (found.rank, found.range, found.confidence) == (plain.rank, plain.range, plain.confidence)

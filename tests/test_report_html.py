@@ -9,8 +9,11 @@ from pathlib import Path
 import browser
 import pytest
 
+from lora_fast import decide
 from lora_fast.cli import main
-from lora_fast.profiler.html import figures, page
+from lora_fast.decision import section
+from lora_fast.profiler.html import page
+from lora_fast.profiler.html_charts import figures, layer_lines, loss_curve
 from lora_fast.profiler.profile import SCHEMA_VERSION
 from lora_fast.profiler.report import chart
 from lora_fast.profiler.runs import read_profile
@@ -314,3 +317,101 @@ def test_a_report_is_not_written_over_something_else(runs, capsys):
     shutil.copytree(runs / "thesis", runs / "out")
     assert main(["report", "a", "b", "--out", "out"]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def searched(losses, full=None, noise=0.01):
+    """The dict of a search with two trainings of every rank."""
+    means = {**losses, **({} if full is None else {"full": full})}
+    trials = [
+        {"rank": rank, "seed": seed, "value": mean, "status": "ok", "seconds": 9.0 + (rank == "full"), "error": None}
+        for rank, mean in means.items()
+        for seed in (0, 1)
+    ]
+    points = [{"rank": rank, "mean": mean, "count": 2} for rank, mean in means.items()]
+    found = {"direction": "minimize", "noise": noise, "verdict": "plateau", "sentence": "r=4 suffices"}
+    return found | {"points": points, "trials": trials, "best_rank": 4, "cost_s": 90.0}
+
+
+LOSSES = {1: 2.2, 4: 2.0, 16: 1.995}
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_decision_comes_first_with_its_curve_and_its_evidence(chromium, profile, tmp_path, width):
+    found = section(decide(profile, searched(LOSSES, full=1.99), task="simple", target=2.1))
+    path = tmp_path / "report.html"
+    path.write_text(page([profile], decision=found), encoding="utf-8")
+    chromium.open(path, width=width, phone=width < 1000)
+    chromium.wait(DRAWN)
+    assert chromium.errors == [] and chromium.evaluate("document.documentElement.scrollWidth") <= width
+    assert chromium.evaluate("document.querySelector('h1').textContent") == "Which rank, or full fine-tuning?"
+    assert chromium.evaluate("document.querySelector('.answer').textContent") == found["answer"]
+    assert chromium.evaluate("document.querySelectorAll('#decision .scatterlayer .point').length") == len(LOSSES)
+    rows = "[...document.querySelectorAll('.words tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    shown = chromium.evaluate(rows)
+    assert [row[0].partition(" [")[0] for row in shown] == [row["name"] for row in found["indicators"]]
+    assert [float(row[-1]) for row in shown] == [pytest.approx(row["sure"], abs=5e-3) for row in found["indicators"]]
+    # The profile's own tables sort as before.
+    chromium.evaluate("document.querySelector('th button').click()")
+    assert chromium.evaluate("document.querySelectorAll('th[aria-sort]').length") == 1 and chromium.errors == []
+
+
+def test_a_decision_needs_neither_profile_nor_curve():
+    only = page([], decision=section(decide(search=searched(LOSSES))))
+    assert 'id="decision"' in only and "All arms" not in only
+    nothing = page([], decision=section(decide(task="simple")))
+    assert 'id="decision"' not in nothing and "Which rank, or full fine-tuning?</h1>" in nothing
+    bad = section(decide(search=searched(LOSSES) | {"sentence": "<img src=x>", "verdict": "<b>"}, target=1.0))
+    assert "<img" not in page([], decision=bad) and "<b>" not in page([], decision=bad)
+
+
+def test_the_curve_has_its_errors_the_target_and_the_rank():
+    plotly = pytest.importorskip("plotly.graph_objects")
+    found = section(decide(search=searched(LOSSES, full=1.9), target=2.05, budget=None))
+    curve = found["curve"]
+    figure = loss_curve(curve)
+    plotly.Figure(data=figure["data"], layout=figure["layout"])
+    traces = {trace["name"].partition(":")[0]: trace for trace in figure["data"]}
+    assert traces["LoRA, mean of the trainings"]["y"] == list(LOSSES.values())
+    half = 2 * 0.01 / 2**0.5  # two standard errors of a mean of two
+    band = traces["two standard errors"]["y"]
+    assert band[:3] == pytest.approx([mean - half for mean in LOSSES.values()])
+    assert band[:2:-1] == pytest.approx([mean + half for mean in LOSSES.values()])
+    assert set(traces["target"]["y"]) == {2.05} and set(traces["full fine-tuning"]["y"]) == {1.9}
+    assert traces["recommended"]["x"] == [found["curve"]["recommended"]] * 2
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert low < 1.9 and high > 2.2 + half
+    assert loss_curve(curve | {"points": []}) is None
+
+
+def layer_row(K, N, rank, ratio, name):
+    times = {
+        "ms": 2 * ratio,
+        "frozen_ms": 1.4,
+        "dense_ms": 2.0,
+        "ratio_to_dense": ratio,
+        "ratio_to_frozen": ratio / 0.7,
+    }
+    ends = {"dense_ci": [ratio - 0.01, ratio + 0.02], "frozen_ci": [ratio / 0.7, ratio / 0.7], "noise_floor": 0.03}
+    return {"in_features": K, "out_features": N, "names": [name], "rank": rank, "status": "ok", **times, **ends}
+
+
+@needs_chromium
+def test_layers_by_themselves_are_a_chart(chromium, profile, tmp_path):
+    run = json.loads(json.dumps(profile.to_dict()))
+    rows = [
+        layer_row(K, 64, rank, 0.7 + rank / 100, name)
+        for K, name in ((64, "q_proj"), (172, "down_proj"))
+        for rank in (1, 8)
+    ]
+    run["layers"] = [*rows, {"in_features": 64, "out_features": 9, "names": ["x"], "rank": 1, "status": "oom"}]
+    figure = layer_lines(run["layers"])
+    lines = {trace["name"]: trace for trace in figure["data"]}
+    assert lines["down_proj (172 → 64)"]["y"] == pytest.approx([0.71, 0.78])
+    assert set(lines["q_proj (64 → 64), frozen"]["y"]) == {0.7}
+    path = tmp_path / "report.html"
+    path.write_text(page([type(profile).from_dict(run)]), encoding="utf-8")
+    chromium.open(path)
+    chromium.wait(DRAWN)
+    assert chromium.evaluate("document.querySelectorAll('#run0-layers .scatterlayer .point').length") == 4
+    assert chromium.errors == []
