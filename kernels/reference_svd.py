@@ -43,19 +43,22 @@ def grams(factors: Sequence[Tensor]) -> Tensor:
         many = max(1, CHUNK // max(step * R, 1)) if step == rows else 1
         # In the memory order that the factors have: lora_A comes as the transpose of (R, K).
         transposed = factors[indices[0]].stride(0) < factors[indices[0]].stride(1)
+        stored = [factors[index].mT if transposed else factors[index] for index in indices]
         buffer = out.new_empty(min(many, len(indices)), *((R, step) if transposed else (step, R)))
-        buffer = buffer.mT if transposed else buffer
         for first in range(0, len(indices), many):
-            chosen = indices[first : first + many]
+            chosen = slice(first, first + many)
             for start in range(0, rows, step):
-                part = buffer[: len(chosen), : min(step, rows - start)]
-                for place, index in zip(part, chosen):
-                    place.copy_(factors[index][start : start + step])
+                pieces, length = stored[chosen], min(step, rows - start)
+                part = buffer[: len(pieces)].narrow(1 + transposed, 0, length)
+                if length < rows:
+                    pieces = [piece.narrow(int(transposed), start, length) for piece in pieces]
+                torch.stack(pieces, out=part)
+                part = part.mT if transposed else part
                 product = part.mT @ part
                 if start:
-                    out[chosen[0]] += product[0]
+                    out[indices[first]] += product[0]
                 else:
-                    out[chosen] = product
+                    out[indices[chosen]] = product
         if rows == 0:
             out[indices] = 0.0
     return out

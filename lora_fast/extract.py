@@ -36,7 +36,7 @@ from lora_fast.targets import saved_module_names
 from lora_fast.targets import target_modules as find_targets
 
 # Where the model is not known: names under which models keep what is no linear layer, and their heads.
-_NOT_LINEAR = re.compile(r"embed|norm|(^|[._])(ln|wte|wpe|shared|head|score|classifier)([._]|$)", re.IGNORECASE)
+NOT_LINEAR = re.compile(r"embed|norm|(^|[._])(ln|wte|wpe|shared|head|score|classifier)([._]|$)", re.IGNORECASE)
 _CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
 
 
@@ -237,7 +237,7 @@ def _targets(
             if len(pair.shape(name)) != 2 or pair.tensor(name) != name + ".weight":
                 continue
             if every:
-                matches = _NOT_LINEAR.search(name) is None
+                matches = NOT_LINEAR.search(name) is None
             elif isinstance(wanted, str):
                 matches = re.fullmatch(wanted, name) is not None
             else:

@@ -18,6 +18,7 @@ import functools
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from lora_fast.adapter_updates import adapter_factors
 from lora_fast.checkpoint import check_output_folder, read_adapter, write_adapter
-from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, LoraFastWarning
 from lora_fast.spectrum import Spectrum, kept_energy, ranks_for, truncation_error
 from lora_fast.svd import UpdateSvd, update_svds
 
@@ -211,6 +212,7 @@ def merge_adapters(
         each.append(updates)
     _check_bases(adapters, configs)
     merged = _concatenated(adapters, each, weights)
+    _warn_of_strangers(adapters, each)
     pick = _nonzero_ranks if exact else lambda spectra: ranks_for(spectra, **wanted)
     dtype = dtype or functools.reduce(torch.promote_types, (update.dtype for update in merged))
     factors, layers = _compressed(merged, pick, dtype, device, progress)
@@ -276,6 +278,20 @@ def _concatenated(
                 )
             merged[update.name] = other._replace(parts=(*other.parts, part))
     return list(merged.values())
+
+
+def _warn_of_strangers(adapters: Sequence[str | os.PathLike], each: list[list[_Update]]) -> None:
+    """Adapters of one base hardly ever have no layer in common: names that differ by a prefix look like this."""
+    names = [{update.name for update in updates} for updates in each]
+    for adapter, own, index in zip(adapters, names, range(len(names))):
+        others = set().union(*names[:index], *names[index + 1 :])
+        if len(adapters) > 1 and own and others and not own & others:
+            warnings.warn(
+                f"{adapter} shares no layer with the other adapters (it has {min(own)}, they have {min(others)}): each "
+                "goes into the sum by itself; are they of one base?",
+                LoraFastWarning,
+                stacklevel=4,
+            )
 
 
 def _sizes(update: _Update) -> str:

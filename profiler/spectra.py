@@ -21,6 +21,7 @@ from lora_fast import (
     intruder_dimensions,
     subspace_similarity,
 )
+from lora_fast.extract import NOT_LINEAR
 from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.spectrum import Spectrum, kept_energy, ranks_for, readings
 
@@ -271,8 +272,10 @@ def suggestion(spectra: Sequence[Spectrum]) -> dict[str, Any] | None:
     """The ranks that keep ENERGY of every layer: one for all layers, and each layer's own, with what they train; None
     where there is no update at all, or too few singular values are known.
 
-    Of a dense update in a storage dtype that rounds, of its part above the noise."""
-    known = [spectrum.corrected if spectrum.rank is None and spectrum.corrected else spectrum for spectrum in spectra]
+    Of a dense update in a storage dtype that rounds, of its part above the noise, and of the layers that
+    `extract_adapter` takes: no embeddings and heads."""
+    taken = [s for s in spectra if s.rank is not None or NOT_LINEAR.search(s.name) is None]
+    known = [spectrum.corrected if spectrum.rank is None and spectrum.corrected else spectrum for spectrum in taken]
     known = [spectrum for spectrum in known if not spectrum.is_zero]
     if not known or any(spectrum.energy_rank(ENERGY) is None for spectrum in known):
         return None

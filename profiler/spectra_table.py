@@ -57,10 +57,14 @@ DENSE_COLUMNS = (
 def print_spectra(found: Mapping[str, Any], console: Console, *, layers: bool = False) -> None:
     """The table by kind of module (and by layer, if `layers`), then what to know about it, the readings and the
     suggestion. Plain text where the console is no terminal."""
-    console.print(_table(found, console, by_layer=False))
+    table = _table(found, console, by_layer=False)
+    console.print(table)
     if layers:
         console.print(_table(found, console, by_layer=True))
-    _print_lines([*notes(found), *_between_words(found), *reading_lines(found), *suggestion_lines(found)], console)
+    ranked = any("num." in str(column.header) for column in table.columns)
+    _print_lines(
+        [*notes(found, ranked), *_between_words(found), *reading_lines(found), *suggestion_lines(found)], console
+    )
 
 
 def _print_lines(lines: Sequence[str], console: Console) -> None:
@@ -190,8 +194,8 @@ def _status(row: Mapping[str, Any], by_layer: bool) -> str:
     return ", ".join(texts)
 
 
-def notes(found: Mapping[str, Any]) -> list[str]:
-    """What the columns mean, and what is not as it should be."""
+def notes(found: Mapping[str, Any], ranked: bool = False) -> list[str]:
+    """What the columns mean, the numerical rank's if it has one, and what is not as it should be."""
     lines = []
     if _is_dense(found):
         lines.append(
@@ -205,7 +209,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             )
     lines.append(
         "Medians over layers, [range]. "
-        "rXX: rank that keeps XX% of ‖ΔW‖_F². eff. rank: exp of the entropy of σ/Σσ. stable rank: ‖ΔW‖_F²/σ₁²."
+        + ("num. rank: how many σ are not zero but for rounding. " if ranked else "")
+        + "rXX: rank that keeps XX% of ‖ΔW‖_F². eff. rank: exp of the entropy of σ/Σσ. stable rank: ‖ΔW‖_F²/σ₁²."
         + ("" if _is_dense(found) else " gap: the largest σᵢ/σᵢ₊₁.")
     )
     if any(layer["status"] == "refined" for layer in found["layers"]):
@@ -272,9 +277,10 @@ def suggestion_lines(found: Mapping[str, Any]) -> list[str]:
     ranks = sorted(advice["ranks"].values())
     now = advice["parameters_now"]
     share = (lambda count: f", {count / now:.0%} of now") if now else lambda count: ""
+    of = "update" if now else "linear layer's update"
     line = (
-        f"To keep {advice['energy']:.0%} of every update: rank {advice['rank']} everywhere ({si(advice['parameters'])} "
-        f"parameters{share(advice['parameters'])})"
+        f"To keep {advice['energy']:.0%} of every {of}: rank {advice['rank']} everywhere "
+        f"({si(advice['parameters'])} parameters{share(advice['parameters'])})"
     )
     if ranks[0] != ranks[-1]:
         total = advice["parameters_of_ranks"]

@@ -338,6 +338,21 @@ def test_a_full_fine_tune_is_freed_of_rounding_first(here, capsys):
     assert top["source"]["method"] == "topk" and top["source"]["k"] == 2
 
 
+def test_what_extract_does_not_take_is_not_in_the_suggestion():
+    """Its rank and its count are of the linear layers; an embedding's update counts in neither."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, rank, shape in (("model.embed_tokens", 9, (50, 12)), ("model.layers.0.mlp.up_proj", 2, (20, 12))):
+        values = torch.zeros(12, dtype=torch.float64)
+        values[:rank] = torch.rand(rank, generator=generator, dtype=torch.float64).add(1).sort(descending=True).values
+        norm = float(values.norm())
+        found[name] = Spectrum(name, values, shape, None, 1.0, norm, 0.0, "ok", "exact", torch.float32)
+    advice = spectra.document(found, source={"base": "b", "tuned": "t"}, device="cpu")["suggestion"]
+    assert advice["rank"] == 2 and advice["parameters"] == 2 * (20 + 12)
+    only = {"lm_head": replace(found["model.embed_tokens"], name="lm_head")}
+    assert spectra.document(only, source={"base": "b", "tuned": "t"}, device="cpu")["suggestion"] is None
+
+
 def test_resize_writes_the_best_approximation(here, capsys):
     code, out, err = run(capsys, "resize", "one", "small", "--rank", "3", "--json", "report.json")
     assert code == 0, err

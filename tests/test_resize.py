@@ -456,6 +456,20 @@ def test_a_merge_drops_what_is_exactly_zero(tmp_path):
     assert all(not delta.any() for delta in dense_updates(tmp_path / "nothing").values())
 
 
+def test_adapters_without_a_common_layer_are_merged_with_a_word(tmp_path):
+    one = random_adapter(tmp_path / "one", lora={"target_modules": ["q_proj"]})
+    two = random_adapter(tmp_path / "two", lora={"target_modules": ["v_proj"]})
+    with pytest.warns(lora_fast.LoraFastWarning, match="one shares no layer with the other adapters .*q_proj.*v_proj"):
+        merge_adapters([one, two], [1, 1], tmp_path / "out")
+    expected = dense_updates(one) | dense_updates(two)
+    found = dense_updates(tmp_path / "out")
+    assert set(found) == set(expected)
+    both = random_adapter(tmp_path / "both", lora={"target_modules": ["q_proj", "v_proj"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lora_fast.LoraFastWarning)
+        merge_adapters([one, two, both], [1, 1, 1], tmp_path / "three")
+
+
 @pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_a_merge_agrees_with_pefts(tmp_path, kind):
     one = random_adapter(tmp_path / "one", seed=1, lora={"r": 5, "lora_alpha": 3})
