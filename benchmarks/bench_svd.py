@@ -8,7 +8,8 @@ torch arms get their factors stacked by shape in advance, which spares them a co
 reads a PEFT folder, which is in the page cache, and ends with every Spectrum.
 
 dense: torch.linalg.svdvals of ΔW, formed in fp32, and svd_lowrank: torch.svd_lowrank of ΔW, q = R. Both are timed on
-one matrix of each shape and multiplied by the number of matrices of that shape; that is what `rounds` = 1 says.
+one matrix of each shape and multiplied by the number of matrices of that shape; that is what `rounds` = 1 says. A dense
+SVD is timed at the smallest rank and counted at all of a model.
 "lora_fast kernels", on a GPU: the time that the launches of an update_svds take there by the profiler's count, without
 Python's part. max_error: the largest relative error of a singular value above 1e-6 σ₁ over the first layer's updates,
 against QR and SVD in fp64. peak_MiB: what the process has at most in memory beyond what imports need, in a process of
@@ -187,7 +188,7 @@ def sampled_ms(call: Callable[[Tensor], object], factors: list[tuple[Tensor, Ten
     return total
 
 
-def measure(model: str, R: int, dtype_name: str, args) -> list[dict]:
+def measure(model: str, R: int, dtype_name: str, args, dense_ms: dict[str, float]) -> list[dict]:
     device = args.device
     named = make_factors(model, R, DTYPES[dtype_name], device)
     factors, scaling = list(named.values()), 2.0
@@ -237,11 +238,13 @@ def measure(model: str, R: int, dtype_name: str, args) -> list[dict]:
     largest = max(a.shape[1] * b.shape[0] * min(a.shape[1], b.shape[0]) for a, b in factors)
     if largest <= DENSE_LIMIT[device.type] and not args.no_dense:
         ours_ms = float(np.median(times[OURS]))
-        dense = {"svd_lowrank": lambda w: torch.svd_lowrank(w, q=R, niter=2)[1]}
-        if min(args.ranks) == R:  # a dense SVD takes the same time at every rank
-            dense["dense"] = torch.linalg.svdvals
+        dense = {"svd_lowrank": lambda w: torch.svd_lowrank(w, q=R, niter=2)[1], "dense": torch.linalg.svdvals}
         for name, call in dense.items():
-            total = sampled_ms(call, factors, device)
+            # ΔW has the same size at every rank, and so a dense SVD of it takes the same time.
+            known = dense_ms.get(model) if name == "dense" else None
+            total = sampled_ms(call, factors, device) if known is None else known
+            if name == "dense":
+                dense_ms[model] = total
             found = torch.stack([scaling * call(b.float() @ a.float())[:R].cpu() for a, b in sample[:1]])
             row = {"provider": name, "ms_p50": f"{total:.2f}", "ratio_to_lora_fast": f"{total / ours_ms:.1f}"}
             rows.append(row | {"rounds": 1, "max_error": f"{max_error(found, exact[:1]):.1e}"})
@@ -285,7 +288,7 @@ def main(argv=None) -> int:
     args.ranks = [int(rank) for rank in args.ranks.split(",")]
     folder = args.out or (results_folder(args.device) if args.device.type == "cuda" else RESULTS / "cpu")
     start_of_row = {**provenance(args.device, args.commit), "op": "svd"}
-    longest = 0.0
+    longest, dense_ms = 0.0, {}
     with RowWriter(folder / "svd.csv", COLUMNS) as writer:
         for model in args.models.split(","):
             for R in args.ranks:
@@ -294,7 +297,7 @@ def main(argv=None) -> int:
                         print(f"deadline: {model} r={R} {dtype} left out")
                         continue
                     start = time.monotonic()
-                    for row in measure(model, R, dtype, args):
+                    for row in measure(model, R, dtype, args, dense_ms):
                         writer.write(start_of_row | row)
                         print(
                             f"{model} r={R:<3} {dtype} {row['provider']:26} {row['ms_p50']:>10} ms   "

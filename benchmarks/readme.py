@@ -1,10 +1,10 @@
 """Writes README's tables from the files that commands wrote.
 
-benchmarks/readme.py [--run DIR] [--estimate DIR] [--svd DIR] [--check]
+benchmarks/readme.py [--run DIR] [--estimate DIR] [--svd DIR] [--search DIR] [--check]
 
 A block between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what the function of that name returns. --run takes
 a run of `lora-fast profile` as the one that README shows, --estimate one of `lora-fast estimate`, --svd one of
-`lora-fast svd` on an adapter of train_adapter.py.
+`lora-fast svd` on an adapter of train_adapter.py, --search one of `lora-fast rank search`.
 --check changes nothing; it exits with 1 where README differs.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lora_fast.profiler import Profile, spectra
+from lora_fast.profiler.rank_curve import print_search, read_search
 from lora_fast.profiler.spectra_table import print_spectra
 from lora_fast.profiler.table import print_profile, si
 
@@ -145,6 +146,84 @@ def _passes(rows: list[dict]) -> str:
     return " + ".join(terms) or "0"
 
 
+SVD_ARMS = {
+    "lora_fast from the file": "ours from the file",
+    "torch Gram + eigh, fp64": "Gram + eigh, fp64",
+    "torch QR + SVD, fp64": "QR + SVD, fp64",
+    "torch QR + SVD, fp32": "QR + SVD, fp32",
+    "svd_lowrank": "`svd_lowrank` of ΔW",
+    "dense": "dense SVD of ΔW",
+}
+
+
+def svd() -> str:
+    """How long all singular values of an adapter take, from the CSV of bench_svd.py."""
+    with (RESULTS / "cpu" / "svd.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    of: dict[tuple[str, ...], dict[str, dict]] = {}
+    for row in rows:
+        of.setdefault((row["model"], row["R"], row["dtype"], row["matrices"]), {})[row["provider"]] = row
+    lines = [
+        f"{rows[0]['gpu']}, torch {rows[0]['torch']}; medians of paired rounds. Times of others are over ours.",
+        "",
+        "| adapter | r | matrices | ours | "
+        + " | ".join(SVD_ARMS.values())
+        + " | largest error of ours | memory, MiB |",
+        "|---" * (6 + len(SVD_ARMS)) + "|",
+    ]
+    for (model, rank, dtype, matrices), arms in of.items():
+        ours = arms["lora_fast"]
+        ratios = " | ".join(_times(arms.get(provider)) for provider in SVD_ARMS)
+        peak = arms["lora_fast from the file"]["peak_MiB"]
+        lines.append(
+            f"| {model.upper()}, {dtype} | {rank} | {matrices} | {float(ours['ms_p50']):,.0f} ms | {ratios} "
+            f"| {ours['max_error']} | {peak} |"
+        )
+    return "\n".join(lines)
+
+
+def _times(row: dict | None) -> str:
+    if row is None:
+        return ""
+    ratio = float(row["ratio_to_lora_fast"])
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+def rank_search() -> str:
+    """What `lora-fast rank search` printed, from the search.json that it wrote."""
+    found = read_search(RESULTS / "rank_quality" / "search.json")
+    return printed(lambda console: print_search(found, console))
+
+
+def one_run() -> str:
+    """How far each rule on one adapter's spectrum was from that search, from the CSV of bench_one_run_rank.py."""
+    with (RESULTS / "rank_quality" / "one_run.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    rules: dict[str, list[dict]] = {}
+    for row in rows:
+        rules.setdefault(row["rule"], []).append(row)
+    first = rows[0]
+    lines = [
+        f"| rule, on one adapter of r={first['R']} (each seed's) | rank "
+        f"| doublings from r={first['grid_rank']}, which the search found | loss above the best rank's |",
+        "|---|---|---|---|",
+    ]
+    for rule, of in rules.items():
+        cells = (" / ".join(row[key] for row in of) for key in ("predicted_rank", "doublings", "loss_above_best"))
+        lines.append(f"| {rule} | {' | '.join(cells)} |")
+    within = [rule for rule, of in rules.items() if all(abs(float(row["doublings"])) <= 1 for row in of)]
+    lines += [
+        "",
+        textwrap.fill(
+            f"Between seeds a loss differs by {float(first['noise']):.4f} (standard deviation). Within a doubling of "
+            f"r={first['grid_rank']} for every seed are {len(within)} of {len(rules)} rules; what is further off: "
+            f"{'; '.join(rule for rule in rules if rule not in within)}.",
+            TABLE_WIDTH,
+        ),
+    ]
+    return "\n".join(lines)
+
+
 BLOCKS = {
     "profile": profile,
     "estimate": estimate,
@@ -154,6 +233,9 @@ BLOCKS = {
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
+    "svd": svd,
+    "rank_search": rank_search,
+    "one_run": one_run,
 }
 
 
@@ -173,6 +255,7 @@ def main() -> int:
     parser.add_argument("--run", type=Path, help="a folder of lora-fast profile, to be the one that README shows")
     parser.add_argument("--estimate", type=Path, help="a folder of lora-fast estimate, likewise")
     parser.add_argument("--svd", type=Path, help="a folder of lora-fast svd, likewise")
+    parser.add_argument("--search", type=Path, help="a folder of lora-fast rank search, likewise")
     args = parser.parse_args()
     if args.run:
         (RESULTS / "cpu").mkdir(parents=True, exist_ok=True)
@@ -186,6 +269,10 @@ def main() -> int:
             shutil.copyfile(args.svd / name, RESULTS / "cpu" / name)
         adapter = Path(spectra.read(args.svd / "spectra.json")["source"]["adapter"])
         shutil.copyfile(adapter.parent / "training.json", RESULTS / "cpu" / "adapter_training.json")
+    if args.search:
+        (RESULTS / "rank_quality").mkdir(parents=True, exist_ok=True)
+        for name in ("search.json", "curve.png"):
+            shutil.copyfile(args.search / name, RESULTS / "rank_quality" / name)
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new = filled(old)

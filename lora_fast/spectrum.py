@@ -493,12 +493,14 @@ _ENERGY_SOURCE = (
 )
 _GUIDE_SOURCE = (
     "the guide “如何选择秩 r?”, signal 3 (singular values of ΔW): fits: a few large ones, then fast decay; too large: "
-    "the later ones are large too (noise); too small: only 1 or 2 large ones. A rule of thumb without a measurement; "
-    "that large means σ₁/10 or more, and later the second half, is ours"
+    "the later ones are large too (noise); too small: only 1 or 2 large ones. A rule of thumb; that large means σ₁/10 "
+    "or more, and later the second half, is ours. In one search over ranks (benchmarks/bench_one_run_rank.py) so many "
+    "were large as the rank that sufficed"
 )
 _SATURATION_SOURCE = (
-    "our own heuristic, without a source and not yet calibrated: an effective rank of 0.8 r or more and no σ twice the "
-    "next says that r limits the update; it contradicts the guide's rule on a flat spectrum"
+    "our own heuristic, without a source: an effective rank of 0.8 r or more and no σ twice the next says that r "
+    "limits the update; it contradicts the guide's rule on a flat spectrum. In one search over ranks "
+    "(benchmarks/bench_one_run_rank.py) it found nothing wrong with four times the rank that sufficed"
 )
 _DEAD_SOURCE = "Golub and Van Loan, section 5.4.1: singular values within the rounding of the stored factors are zero"
 _DENSE_SOURCE = (

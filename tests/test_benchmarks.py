@@ -135,7 +135,10 @@ def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
     assert bench_noise.agrees(near, {"ratio": 1.14, "ci": (1.0, 1.2)})
 
 
-@pytest.mark.parametrize("name", [*BENCHES, "bench_svd", "bench_memory", "bench_noise", "gpu", "plot"])
+@pytest.mark.parametrize(
+    "name",
+    [*BENCHES, "bench_svd", "bench_memory", "bench_noise", "bench_one_run_rank", "bench_rank_scaling", "gpu", "plot"],
+)
 def test_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(name).main(["--help"])

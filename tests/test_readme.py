@@ -75,6 +75,20 @@ def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
     assert shown["workload"]["model"] == "llama-8b"
 
 
+def test_the_commands_on_ranks_exist_and_their_example_runs(tmp_path):
+    """Those that train or read runs are run elsewhere, on small models; here their options are read."""
+    heading = "Which rank, or full fine-tuning?"
+    commands = [shlex.split(line, comments=True) for line in blocks("", heading)[0].splitlines()]
+    assert [command[1] for command in commands] == ["rank", "rank", "rank", "decide", "decide"]
+    for command, wrong in zip(commands, (None, None, "'M'", "runs/profile", "'M'"), strict=True):
+        script = Path(sys.executable).parent / command[0]
+        done = subprocess.run([script, *command[1:]], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode == 0) if wrong is None else (done.returncode == 2 and wrong in done.stderr), done.stderr
+    (example,) = blocks("python", heading)
+    curve = "train_and_evaluate = lambda rank, seed: 1.4 + (0 if rank == 'full' else 1 / rank) + seed / 1e4\n"
+    assert run_python(tmp_path, curve + example).startswith(("r=", "Full fine-tuning"))
+
+
 def test_every_public_name_is_explained():
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Names")[2].partition("\n## ")[0]
     assert [name for name in lora_fast.__all__ if not re.search(rf"`{name}\b", table)] == []

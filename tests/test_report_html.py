@@ -67,8 +67,9 @@ def test_every_chart_has_its_points(chromium, report, profile):
     )
     ranks = len(profile.lora)
     assert counts["run0-first"]["points"] == counts["run0-memory-ratio"]["points"] == ranks + 1  # and the crossover
-    assert counts["run0-overlay"]["points"] == 2 * (ranks + 1)
-    shown = sum(value > 1e-3 * 199 for arm in profile.arms for value in arm.by_category.values())
+    assert counts["run0-overlay"]["points"] == 3 * (ranks + 1)
+    tallest = max(arm.peak_MiB for arm in profile.arms)
+    shown = sum(value > 1e-3 * tallest for arm in profile.arms for value in arm.by_category.values())
     assert counts["run0-memory"]["bars"] >= shown
     assert counts["run0-drift"]["lines"] == len(profile.arms) + 1
 
@@ -203,7 +204,7 @@ def test_out_of_memory_is_a_cross_on_the_line_of_the_capacity(profile):
 
 def test_the_description_has_every_curve(profile):
     description = chart(profile)
-    assert [panel["title"] for panel in description["overlay"]] == ["Step time", "Peak memory"]
+    assert [panel["title"] for panel in description["overlay"]] == ["Step time", "FLOPs", "Peak memory"]
     drift = {series["name"]: series["ratio"] for series in description["drift"]}
     assert set(drift) == {"r1", "r4", "r16", "r64", "r256", "full", "full again"}
     samples = profile.lora[0].samples_ms
@@ -223,7 +224,9 @@ def test_without_plotly_the_page_says_what_to_install(profile, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     text = page([profile])
     assert "pip install plotly" in text and len(text) < 200_000
-    assert "220" in text and "Crossover" not in text.partition("<table")[0].partition("<main>")[0]
+    assert (
+        f"{profile.full.step_ms:.0f}" in text and "Crossover" not in text.partition("<table")[0].partition("<main>")[0]
+    )
 
 
 @pytest.fixture
