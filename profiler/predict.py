@@ -226,11 +226,17 @@ class FlopCounter(TorchDispatchMode):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+    return sdpa_flop_count(query.shape, *_for_each_query(query, key, value))
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    return sdpa_backward_flop_count(grad.shape, query.shape, *_for_each_query(query, key, value))
+
+
+def _for_each_query(query: Tensor, *grouped: Tensor) -> list[tuple[int, ...]]:
+    """Shapes with the heads of the queries: a head that several share works for each. PyTorch 2.13 counts so by
+    itself, 2.11 refuses."""
+    return [(batch, query.shape[1], length, size) for batch, _, length, size in (tensor.shape for tensor in grouped)]
 
 
 def _grouped_mm(a: Tensor, b: Tensor, *args, out_val=None, **kwargs) -> int:
@@ -244,11 +250,15 @@ _METADATA = {
     *("aten::sym_size", "aten::stride", "aten::sym_stride", "aten::storage_offset", "aten::sym_storage_offset"),
     *("aten::numel", "aten::sym_numel", "aten::is_strides_like_format", "aten::is_non_overlapping_and_dense"),
 }
+_ATTENTION = [
+    f"_scaled_dot_product_{name}"
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+]
 _FORMULAS = {
     **flop_registry,
     torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
     torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
     torch.ops.aten._grouped_mm: _grouped_mm,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    **{getattr(torch.ops.aten, name): _attention for name in _ATTENTION},
+    **{getattr(torch.ops.aten, f"{name}_backward"): _attention_backward for name in _ATTENTION},
 }
