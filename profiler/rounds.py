@@ -73,19 +73,32 @@ class Record:
 
     @classmethod
     def open(cls, path: Path | None) -> "Record":
+        """To go on with what the file holds."""
         record = cls(path)
-        if path is None or not path.exists():
-            return record
+        if path is not None and path.exists():
+            path.write_bytes(b"".join(record._read()))
+        return record
+
+    @classmethod
+    def look(cls, path: Path) -> "Record":
+        """What the file holds so far, while another process appends to it."""
+        record = cls(path)
+        if path.exists():
+            record._read()
+        record.path = None  # not to be written to
+        return record
+
+    def _read(self) -> list[bytes]:
+        """The lines that are whole."""
         whole = []
-        for line in path.read_bytes().split(b"\n")[:-1]:  # behind the last newline is a line that was cut off
+        for line in self.path.read_bytes().split(b"\n")[:-1]:  # behind the last newline is a line that was cut off
             try:
                 entry = json.loads(line)
             except ValueError:  # as a full disk leaves it
                 continue
-            record._take(entry)
+            self._take(entry)
             whole.append(line + b"\n")
-        path.write_bytes(b"".join(whole))
-        return record
+        return whole
 
     def _take(self, entry: dict) -> None:
         kind, value = next(iter(entry.items()))

@@ -23,9 +23,17 @@ from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks
 from lora_fast.profiler.resume import UnderWay, finished
-from lora_fast.profiler.rounds import STABLE
+from lora_fast.profiler.rounds import STABLE, Record
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
-from lora_fast.profiler.time_pass import Rules, add_times, available_MiB, groups_of, time_groups, widest
+from lora_fast.profiler.time_pass import (
+    Rules,
+    add_times,
+    available_MiB,
+    groups_of,
+    time_groups,
+    widest,
+    with_times_so_far,
+)
 from lora_fast.profiler.workload import DTYPES, FULL, LORA, PEFT, Workload, describe, parse_modules
 
 # A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within
@@ -95,7 +103,7 @@ def profile_ranks(
     resume: go on with the run in `out`, of the same arguments, if it has not ended.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html; "auto": runs/<model>-<date>-<time>.
     price_per_hour: US dollars for the machine, recorded with the run. progress is called with stage ("memory" or
-    "time"), done, total, and what is at work; watch with the profile so far whenever an arm has ended.
+    "time"), done, total, and what is at work; watch with the profile so far, whenever an arm or a round has ended.
     Without model and sizes, the defaults are those of the device (`DEFAULTS`).
 
     Raises LoraFastError for wrong input, before anything is written."""
@@ -216,7 +224,11 @@ def profile_ranks(
             if under_way:
                 under_way.set_groups(groups)
         rules = Rules(steps, time_budget_s, target_ci, arm_timeout_s)
-        timed = time_groups(source, workload, groups, rules, records, partial(progress, "time"))
+
+        def step_times(record: Record) -> None:
+            watch(Profile(about, described, with_times_so_far(arms, record), None, {}))
+
+        timed = time_groups(source, workload, groups, rules, records, partial(progress, "time"), step_times)
         progress("time", steps, steps, "done")
         aa = add_times(arms, timed, workload, rules)
         described |= _of_timing(arms, aa, timed)

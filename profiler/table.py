@@ -124,13 +124,14 @@ def _table(profile: Profile, console: Console) -> Table:
 def live_table(profile: Profile) -> Table:
     """While arms are measured: those that have ended, and those to come."""
     table = Table(title=title(profile), box=box.ROUNDED, title_style="bold", title_justify="left")
-    for header in ("rank", "trained", "share", "predicted MiB", "peak MiB", "step ms"):
+    for header in ("rank", "trained", "share", "predicted MiB", "peak MiB", "step ms", "time vs full"):
         table.add_column(header, justify="right", no_wrap=True)
     for arm in profile.arms:
         bare = arm.name.removeprefix("r")
         cells = [bare, si(arm.trainable), f"{arm.trainable_share:.2%}", _number(arm.predicted_MiB)]
         waiting = arm.status == "ok" and arm.peak_MiB is None
         cells += ["…" if waiting else _peak(arm), "…" if arm.step_ms is None else _number(arm.step_ms)]
+        cells.append("…" if arm.ratio_to_full is None else f"{arm.ratio_to_full:.2f}")
         table.add_row(*cells, style="dim" if waiting else _style(arm))
     return table
 

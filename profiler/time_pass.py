@@ -8,7 +8,7 @@ same to all."""
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,8 +97,10 @@ def time_groups(
     rules: Rules,
     folder: Path,
     progress: Callable[[int, int, str], None],
+    watch: Callable[[Record], None] = lambda record: None,
 ) -> list[dict]:
-    """What `timing.results` says of each group. folder: of the records, from which an earlier run is taken up."""
+    """What `timing.results` says of each group. folder: of the records, from which an earlier run is taken up. watch is
+    called with the record of the group at work as rounds end."""
     count = len(groups)
     visits = [*range(count), *reversed(range(count - 1))]
     done_before = set()
@@ -114,8 +116,10 @@ def time_groups(
             "arm_timeout_s": rules.arm_timeout_s,
         }
 
-        def report(done: int, total: int, text: str, number=number) -> None:
+        def report(done: int, total: int, text: str, number=number, index=index) -> None:
             progress(done, total, text if count == 1 else f"process {number + 1} of {len(visits)}, {text}")
+            if done:
+                watch(Record.look(record_file(folder, index)))
 
         _time_group(source, workload, groups[index], record_file(folder, index), arguments, report)
         done_before.add(index)
@@ -170,6 +174,22 @@ def add_times(arms: Sequence[Arm], timed: Sequence[dict], workload: Workload, ru
                 else:
                     arm.cpu_ratio, arm.cpu_ratio_ci = ratio
     return _aa(good, rules.confidence)
+
+
+def with_times_so_far(arms: Sequence[Arm], record: Record) -> list[Arm]:
+    """Copies with the medians of the rounds so far; no intervals, which would take time from what is being timed."""
+    found = []
+    for arm in arms:
+        samples = record.series(arm.name)
+        pairs = [(r[arm.name]["step_ms"], r[FULL]["step_ms"]) for r in record.rounds if {arm.name, FULL} <= r.keys()]
+        found.append(
+            replace(
+                arm,
+                step_ms=statistics.median(samples) if samples else arm.step_ms,
+                ratio_to_full=statistics.median(one / full for one, full in pairs) if pairs else None,
+            )
+        )
+    return found
 
 
 def _fill(arm: Arm, series: dict, workload: Workload) -> None:

@@ -3,6 +3,7 @@ stops, and what a record keeps whatever happens to its file."""
 
 import itertools
 import json
+import statistics
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from lora_fast.profiler.intervals import (
     quotient_with_interval,
     ratio_with_interval,
 )
+from lora_fast.profiler.profile import Arm
 from lora_fast.profiler.rounds import MAX_WARM_UP, MIN_ROUNDS_AT_TARGET, MIN_WARM_UP, Record, Stop, run_rounds
+from lora_fast.profiler.time_pass import with_times_so_far
 
 ARMS = ("r4", "r64", "full", "full again")
 
@@ -196,6 +199,26 @@ def test_a_finished_record_is_left_alone(tmp_path):
     clock = Clock(2)
     run(clock, Stop(8), record=Record.open(tmp_path / "r"))
     assert clock.taken == 0 and (tmp_path / "r").read_bytes() == before
+
+
+def test_a_record_is_looked_at_while_another_process_writes_it(tmp_path):
+    file = tmp_path / "r"
+    assert Record.look(file).rounds == []
+    rounds = [
+        {"r1": {"step_ms": ms}, "full": {"step_ms": 2 * ms + extra}} for ms, extra in ((1.0, 1), (3.0, 0), (2.0, -1))
+    ]
+    half = b'{"round": {"r1": {"step_ms": 9'
+    content = b"".join(json.dumps({"round": one}).encode() + b"\n" for one in rounds) + half
+    file.write_bytes(content)
+    record = Record.look(file)
+    assert record.rounds == rounds and file.read_bytes() == content
+    record.add("at", "r1")
+    assert file.read_bytes() == content  # it is the other's to write
+    arms = [Arm("lora", 1, 10, 0.1), Arm("lora", 8, 80, 0.5, step_ms=7.0), Arm("full", None, 100, 1.0)]
+    one, eight, full = with_times_so_far(arms, record)
+    assert (one.step_ms, full.step_ms, full.ratio_to_full) == (2.0, 3.0, 1.0)
+    assert one.ratio_to_full == statistics.median([1 / 3, 3 / 6, 2 / 3]) and arms[0].step_ms is None
+    assert (eight.step_ms, eight.ratio_to_full) == (7.0, None)
 
 
 def test_a_record_says_who_was_at_work_and_who_failed(tmp_path):

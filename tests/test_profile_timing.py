@@ -151,15 +151,20 @@ def test_an_arm_that_fails_is_a_row_and_the_others_go_on(sent, stepped, trouble,
 
 @pytest.mark.parametrize(("trouble", "status"), [("kill", "killed"), ("hang", "timeout")])
 def test_an_arm_that_ends_its_process_is_a_row_and_the_others_go_on(sent, tmp_path, trouble, status):
-    reports = []
+    reports, seen = [], []
     # A process that starts on a busy machine may take seconds to get as far as the trouble.
     rules = Rules(rounds=6, budget_s=None, target_ci=None, arm_timeout_s=300 if trouble == "kill" else 25)
-    (timed,) = time_groups(sent(trouble), WORK, [ARMS], rules, tmp_path, lambda *report: reports.append(report))
+    (timed,) = time_groups(
+        sent(trouble), WORK, [ARMS], rules, tmp_path, lambda *report: reports.append(report), seen.append
+    )
     assert timed["arms"]["r4"]["status"] == status
     assert ("SIGKILL" if trouble == "kill" else "in forward (test_profile_timing.py:") in timed["arms"]["r4"]["error"]
     for name in ("r2", FULL, FULL_AGAIN):
         assert [len(timed["arms"][name][of]) for of in ("step_ms", "cpu_ms")] == [6, 6]
     assert reports[-1] == (6, 6, "3 arms a round")
+    # The rounds were seen as they ended.
+    assert [len(record.rounds) for record in seen] == sorted(len(record.rounds) for record in seen)
+    assert seen[-1].series("r2") == timed["arms"]["r2"]["step_ms"]
 
     arms = rows(2, 4)
     aa = add_times(arms, [timed], WORK, rules)
