@@ -257,6 +257,12 @@ def disagreements_of(f: Facts, answer: Answer) -> Iterator[str]:
         yield f"{rules.why}, not {rank}; a rule of thumb has not seen your data"
     if not full and f.curve is not None and (read := f.curve.readings.get(rank)) and read[0] in FITTING[1:]:
         yield f"signal 1 reads the training curves of r={rank} as {read[0]} ({read[1]}); losses of other ranks say more"
+    sides = [found.smallest_side for found in (f.costs, f.spectra) if found is not None and found.smallest_side]
+    if not full and sides and rank > min(sides):
+        yield (
+            f"r={rank} is above min(N, K) = {min(sides)} of an adapted layer, whose update has no higher rank: "
+            "there it only costs more; rank_pattern gives such layers a rank of their own"
+        )
     if f.spectra is not None:
         other, _, why = by_spectra(f.spectra)
         if full or not other / 2 <= rank <= 2 * other:

@@ -36,7 +36,7 @@ class Costs:
     """Of a profile or an estimate. time, flops, memory: ratio to full fine-tuning by rank. parameters: of the base;
     parameters_per_rank: Σ (K + N) over the adapted layers. noise: why its times say nothing, or None. oom: the least
     rank that ran out of memory; full_oom: whether full fine-tuning did, or doesn't fit. tokens_per_s: by rank, "full"
-    among them."""
+    among them. smallest_side: the least min(N, K) of the adapted layers, where the run says it."""
 
     model: str | None
     parameters: int
@@ -50,6 +50,7 @@ class Costs:
     oom: int | None = None
     full_oom: bool = False
     usd_per_hour: float | None = None
+    smallest_side: int | None = None
 
 
 def ratio_at(ratios: Mapping[int, Ratio], rank: int) -> Ratio | None:
@@ -95,6 +96,7 @@ def costs_of(profile: Any) -> Costs:
             oom=min((arm["rank"] for arm in lora if _does_not_fit(arm)), default=None),
             full_oom=full is not None and _does_not_fit(full),
             usd_per_hour=work.get("price_per_hour"),
+            smallest_side=work.get("smallest_side"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoraFastError(f"profile is not the content of a run.json ({type(error).__name__}: {error})") from None
@@ -237,13 +239,15 @@ def curve_of(search: Any) -> Curve | None:
 class Directions:
     """What the spectra of one run say. trained: the adapter's rank; None of a full fine-tune. needed: the rank that
     holds what every layer learned (99% of the energy of an adapter's update, 90% of a dense one), typical: the median
-    layer's. says: (rule, verdict, sentence, source) for all layers together. parameters_per_rank: Σ (N + K)."""
+    layer's. says: (rule, verdict, sentence, source) for all layers together. parameters_per_rank: Σ (N + K).
+    smallest_side: the least min(N, K)."""
 
     trained: int | None
     needed: int
     typical: int
     says: tuple[tuple[str, str, str, str], ...]
     parameters_per_rank: int
+    smallest_side: int | None = None
 
 
 def directions_of(spectra: Any) -> Directions | None:
@@ -277,4 +281,5 @@ def _directions(layers: Sequence[Mapping], said: Sequence[Mapping]) -> Direction
         typical=max(1, round(statistics.median(needed))),
         says=tuple((r["rule"], r["verdict"], r["sentence"], r["source"]) for r in said if r["group"] == group),
         parameters_per_rank=sum(sum(layer["shape"]) for layer in layers),
+        smallest_side=min(min(layer["shape"]) for layer in layers),
     )

@@ -18,7 +18,7 @@ from lora_fast.profiler.html import write_results
 from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
-from lora_fast.profiler.ranks import auto_ranks, parse_ranks
+from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.profiler.workload import Workload, parse_modules
 
@@ -95,7 +95,8 @@ def estimate_memory(
         gathered = _gathered(subject)
         total = sum(parameter.numel() for parameter in subject.parameters())
         apply_lora(subject, workload.lora_config(1), adapter_name="r1")
-        targets = [module for module in subject.modules() if "r1" in getattr(module, "lora_A", ())]
+        named = [(path, module) for path, module in subject.named_modules() if "r1" in getattr(module, "lora_A", ())]
+        targets = [module for _, module in named]
         per_rank = sum(sum(module.weight.shape) for module in targets)
         if wanted is None:
             wanted = auto_ranks(subject, targets, per_rank)
@@ -135,9 +136,10 @@ def estimate_memory(
         "shards": shards,
         "traced_layers": list(full.traced_layers),
         "rank_of_share": ranks_of_shares(total, per_rank),
+        "smallest_side": smallest_side(targets),
         **counts(subject, targets),
     }
-    profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0))
+    profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0), too_large(wanted, named))
     if folder:
         profile.folder = folder.path
         write_results(folder, profile)

@@ -9,6 +9,7 @@ What fake tensors can't show: memory that an operator takes and gives back insid
 CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward what FlashAttention keeps on a GPU."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lora_fast import LoraFastError
+from lora_fast import LoraFastError, LoraFastWarning
 from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
@@ -116,7 +117,9 @@ def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
 def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None) -> Prediction:
     attention = workload.attn_implementation
     model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
-    model, trained = train(model, workload, kind, rank)
+    with warnings.catch_warnings():  # of ranks above min(N, K), which would count the traced layers alone
+        warnings.simplefilter("ignore", LoraFastWarning)
+        model, trained = train(model, workload, kind, rank)
     names = {id(p): name for name, p in model.named_parameters()}
     trained_names = {names[id(p)] for p in trained}
     on_cuda = torch.device(workload.device).type == "cuda"

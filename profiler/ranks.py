@@ -69,3 +69,18 @@ def auto_ranks(model: nn.Module, targets: Sequence[nn.Module], per_rank: int) ->
     top = max(1, min(dense // max(1, per_rank), full_rank))
     exponent = int(math.log2(top))
     return sorted(2**e for e in range(exponent, -1, -2))[-MAX_AUTO_ARMS:]
+
+
+def smallest_side(targets: Iterable[nn.Module]) -> int:
+    """The least min(N, K): a larger rank describes no more updates of that layer than it does."""
+    return min(min(module.weight.shape) for module in targets)
+
+
+def too_large(ranks: Sequence[int], targets: Sequence[tuple[str, nn.Module]]) -> list[str]:
+    """A note where a rank exceeds min(N, K) of one of the targets (path, module): it only costs more there."""
+    smallest = smallest_side(module for _, module in targets)
+    above = [rank for rank in ranks if rank > smallest]
+    if not above:
+        return []
+    names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape) == smallest})
+    return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]

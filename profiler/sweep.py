@@ -3,7 +3,6 @@
 import contextlib
 import math
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_fast import LoraFastError, LoraFastWarning, apply_lora, remove_lora
+from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
@@ -21,7 +20,7 @@ from lora_fast.profiler.memory import MALLOC, MiB
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
-from lora_fast.profiler.ranks import auto_ranks, parse_ranks
+from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.resume import UnderWay, finished
 from lora_fast.profiler.rounds import STABLE, Record
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
@@ -171,7 +170,7 @@ def profile_ranks(
         targets, per_rank = _probe(subject, workload)
         if wanted is None:
             wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
-        notes = _too_large(wanted, targets)
+        notes = too_large(wanted, targets)
 
         arms = [
             Arm(kind, r, per_rank * r, per_rank * r / (total + per_rank * r))
@@ -194,6 +193,7 @@ def profile_ranks(
             "price_per_hour": price_per_hour,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
             "rank_of_share": ranks_of_shares(total, per_rank),
+            "smallest_side": smallest_side(module for _, module in targets),
             **models.counts(subject, [module for _, module in targets]),
         }
         about = environment(device)
@@ -267,25 +267,13 @@ def _probe(model: nn.Module, workload: Workload) -> tuple[list[tuple[str, nn.Mod
     return targets, sum(sum(module.weight.shape) for _, module in targets)
 
 
-def _too_large(ranks: list[int], targets: list[tuple[str, nn.Module]]) -> list[str]:
-    """A note where a rank exceeds min(N, K) of a target: it can describe no more updates there, and costs more."""
-    smallest = min(min(module.weight.shape) for _, module in targets)
-    above = [rank for rank in ranks if rank > smallest]
-    if not above:
-        return []
-    names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape) == smallest})
-    return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]
-
-
 def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) -> list[str]:
     """Fill in what shapes predict, and FLOPs; returns a note where they can't. A measurement does without."""
     try:
         found = []
         for index, arm in enumerate(arms):
             progress("predict", index, len(arms), arm.name)
-            with warnings.catch_warnings():  # of ranks above min(N, K), which _too_large notes
-                warnings.simplefilter("ignore", LoraFastWarning)
-                found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
+            found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
     except Exception as error:  # a model of one's own may do anything but run on tensors without values
         return [f"nothing is predicted: {describe(error)['error']}"]
     finally:

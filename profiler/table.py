@@ -74,7 +74,8 @@ def caption(profile: Profile) -> str:
     if profile.aa:
         low, high = profile.aa["ci"]
         lines.append(
-            f"Noise floor ±{profile.aa['noise_floor']:.1%}: full against a second copy of itself gave "
+            f"Noise floor ±{profile.aa['noise_floor']:.1%}: {profile.aa.get('of', 'full')} against a second copy of "
+            f"itself gave "
             f"{profile.aa['ratio']:.3f} [{low:.3f}, {high:.3f}]."
         )
     else:

@@ -554,3 +554,16 @@ def test_training_curves_are_an_indicator(verdicts, value, speaks):
     # It changes neither the answer nor how sure it is: what was measured at several ranks says more.
     plain = decide(search=search(PLATEAU))
     assert (found.rank, found.range, found.confidence) == (plain.rank, plain.range, plain.confidence)
+
+
+def test_a_rank_above_the_smallest_side_of_a_layer_is_told():
+    wide = {64: 3.0, 128: 2.6, 256: 2.0}  # of layers (200, 120)
+    alone, both = decide(search=search(wide)), decide(search=search(wide), spectra=spectra(FLAT_16, 16))
+    told = [text for text in both.disagreements if "above min(N, K) = 120" in text]
+    assert both.rank == alone.rank == 256 and len(told) == 1
+    assert not any("min(N, K)" in text for text in alone.disagreements)
+    small = decide(search=search(PLATEAU), spectra=spectra(FLAT_16, 16))
+    assert not any("min(N, K)" in text for text in small.disagreements)
+    measured = profile(CHEAP)
+    measured.workload["smallest_side"] = 100
+    assert any("min(N, K) = 100" in text for text in decide(measured, search(wide)).disagreements)

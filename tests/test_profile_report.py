@@ -148,6 +148,12 @@ def test_the_live_table_fills_in_as_arms_end(profile):
     assert "141" in rows["8"] and rows["8"].count("…") == 3 and "OOM" in rows["64"]
 
 
+def test_the_noise_floor_says_of_which_arm_it_is(profile):
+    assert "full against a second copy of itself" in printed(profile, 120)
+    profile.aa |= {"of": "r8"}
+    assert "r8 against a second copy of itself" in printed(profile, 120)
+
+
 def test_sentences_fit_the_window(profile):
     text = printed(profile, 80)
     assert max(map(len, text.partition("gave")[2].splitlines())) <= 80
