@@ -134,6 +134,10 @@ def _check_together(evidence: Evidence, found: dict[str, list]) -> None:
             f"{work['model']} ({work['parameters']:,} parameters) and {searched.get('name')} "
             f"({searched['parameters']:,})"
         )
+    if searched.get("weights") == "random":
+        evidence.notes.append(
+            "the search trained a model of random weights: pretraining, which says little on a rank for fine-tuning"
+        )
     spectra = directions_of(evidence.spectra) if evidence.spectra else None
     lora = next((arm for arm in evidence.profile.arms if arm.kind == "lora"), None) if evidence.profile else None
     if spectra is not None and lora is not None:

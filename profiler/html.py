@@ -331,5 +331,6 @@ def _method(estimated: bool) -> str:
         "which the arms share the base weights and step in randomized rounds; a ratio is the median over rounds of the "
         "arm's step over full fine-tuning's in the same round, with a 95% interval from resampled rounds. A second "
         "copy of full fine-tuning (of the smallest rank, where there is no room) runs among the arms; how far its "
-        "ratio's interval reaches from 1 is the noise floor. A crossover is where the ratios, made non-decreasing in the rank, pass 1, on a straight line in r."
+        "ratio's interval reaches from 1 is the noise floor. A crossover is where the ratios, made non-decreasing in "
+        "the rank, pass 1, on a straight line in r."
     )
