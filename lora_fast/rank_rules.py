@@ -330,7 +330,7 @@ class Budget:
 
 
 def lora_parameter_count(model_or_config, r: int, target_modules: str | Sequence[str] = "all-linear") -> int:
-    """Trained parameters of LoRA at rank r: r · Σ (K + N) over the matched layers.
+    """Trained parameters of LoRA at rank r: r · Σ (K + N) over the matched layers; of a d × d matrix the guides' 2 d r.
 
     model_or_config: a model, a Transformers config, or a config.json or the folder that holds one; nothing is loaded.
     Raises LoraFastError for a rank below 1 or targets that match nothing."""
