@@ -115,6 +115,23 @@ def _ratio(row: dict | None) -> str:
     return "" if row is None else f"{row['ratio_to_peft']} [{row['ratio_low']}, {row['ratio_high']}]"
 
 
+def noise() -> str:
+    """How far a busy second core moved ratios, from the CSV of bench_noise.py."""
+    with (RESULTS / "cpu" / "noise.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    quiet = {row["provider"]: float(row["ratio_to_full"]) for row in rows if row["load"] == "quiet"}
+    loaded = [row for row in rows if row["load"] != "quiet"]
+    moved = max(abs(float(row["ratio_to_full"]) - quiet[row["provider"]]) for row in loaded)
+    apart = max(abs(float(row["sequential_ratio"]) - quiet[row["provider"]]) for row in rows)
+    agree = sum(row["agrees"] == "True" for row in loaded)
+    return textwrap.fill(
+        "Beside a process that keeps another core busy, all the time or in bursts, ratios to full fine-tuning moved by "
+        f"at most {moved:.3f}, {agree} of {len(loaded)} within their intervals; arms timed one after the other, not in "
+        f"rounds, were up to {apart:.3f} off (`benchmarks/bench_noise.py`).",
+        TABLE_WIDTH,
+    )
+
+
 TRAFFIC_OPS = {"lora_linear": "linear", "qkv": "q, k, v", "swiglu_mlp": "SwiGLU MLP"}
 
 
@@ -234,6 +251,7 @@ BLOCKS = {
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
     "svd": svd,
+    "noise": noise,
     "rank_search": rank_search,
     "one_run": one_run,
 }
