@@ -494,8 +494,8 @@ _ENERGY_SOURCE = (
 _GUIDE_SOURCE = (
     "the guide “如何选择秩 r?”, signal 3 (singular values of ΔW): fits: a few large ones, then fast decay; too large: "
     "the later ones are large too (noise); too small: only 1 or 2 large ones. A rule of thumb; that large means σ₁/10 "
-    "or more, and later the second half, is ours. In one search over ranks (benchmarks/bench_one_run_rank.py) so many "
-    "were large as the rank that sufficed"
+    "or more, and later the second half, is ours. In one search over ranks (benchmarks/bench_one_run_rank.py) "
+    "about as many were large as the rank that sufficed"
 )
 _SATURATION_SOURCE = (
     "our own heuristic, without a source: an effective rank of 0.8 r or more and no σ twice the next says that r "
