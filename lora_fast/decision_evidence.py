@@ -97,7 +97,7 @@ def _curve_indicator(f: Facts) -> Indicator:
         verdict = EVALUATE
     if f.target is not None:
         reached = c.reaches(best, f.target)
-        says = f"{c.sentence}; the best rank {'reaches' if reached == 'yes' else 'misses'} the target"
+        says = f"the best rank {'reaches' if reached == 'yes' else 'misses'} the target; {c.sentence}"
         if reached == "yes":
             verdict = LORA
         elif c.full is None:
