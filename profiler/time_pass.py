@@ -7,6 +7,7 @@ same to all."""
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from lora_fast.profiler.workload import AGAIN, FULL, FULL_AGAIN, LORA, Workload
 # The saving in question is 10-30% of a step. Where two equal arms may differ by more than 10%, the table cannot show
 # it.
 NOISE_LIMIT = 0.10
+# A record is read from its beginning, while its rounds are timed: not more often than this.
+LOOK_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def time_groups(
     count = len(groups)
     visits = [*range(count), *reversed(range(count - 1))]
     done_before = set()
+    looked = -math.inf
     for number, index in enumerate(visits):
         first_half = index in visits[number + 1 :]
         budget = None if rules.budget_s is None else rules.budget_s / count
@@ -118,7 +122,9 @@ def time_groups(
 
         def report(done: int, total: int, text: str, number=number, index=index) -> None:
             progress(done, total, text if count == 1 else f"process {number + 1} of {len(visits)}, {text}")
-            if done:
+            nonlocal looked
+            if done and (done == total or time.monotonic() - looked > LOOK_S):
+                looked = time.monotonic()
                 watch(Record.look(record_file(folder, index)))
 
         _time_group(source, workload, groups[index], record_file(folder, index), arguments, report)
