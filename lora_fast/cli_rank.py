@@ -97,6 +97,7 @@ def budget(
     found = rank_rules.budget_of(shapes, parse_count(parameters), _names(target_modules))
     choices = rank_rules.budget_tradeoffs(shapes, found.budget)
     document = {**found.to_dict(), "tradeoffs": [rank_rules.asdict(choice) for choice in choices]}
+    document["advice"] = rank_rules.TRADEOFF_ADVICE
     cli_output.write_json(json, to_json(document))
     if json == "-":
         return
@@ -123,6 +124,7 @@ def budget(
             for c in choices
         ],
     )
+    console.print(f"Which of them: {rank_rules.TRADEOFF_ADVICE}.", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -156,11 +158,18 @@ def evidence(
 
 
 def _shapes(model: str):
-    """A model with shapes alone."""
+    """A model with shapes alone: of whatever type where the config is at hand, else a language model."""
+    from pathlib import Path
+
     import torch
 
+    from lora_fast import rank_rules
     from lora_fast.profiler import models
 
+    cli_output.quiet_transformers()
+    path = Path(model).expanduser()
+    if model not in models.SHAPES and (path.suffix == ".json" or (path / "config.json").is_file()):
+        return rank_rules.shapes_of(path)
     return models.build(models.resolve_shapes(model), device="meta", dtype=torch.bfloat16)
 
 
@@ -176,7 +185,7 @@ def parse_count(text: str) -> int:
 
     from lora_fast import LoraFastError
 
-    match = re.fullmatch(r"\s*(-?[\d_,]+(?:\.\d+)?)\s*([kMB]?)\s*", text)
+    match = re.fullmatch(r"\s*(-?\d[\d_,]*(?:\.\d+)?)\s*([kMB]?)\s*", text)
     if not match:
         raise LoraFastError(f"--budget {text!r}; expected a number of parameters, such as 5000000 or 5M")
     number = float(match[1].replace("_", "").replace(",", ""))

@@ -172,8 +172,8 @@ def suggest_rank(
     formula = RuleAnswer("formula", rank, rank, f"the guide's code gives {rank}", GUIDE_RANK)
     answers = [formula, guide_tree(model_size, complexity, can_search=can_search), _by_size(model_size)]
     if other is None:
-        answers.append(_by_complexity(complexity))
-    answers += [_by_data(data_size), *_by_summary(model_size, complexity, task_type, data_size)]
+        answers.append(_by_complexity(complexity, task_type))
+    answers += [_by_data(data_size), *_by_summary(model_size, complexity, task_type, data_size, scenario)]
     answers += _by_guide_full(model_size, complexity)
     if scenario is not None:
         chosen = SCENARIOS[scenario]
@@ -214,12 +214,16 @@ def _by_size(model_size: float) -> RuleAnswer:
     return RuleAnswer("model size", low, high, f"a model of {tier}: {low} to {high}", GUIDE_RANK)
 
 
-def _by_complexity(complexity: str) -> RuleAnswer:
+def _by_complexity(complexity: str, task_type: str) -> RuleAnswer:
     low, high, says = {
         "simple": (1, 2, "a simple task: 1 or 2"),
         "medium": (4, 8, "a medium task: 4 or 8"),
         "complex": (8, 16, "a complex task: 8 or more, seldom above 16"),
     }[complexity]
+    if task_type in TASKS:
+        says = f"{task_type} ({TASKS[task_type].examples}) counts as {says}"
+    else:
+        says += f" (such are {', '.join(task.name for task in TASKS.values() if task.complexity == complexity)})"
     return RuleAnswer("task complexity", low, high, says, GUIDE_RANK)
 
 
@@ -231,12 +235,15 @@ def _by_data(data_size: int) -> RuleAnswer:
     return RuleAnswer("data size", 8, None, "above 100,000 samples: 8 or more, mostly with little gain", GUIDE_RANK)
 
 
-def _by_summary(model_size: float, complexity: str, task_type: str, data_size: int) -> list[RuleAnswer]:
+def _by_summary(
+    model_size: float, complexity: str, task_type: str, data_size: int, scenario: str | None
+) -> list[RuleAnswer]:
     situations = {
-        "as large as GPT-3": model_size >= 175,
+        "as large as GPT-3": model_size > 100,
         "simple classification": complexity == "simple",
         "generation": task_type in GENERATION,
         "small data (under 1,000 samples)": data_size < 1_000,
+        "few resources": scenario == "constrained",
     }
     found = [name for name, is_so in situations.items() if is_so] or ["default"]
     return [
@@ -336,7 +343,7 @@ def lora_parameter_count(model_or_config, r: int, target_modules: str | Sequence
     Raises LoraFastError for a rank below 1 or targets that match nothing."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise LoraFastError(f"r={r!r}; expected a whole number of at least 1")
-    return r * _parameters_per_rank(_model(model_or_config), target_modules)[0]
+    return r * _parameters_per_rank(shapes_of(model_or_config), target_modules)[0]
 
 
 def rank_for_budget(model_or_config, budget: int, target_modules: str | Sequence[str] = "all-linear") -> int:
@@ -349,12 +356,23 @@ def rank_for_budget(model_or_config, budget: int, target_modules: str | Sequence
 
 def budget_of(model_or_config, budget: int, target_modules: str | Sequence[str] = "all-linear") -> Budget:
     """As `rank_for_budget`, with what it rests on and the guide's formulas beside it."""
-    model = _model(model_or_config)
-    per_rank, modules = _parameters_per_rank(model, target_modules)
+    model = shapes_of(model_or_config)
+    targets = _targets(model, target_modules).values()
+    per_rank, modules = sum(sum(module.weight.shape) for module in targets), len(targets)
     _check_budget(budget, per_rank)
     rank = budget // per_rank
     total = sum(parameter.numel() for parameter in model.parameters())
-    formulas, notes = _formulas(model, budget, rank, per_rank)
+    formulas, notes = _formulas(model, budget, rank, per_rank, modules)
+    side = min(min(module.weight.shape) for module in targets)
+    if rank > side:
+        notes += (f"r={rank} is above min(N, K) = {side} of an adapted layer, whose update has no higher rank",)
+    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
+    if experts > total / 10:
+        notes += (
+            f"{experts / total:.0%} of the parameters are weights of three dimensions (experts), not adapted here",
+        )
+    if budget >= total:
+        notes += (f"the budget is not below the model's own {total:,} parameters: full fine-tuning fits it too",)
     return Budget(budget, rank, rank * per_rank, per_rank, modules, rank * per_rank / total, formulas, notes)
 
 
@@ -365,6 +383,12 @@ def rank_by_formula(budget: int, layers: int, hidden_size: int, matrices: int = 
     On models that are not square (grouped attention, MLPs) it is wrong: on all linear layers of Llama-3-8B five times.
     `rank_for_budget` counts instead. Source: guide “如何选择秩 r?”, section on budgets."""
     return budget / (2 * matrices * layers * hidden_size)
+
+
+TRADEOFF_ADVICE = (
+    f"many matrices with a small r cover more, few with a large one go deeper; the {GUIDE_RANK} (with its paper) "
+    f"advises q and v, later work all linear layers ({BIDERMAN}; {SCHULMAN})"
+)
 
 
 @dataclass(frozen=True)
@@ -379,13 +403,12 @@ class Tradeoff:
 
 def budget_tradeoffs(model_or_config, budget: int) -> list[Tradeoff]:
     """Few matrices with a large r against many with a small one, at one budget: each kind of linear layer alone, q and
-    v, attention, MLP, all; the guide's advice (with its paper) is q and v, later work adapts all. A rank of 0: even r=1
-    is more than the budget."""
-    model = _model(model_or_config)
+    v, attention, MLP, all; what is advised is in TRADEOFF_ADVICE. A rank of 0: even r=1 is more than the budget."""
+    model = shapes_of(model_or_config)
     names = sorted({name.rpartition(".")[2] for name in _targets(model, "all-linear")})
     attention = [n for n in names if n in _ATTENTION]
     choices = [(n,) for n in names]
-    choices += [tuple(n for n in names if n in pair) for pair in (("q_proj", "v_proj"), attention)]
+    choices += [tuple(n for n in names if n in chosen) for chosen in (*_QUERY_VALUE, attention)]
     choices += [tuple(n for n in names if n not in attention), tuple(names)]
     found = []
     for chosen in dict.fromkeys(choice for choice in choices if choice):
@@ -395,6 +418,7 @@ def budget_tradeoffs(model_or_config, budget: int) -> list[Tradeoff]:
     return found
 
 
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q", "v"))
 _ATTENTION = frozenset(
     (
         "q_proj",
@@ -423,12 +447,12 @@ def _check_budget(budget: int, per_rank: int) -> None:
         )
 
 
-def _model(model_or_config) -> nn.Module:
+def shapes_of(model_or_config) -> nn.Module:
     """A model with shapes alone, or the one given."""
     if isinstance(model_or_config, nn.Module):
         return model_or_config
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = model_or_config
     if isinstance(config, (str, Path)):
@@ -447,9 +471,26 @@ def _model(model_or_config) -> nn.Module:
         )
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return _class_of(config)._from_config(config)
     except (ValueError, KeyError, TypeError) as error:
         raise LoraFastError(f"no model can be made of this config: {' '.join(str(error).split())[:300]}") from None
+
+
+def _class_of(config) -> type[nn.Module]:
+    """The class that the config names; else the first of a causal, a sequence-to-sequence and an image-and-text model,
+    and a body without a head, that there is of its type."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if getattr(named, "config_class", None) is type(config):
+            return named
+    for task in ("ForCausalLM", "ForSeq2SeqLM", "ForImageTextToText", ""):
+        mapping = getattr(transformers, f"AutoModel{task}")._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise LoraFastError(f"no model can be made of this config: Transformers has none of type {config.model_type!r}")
 
 
 def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -463,18 +504,23 @@ def _parameters_per_rank(model: nn.Module, target_modules: str | Sequence[str]) 
     return sum(sum(module.weight.shape) for module in found.values()), len(found)
 
 
-def _formulas(model: nn.Module, budget: int, rank: int, per_rank: int) -> tuple[dict[str, float], tuple[str, ...]]:
+def _formulas(
+    model: nn.Module, budget: int, rank: int, per_rank: int, modules: int
+) -> tuple[dict[str, float], tuple[str, ...]]:
     config = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers, hidden = (getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size"))
     if not isinstance(layers, int) or not isinstance(hidden, int):
         return {}, ()
     formulas = {f"B/({2 * matrices}Ld)": rank_by_formula(budget, layers, hidden, matrices) for matrices in (1, 2, 4)}
-    notes = []
-    ratio = per_rank / (4 * layers * hidden)
-    if not 0.95 <= ratio <= 1.05:
-        notes.append(
-            f"the guide's B/(4Ld) would give r={formulas['B/(4Ld)']:.1f}: it counts q and v as d × d in every layer, "
-            f"and these targets train {ratio:.2f} times as much per rank; {rank} is exact"
-        )
-    return formulas, tuple(notes)
+    # The formula for as many matrices as are adapted in a layer, or the guide's usual one, q and v.
+    matrices = modules // layers if modules in (layers, 2 * layers, 4 * layers) else 2
+    counts = {1: "one matrix", 2: "q and v", 4: "four matrices"}[matrices]
+    name, ratio = f"B/({2 * matrices}Ld)", per_rank / (2 * matrices * layers * hidden)
+    if 0.95 <= ratio <= 1.05:
+        return formulas, ()
+    note = (
+        f"the guide's {name} would give r={formulas[name]:.1f}: it counts {counts} as d × d in every layer, "
+        f"and these targets train {ratio:.2f} times as much per rank; {rank} is exact"
+    )
+    return formulas, (note,)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from support import build
@@ -140,6 +141,8 @@ def test_the_task_catalogue():
     }
     for name, task in TASKS.items():
         if task.complexity != "other":
+            (said,) = [a.says for a in suggest_rank(7, name, 5_000).answers if a.rule == "task complexity"]
+            assert said.startswith(f"{name} ({task.examples}) counts as a {task.complexity} task")
             assert suggest_rank(7, name, 5_000).rank == suggest_rank(7, task.complexity, 5_000).rank
 
 
@@ -151,10 +154,11 @@ def test_the_task_catalogue():
         ((7, "simple", 5_000), "simple classification", (2, 2)),
         ((7, "code", 5_000), "generation", (4, 8)),
         ((7, "medium", 999), "small data (under 1,000 samples)", (1, 2)),
+        ((7, "medium", 5_000, "constrained"), "few resources", (1, 1)),
     ],
 )
 def test_the_rows_of_the_summary_table_speak_where_they_apply(arguments, row, ranks):
-    found = suggest_rank(*arguments)
+    found = suggest_rank(*arguments[:3], scenario=arguments[3] if len(arguments) > 3 else None)
     spoken = [a for a in found.answers if a.rule == "summary table" and a.says.startswith(row)]
     assert [(a.low, a.high) for a in spoken] == [ranks]
 
@@ -244,6 +248,59 @@ def test_on_a_square_model_the_formula_is_exact():
     found = budget_of(config, 48 * 4 * 3 * 5 + 7, ["q_proj", "v_proj"])
     assert found.rank == math.floor(found.formulas["B/(4Ld)"]) == 5
     assert found.notes == ()
+
+
+def test_the_formula_that_is_held_against_the_count_is_the_one_for_as_many_matrices():
+    config = LlamaConfig(**{**SMALL, "num_key_value_heads": 4})
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert budget_of(config, 5_000, ["q_proj"]).notes == budget_of(config, 5_000, attention).notes == ()
+    assert "B/(2Ld) would give" in budget_of(config, 5_000, ["up_proj"]).notes[0]
+    assert "B/(8Ld) would give" in budget_of(SMALL_MODEL, 5_000, attention).notes[0]
+
+
+def test_what_a_large_budget_allows_beyond_use_is_noted():
+    total = sum(parameter.numel() for parameter in SMALL_MODEL.parameters())
+    least = lora_parameter_count(SMALL_MODEL, 1)
+    assert not any("min(N, K)" in note for note in budget_of(SMALL_MODEL, 24 * least).notes)
+    above = budget_of(SMALL_MODEL, 25 * least)  # k_proj and v_proj are (24, 48)
+    assert above.rank == 25 and "above min(N, K) = 24" in above.notes[-1]
+    assert "full fine-tuning fits it too" in budget_of(SMALL_MODEL, total).notes[-1]
+    assert not any("fits it too" in note for note in budget_of(SMALL_MODEL, total - 1).notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "per_rank", "query_value"),
+    [
+        # 2 + 2 decoder's attentions and 1 of the encoder's, each 4 (60 + 60); two MLPs of 2 (60 + 110); 2 blocks each.
+        (transformers.T5Config(d_model=60, d_kv=20, d_ff=110, num_layers=2, num_heads=3), 4240, ("q", "v")),
+        (
+            transformers.ViTConfig(
+                hidden_size=60, intermediate_size=110, num_hidden_layers=2, num_attention_heads=3, architectures=["x"]
+            ),
+            2 * (4 * 120 + 2 * 170) + 120,
+            ("q_proj", "v_proj"),
+        ),
+        (
+            transformers.BertConfig(
+                hidden_size=60,
+                intermediate_size=110,
+                num_hidden_layers=2,
+                num_attention_heads=3,
+                architectures=["BertForSequenceClassification"],
+            ),
+            2 * (4 * 120 + 2 * 170) + 120 + 62,
+            ("query", "value"),
+        ),
+    ],
+)
+def test_models_that_are_no_decoders(config, per_rank, query_value, tmp_path, capsys):
+    """The class that the config names, where it does: here a classifier, whose pooler and head are linear too."""
+    found = budget_of(config, 50_000)
+    assert (found.parameters_per_rank, found.rank) == (per_rank, 50_000 // per_rank)
+    assert query_value in [c.modules for c in budget_tradeoffs(config, 50_000)]
+    config.save_pretrained(tmp_path)
+    assert main(["rank", "budget", str(tmp_path), "--budget", "50k", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters_per_rank"] == per_rank
 
 
 @given(budget=st.integers(0, 10**6), targets=st.sampled_from(["all-linear", ["q_proj"], ["k_proj", "down_proj"]]))
@@ -360,6 +417,7 @@ def test_the_commands(capsys, tmp_path):
         (["suggest", "--model-size", "7", "--task", "code", "--data-size", "5", "--tokens", "9"], "go together"),
         (["budget", "llama-5m", "--budget", "plenty"], "--budget 'plenty'; expected a number of parameters"),
         (["budget", "llama-5m", "--budget", "-3"], "budget=-3"),
+        (["budget", "llama-5m", "--budget", ",_"], "--budget ',_'; expected a number of parameters"),
         (["budget", "llama-5m", "--budget", "10"], "budget=10 is less than r=1 trains"),
         (["evidence", "table-99"], "'table-99' is no table; there are gpt3-optimal"),
     ],
