@@ -271,7 +271,7 @@ def test_what_a_large_budget_allows_beyond_use_is_noted():
 @pytest.mark.parametrize(
     ("config", "per_rank", "query_value"),
     [
-        # 2 + 2 decoder's attentions and 1 of the encoder's, each 4 (60 + 60); two MLPs of 2 (60 + 110); 2 blocks each.
+        # 2 + 2 blocks: 2 attentions of the encoder, 4 of the decoder, each 4 (60 + 60); 4 MLPs, each 2 (60 + 110).
         (transformers.T5Config(d_model=60, d_kv=20, d_ff=110, num_layers=2, num_heads=3), 4240, ("q", "v")),
         (
             transformers.ViTConfig(
