@@ -14,7 +14,8 @@ def decide(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Folders of lora-fast profile, estimate, rank search and svd, of one model; any of them.",
+            help="Folders of lora-fast profile, estimate, rank search and svd, of one model; any of them, and with "
+            "--task, --rank or the like none.",
             metavar="RUN…",
             show_default=False,
         ),
@@ -114,19 +115,21 @@ def decide(
     missing = [name for name, value in given.items() if value is None]
     if runs and len(missing) < 3:
         raise LoraFastError("RUN… and --model are both given; give runs, or --model, --train and --eval for new ones")
-    if not runs and len(missing) == 3:
+    known = (task, domain, budget, rank, model_size, data_size, tokens, scenario)
+    at_once = not runs and len(missing) < 3
+    if not runs and not at_once and all(value is None for value in known):
         raise LoraFastError(
             f"no run is given; expected folders of {gathered.MADE_BY}, or --model, --train and --eval to make them "
-            "(`lora-fast rank suggest` does without any)"
+            "(with --task, --rank, --model-size and the like it does without any)"
         )
-    if not runs and missing:
+    if at_once and missing:
         raise LoraFastError(f"{' and '.join(missing)} missing: one go takes --model, --train and --eval")
     parameters = None if budget is None else parse_count(budget)
     usd_per_hour = None if price is None else parse_price(price)
     options = {"rank": rank, "domain": domain, "budget": parameters, "model_size": model_size, "data_size": data_size}
     options |= {"scenario": scenario, "price_per_hour": usd_per_hour, "task": task, "target": target}
     answer(**options, tokens=tokens)  # what is wrong with these is said before anything is measured
-    if runs:
+    if not at_once:
         folder, split = RunFolder(out or default_folder("decide")).path, ()
     else:
         made = _at_once(
@@ -142,7 +145,7 @@ def decide(
         )
         folder, split = made.folder, made.split
         runs = [path for name in ("profile", "search", "svd") if (path := folder / name).is_dir()]
-    evidence = gathered.read_evidence(runs)
+    evidence = gathered.read_evidence(runs or [])
     found = answer(
         evidence.profile,
         evidence.search,

@@ -75,23 +75,25 @@ def decide(
     be reached, in the search's unit and direction. rank: one that you consider. domain: "near" or "far" from what the
     model was pretrained on. budget: parameters that may be trained. model_size: billions of parameters. data_size:
     training samples. tokens: of all training. scenario: a name of `rank_rules.SCENARIOS`. parameters_per_rank:
-    Σ (K + N) over the adapted layers; a profile or spectra say it too. price_per_hour: US dollars for the machine.
-    Missing evidence lowers the confidence and blocks nothing. Raises LoraFastError for input that is wrong."""
+    Σ (K + N) over the adapted layers; a profile, a search.json or spectra say it too. price_per_hour: US dollars for
+    the machine. Missing evidence lowers the confidence and blocks nothing.
+    Raises LoraFastError for input that is wrong."""
     costs = None if profile is None else costs_of(profile)
     curve = None if search is None else curve_of(search)
     directions = None if spectra is None else directions_of(spectra)
     _check(task, target, rank, domain, budget, model_size, data_size, tokens, scenario, parameters_per_rank)
     if price_per_hour is not None:
         _check_number("price_per_hour", price_per_hour, "US dollars")
-    per_rank = parameters_per_rank or (costs and costs.parameters_per_rank)
-    per_rank = per_rank or (directions and directions.parameters_per_rank)
+    said = (found.parameters_per_rank for found in (costs, curve, directions) if found is not None)
+    per_rank = parameters_per_rank or next(filter(None, said), None)
     if budget is not None and per_rank is not None and budget < per_rank:
         raise LoraFastError(
             f"budget={budget:,} is less than r=1 trains; these layers take at least {per_rank:,} parameters (fewer of "
             "them take less)"
         )
-    if model_size is None and costs is not None:
-        model_size = costs.parameters / 1e9
+    total = (costs and costs.parameters) or (curve and curve.parameters)
+    if model_size is None and total:
+        model_size = total / 1e9
     if price_per_hour is None and costs is not None:
         price_per_hour = costs.usd_per_hour
     facts = Facts(

@@ -77,8 +77,9 @@ class Facts:
     @property
     def total(self) -> float | None:
         """Parameters of the base."""
-        if self.costs is not None:
-            return self.costs.parameters
+        for found in (self.costs, self.curve):
+            if found is not None and found.parameters:
+                return found.parameters
         return None if self.model_size is None else self.model_size * 1e9
 
     @property
@@ -167,6 +168,10 @@ def answer_to(f: Facts) -> Answer:
         return _left(f, found, why)
     if found.kind == "measure" and f.no_full is not None and f.cap == 1:
         return replace(found, kind="rank", reasons=(*found.reasons, "nothing else can be done"))
+    needed = f.total if found.kind == "full" else f.per_rank
+    if f.budget is not None and needed is None:
+        said = f"whether the budget of {f.budget:,} parameters allows it is not known without the model"
+        return replace(found, reasons=(*found.reasons, said))
     return found
 
 
@@ -321,11 +326,7 @@ def _best_quality(f: Facts, rank: int, best: int, *reasons: str) -> Answer:
         return _measured(f, "full", rank, rank, best, *reasons, said)
     if _is_rising(f, rank) and full is None:
         return _still_rising(f, rank, *reasons)
-    suffices = (
-        f"r={rank} is the only rank tried"
-        if len(ranks) < 2
-        else f"r={rank} is the smallest rank that is as good as the best, to within the noise"
-    )
+    suffices = _suffices(f, rank, best)
     if full is not None:
         return _between_equals(f, rank, best, full, *reasons, suffices)
     if cost is not None and cost.is_near and f.no_full is None:
@@ -345,6 +346,22 @@ def _best_quality(f: Facts, rank: int, best: int, *reasons: str) -> Answer:
         said = f"it trains {share:.0%} of the parameters, and what full fine-tuning costs here is not known"
         return _measured(f, "measure", rank, rank, best, *reasons, suffices, said)
     return _measured(f, "rank", rank, rank, best, *reasons, suffices)
+
+
+def _suffices(f: Facts, rank: int, best: int) -> str:
+    c, ranks = f.curve, tried(f)
+    beyond = c.best(list(c.ranks))
+    usable = len(ranks) < len(c.ranks)
+    if len(ranks) < 2:
+        said = f"r={rank} is the only rank tried{' that budget and memory allow' if usable else ''}"
+    elif c.noise is None:
+        said = f"r={rank} is the smallest of the best ranks; how much of their lead is noise is not known"
+    else:
+        among = f"of those that budget and memory allow (up to {f.cap})" if usable else ""
+        said = f"r={rank} is the smallest rank that is as good as the best{among and ' '}{among}, to within the noise"
+    if beyond not in ranks and c.gain(best, beyond) > c.margin(best, beyond):
+        said += f"; r={beyond} is better ({c.ranks[beyond].mean:.4g} against {c.ranks[best].mean:.4g}), and beyond them"
+    return said
 
 
 def _between_equals(f: Facts, rank: int, best: int, full: str, *reasons: str) -> Answer:

@@ -276,6 +276,8 @@ def disagreements_of(f: Facts, answer: Answer) -> Iterator[str]:
         yield f"capacity asks for r={least} or more for {f.tokens:,.0f} tokens; what was measured here counts for more"
     if f.curve is None and f.rank is not None and f.spectra is not None and f.rank != answer.rank:
         yield f"you consider r={f.rank}; what was learned here fits into r={answer.rank}"
+    if f.curve is not None and f.rank is not None and not full and f.rank != rank:
+        yield _considered(f, rank)
     if f.curve is None and f.spectra is None and None not in (f.task, f.model_size, f.data_size):
         yield from suggest_rank(f.model_size, f.task, f.data_size, scenario=f.scenario).disagreements
     if full and f.data_size is not None and f.data_size < 1_000:
@@ -285,6 +287,16 @@ def disagreements_of(f: Facts, answer: Answer) -> Iterator[str]:
         both = total is not None and total.kind == "training time" and step is not None
         if both and total.is_near != (step.value >= NEAR):
             yield f"a step takes {step} of full fine-tuning's, a whole training {total.ratio}; that is what is paid"
+
+
+def _considered(f: Facts, rank: int) -> str:
+    """What the curve says of the rank that the caller considers, beside the answer's."""
+    c, said = f.curve, f"you consider r={f.rank}"
+    if f.rank not in c.ranks or rank not in c.ranks:
+        return f"{said}, which the search did not try"
+    gain, margin = c.gain(rank, f.rank), c.margin(rank, f.rank)
+    word = "better than" if gain > margin else "worse than" if -gain > margin else "as good as"
+    return f"{said}: {c.ranks[f.rank].mean:.4g}, {word} r={rank} ({c.ranks[rank].mean:.4g})"
 
 
 def _why_not(f: Facts, answer: Answer, found: Indicator) -> str:

@@ -142,7 +142,8 @@ class Point:
 class Curve:
     """Quality against rank. ranks: ascending, without full fine-tuning, which is `full`. noise: standard deviation
     between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended.
-    readings: (verdict, sentence) of `read_training_curve` for the trainings of a rank, where their curves were kept."""
+    readings: (verdict, sentence) of `read_training_curve` for the trainings of a rank, where their curves were kept.
+    parameters: of the base; parameters_per_rank: Σ (K + N) over the adapted layers; where the search says them."""
 
     ranks: Mapping[int, Point]
     full: Point | None
@@ -152,6 +153,8 @@ class Curve:
     sentence: str
     seconds: Mapping[Rank, tuple[float, ...]]
     readings: Mapping[Rank, tuple[str, str]] = field(default_factory=dict)
+    parameters: int | None = None
+    parameters_per_rank: int | None = None
 
     def point(self, rank: Rank) -> Point:
         return self.full if rank == FULL else self.ranks[rank]
@@ -213,6 +216,7 @@ def curve_of(search: Any) -> Curve | None:
             if trial.get("status") == "ok" and _number(trial, "seconds"):
                 seconds.setdefault(trial["rank"], []).append(trial["seconds"])
         noise = found["noise"]
+        trained = [row for row in document.get("ranks", ()) if row["rank"] != FULL and row.get("trained")]
         curve = Curve(
             ranks={rank: points[rank] for rank in sorted(points)},
             full=full,
@@ -226,6 +230,8 @@ def curve_of(search: Any) -> Curve | None:
                 for row in document.get("ranks", ())
                 if row.get("reading")
             },
+            parameters=(document.get("model") or {}).get("parameters"),
+            parameters_per_rank=round(trained[0]["trained"] / trained[0]["rank"]) if trained else None,
         )
         return curve if points or full is not None else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:

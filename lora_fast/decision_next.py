@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from lora_fast.decision_answer import EVALUATE_SHARE, Answer, Facts, answer_to, tried
+from lora_fast.decision_answer import EVALUATE_SHARE, FULL_SHARE, Answer, Facts, answer_to, tried
 from lora_fast.decision_inputs import FULL, Costs, Curve, Directions, Point, Ratio, ratio_at
 from lora_fast.rank_rules import EVALUATE_FULL_FROM
 
@@ -29,6 +29,7 @@ COMMANDS = {
     "search": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks}",
     "larger ranks": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks}",
     "full arm": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks}",
+    "longer training": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks} --steps N",
     "seeds": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks} --seeds 3",
     "profile": "lora-fast profile MODEL --ranks {ranks}",
     "spectra": "lora-fast svd ADAPTER",
@@ -57,8 +58,9 @@ def _short(answer: Answer) -> str:
 
 
 def _distance(one: Answer, other: Answer) -> float:
-    """In doublings of the rank; an open question that is settled counts as half a doubling."""
-    settled = 0.5 if one.kind == "measure" and other.kind != "measure" else 0.0
+    """In doublings of the rank; an open question that is settled, or a target that is met, counts as half of one."""
+    is_met = one.target_reached is False and other.target_reached is True
+    settled = 0.5 if is_met or (one.kind == "measure" and other.kind != "measure") else 0.0
     if (one.kind == "full") != (other.kind == "full"):
         return FULL_AWAY + settled
     return settled if one.kind == "full" else abs(math.log2(other.rank / one.rank)) + settled
@@ -75,12 +77,16 @@ def _experiments(f: Facts, answer: Answer) -> _Experiments:
     else:
         yield from _wider_experiments(f, answer.rank)
         yield from _noise_experiments(f, answer.rank)
+        yield from _longer_experiments(f)
     yield from _cost_experiments(f, answer.rank)
     if f.curve is None and f.spectra is None:
         yield from _spectra_experiments(f, answer.rank)
 
 
 def _search_experiments(f: Facts, rank: int) -> _Experiments:
+    if f.rank is None and f.per_rank and f.total:  # a share that means full fine-tuning needs no search of its own
+        most = FULL_SHARE / (1 - FULL_SHARE) * f.total / f.per_rank
+        rank = min(rank, 2 ** int(math.log2(max(1, most))))
     top = 4 * rank if rank < EVALUATE_FULL_FROM else rank
     ranks = sorted({max(1, rank // 4), rank, top if f.cap is None else min(top, max(f.cap, 1))})
     arms = [*ranks, *([] if f.no_full else [FULL])]
@@ -133,6 +139,30 @@ def _noise_experiments(f: Facts, rank: int) -> _Experiments:
         equal = replace(_supposed(f, c.ranks, below), full=c.full)
         outcomes = [("the gain was noise", replace(f, curve=equal)), ("it was not", f)]
         yield "seeds", f"a second seed at r={below} and {rank}: no noise is known", [below, rank], outcomes
+
+
+def _longer_experiments(f: Facts) -> _Experiments:
+    """More steps, where nothing that can be done reaches the target after those that were taken."""
+    c, ranks = f.curve, tried(f)
+    full = None if f.no_full is not None else c.full
+    open_full = full is None and f.no_full is None
+    if f.target is None or open_full or any(c.reaches(r, f.target) != "no" for r in ranks):
+        return
+    if full is not None and c.reaches(FULL, f.target) != "no":
+        return
+    best = c.best(ranks)
+    shift = f.target - c.ranks[best].mean
+    moved = {r: Point(point.mean + shift, point.count) for r, point in c.ranks.items()}
+    moved[best] = Point(f.target, c.ranks[best].count)  # exactly
+    outcomes = [(f"r={best} reaches it", replace(f, curve=replace(c, ranks=moved)))]
+    arms: list = [best]
+    if full is not None:
+        at_target = Point(f.target, full.count)
+        outcomes.append(("only full fine-tuning does", replace(f, curve=replace(c, full=at_target))))
+        arms.append(FULL)
+    outcomes.append(("none does", f))
+    what = f"more steps at r={', '.join(map(str, arms))}: nothing reaches the target {f.target:.4g} after so many"
+    yield "longer training", what, arms, outcomes
 
 
 def _spectra_experiments(f: Facts, rank: int) -> _Experiments:

@@ -47,7 +47,7 @@ EVIDENCE: tuple[Evidence, ...] = (
             f"Core finding as the guide quotes it: “{QUOTATION}”",
             "The guide's own Table 12 below gives r=8 for MultiNLI and SAMSum: those are the ranks used, not the least "
             "that suffice.",
-            "The guide's reading: 1 or 2 is enough for classification, generation may need a little more, seldom over 8.",
+            "The guide's reading: 1 or 2 is enough for classification, generation may need more, seldom over 8.",
         ),
     ),
     Evidence(

@@ -137,6 +137,18 @@ def test_each_run_by_itself(runs, capsys, kind):
     assert decided(capsys, runs / kind / name)["sentence"] == found["sentence"]
 
 
+def test_without_any_run_the_rules_answer(capsys):
+    found = decided(capsys, "--task", "summarization", "--model-size", "7")
+    assert (found["kind"], found["rank"], found["runs"]) == ("rank", 4, [])
+    assert "no run is given" in refused(capsys, "--target", "2")
+
+
+def test_a_search_by_itself_knows_what_its_budget_is(runs, capsys):
+    found = decided(capsys, runs / "search", "--budget", str(PER_RANK))
+    assert found["kind"] != "full" and found["range"][1] == 1
+    assert "take at least 904 parameters" in refused(capsys, runs / "search", "--budget", "903")
+
+
 def test_a_budget(runs, capsys):
     found = decided(capsys, runs / "profile", runs / "search", "--budget", str(4 * PER_RANK))
     assert found["kind"] != "full" and found["range"][1] <= 4

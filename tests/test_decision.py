@@ -350,6 +350,69 @@ def test_budget():
         decide(profile(CHEAP), budget=PER_RANK - 1)
 
 
+def test_a_rank_that_a_budget_forbids_is_told_where_it_is_better():
+    capped = decide(profile(CHEAP), search(PLATEAU), budget=2 * PER_RANK)
+    assert (capped.kind, capped.rank) == ("rank", 2)
+    assert "the best of those that budget and memory allow (up to 2)" in capped.sentence
+    assert "r=8 is better (2 against 2.6), and beyond them" in capped.sentence
+    equal = decide(profile(CHEAP), search({1: 3.0, 2: 2.0, 4: 2.0}), budget=2 * PER_RANK)
+    assert "allow (up to 2)" in equal.sentence and "and beyond them" not in equal.sentence
+    single = decide(profile(CHEAP), search({2: 2.6, 8: 2.0}), budget=2 * PER_RANK)
+    assert "r=2 is the only rank tried that budget and memory allow; r=8 is better" in single.sentence
+
+
+def document_of(losses):
+    """The content of a search.json, with the model's size and what each rank trains."""
+    rows = [{"rank": r, "trained": TOTAL if r == "full" else r * PER_RANK, "reading": None} for r in losses]
+    return {"search": search(losses).to_dict(), "model": {"parameters": TOTAL}, "ranks": rows}
+
+
+def test_a_search_says_the_models_size_by_itself():
+    found = decide(search=document_of({**PLATEAU, "full": 1.5}), budget=4 * PER_RANK)
+    assert (found.kind, found.rank) == ("rank", 4) and "below the model's 8,030,261,248" in found.sentence
+    (share,) = [i for i in found.indicators if i.name == "trained share"]
+    assert share.value == f"{4 * PER_RANK / (TOTAL + 4 * PER_RANK):.2%}"
+    with pytest.raises(LoraFastError, match="is less than r=1 trains"):
+        decide(search=document_of(PLATEAU), budget=PER_RANK - 1)
+
+
+def test_a_budget_that_cannot_be_held_against_the_answer_is_told():
+    full, rank = decide(search=search({**PLATEAU, "full": 1.5}), budget=1000), decide(rank=8, task="medium", budget=9)
+    assert full.kind == "full" and "whether the budget of 1,000 parameters allows it is not known" in full.sentence
+    assert rank.kind == "rank" and "whether the budget of 9 parameters allows it is not known" in rank.sentence
+    assert "is not known" not in decide(profile(CHEAP), search(PLATEAU), budget=10**10).sentence
+
+
+def test_what_the_curve_says_of_the_rank_that_is_considered():
+    said = {
+        rank: [t for t in decide(search=search(PLATEAU), rank=rank).disagreements if t.startswith("you consider")]
+        for rank in (2, 8, 32, 64)
+    }
+    assert said[8] == [] and said[64] == ["you consider r=64, which the search did not try"]
+    assert said[2] == ["you consider r=2: 2.6, worse than r=8 (2)"]
+    assert said[32] == ["you consider r=32: 2, as good as r=8 (2)"]
+
+
+def test_where_nothing_reaches_the_target_longer_training_is_what_may():
+    for losses, rank in (({**PLATEAU, "full": 1.9}, 8), ({**FALLING, "full": 2.5}, 4)):
+        found = decide(search=search(losses), target=0.1)
+        assert found.target_reached is False and found.next.name == "longer training"
+        assert found.next.command.endswith(f"--ranks {rank},full --steps N")
+        assert f"r={rank} reaches it: r={rank};" in found.next.why
+        assert "only full fine-tuning does: full fine-tuning" in found.next.why
+    assert decide(search=search({**PLATEAU, "full": 1.9}), target=1.95).next is None
+
+
+def test_without_noise_no_rank_is_within_it():
+    sentence = decide(search=search(PLATEAU).to_dict() | {"noise": None}).sentence
+    assert "noise is not known" in sentence and "within the noise" not in sentence
+
+
+def test_no_search_is_asked_for_where_the_share_is_that_of_full_fine_tuning():
+    found = decide(profile(CHEAP), tokens=1e13)  # a capacity of r=1,907,349; r=766 trains 20%
+    assert found.kind == "full" and found.next.command.endswith("--ranks 128,512,full")
+
+
 def test_what_does_not_fit_is_no_answer():
     found = decide(profile(SLOW, full="oom"), rank=256)
     assert found.kind != "full" and found.next.command.count("full") == 0
