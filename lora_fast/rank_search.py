@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from typing import Any
 
 from lora_fast.config import LoraFastError
@@ -21,6 +22,8 @@ RANKS = tuple(2**e for e in range(10))
 STRATEGIES, DIRECTIONS = ("progressive", "grid"), ("minimize", "maximize")
 # A difference of means counts from so many of its standard errors on: on a plateau it is exceeded once in 44 times.
 SIGNIFICANT = 2.0
+# A value beyond this is no result: its square would not be finite.
+DIVERGED = 1e150
 # The attribute of a trial that says what it is, and who took it.
 ARM = "arm"
 # Seconds between looks at trials that other processes have taken.
@@ -95,13 +98,14 @@ def search_rank(
     train_and_evaluate(rank) or train_and_evaluate(rank, *, seed) trains at this rank and returns the validation loss
     (direction "minimize") or a score ("maximize"); rank is a number, or "full". It must hold everything else fixed, and
     scale the learning rate and alpha so that ranks are comparable (rsLoRA, or alpha ∝ r): else the curve shows scaling.
-    An exception or NaN is a failed trial, and the search goes on. One that takes a keyword `report` is given
+    An exception, NaN or infinity is a failed trial, and the search goes on. One that takes a keyword `report` is given
     report(step, value), by which hopeless trainings are stopped early (Optuna's median rule).
     ranks: the candidates, ascending powers of two up to 512 by default; with "full" among them, full fine-tuning is an
     arm. strategy: "grid" tries all; "progressive" doubles from the first candidate at or above `start` until the gain
-    over a doubling is within the noise (2 standard errors of the difference of means, at least min_gain), then tries
-    candidates that it skipped below the best. seeds: a number of seeds, or the seeds, for every rank; with one, the
-    first two ranks get a second, since without noise no gain can be judged.
+    over a doubling (at the end, over the step to the last candidate) is within the noise (2 standard errors of the
+    difference of means, at least min_gain), then tries candidates that it skipped below the best. seeds: a number of
+    seeds, or the seeds, for every rank; with one, the first two ranks get a second, since without noise no gain can be
+    judged.
     storage: where Optuna keeps the study, "sqlite:///search.db" say; a search that was killed goes on from there, and
     several processes with one storage and study_name share the work. progress is told of each trial that ends.
     Raises LoraFastError for wrong arguments, and ImportError's reason where Optuna is not installed."""
@@ -136,11 +140,11 @@ def _candidates(ranks: Iterable[Rank] | None, start: int) -> tuple[list[int], bo
     if isinstance(start, bool) or not isinstance(start, int) or start < 1:
         raise LoraFastError(f"start={start!r}; expected a rank, a whole number of at least 1")
     values = list(RANKS if ranks is None else [ranks] if isinstance(ranks, (int, str)) else ranks)
-    numbers = [value for value in values if value != FULL]
-    for value in numbers:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    given = [value for value in values if value != FULL]
+    for value in given:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise LoraFastError(f"ranks: {value!r} is no rank; expected whole numbers of at least 1, or {FULL!r}")
-    numbers = sorted(set(numbers))
+    numbers = sorted({int(value) for value in given})
     if not numbers:
         raise LoraFastError(f"ranks={values!r}; expected at least one rank")
     if start > numbers[-1]:
@@ -238,7 +242,8 @@ class _Curve:
         full = self.mean(FULL)
         if best is None:
             if full is None:
-                return None, "no answer", "no training gave a value"
+                failed = next((trial.error for trial in self.study.trials() if trial.error), None)
+                return None, "no answer", "no training gave a value" + (f"; the first: {failed}" if failed else "")
             return FULL, "full fine-tuning", f"only full fine-tuning gave a value, {full:.4g}"
         rank = self.sufficient()
         noise = self.noise()
@@ -267,11 +272,13 @@ class _Curve:
 
 
 def _double(curve: _Curve, candidates: list[int]) -> None:
-    """Visits candidates, each at least twice the one before, until a doubling gains nothing."""
+    """Visits candidates, each at least twice the one before, the last at the end, until one gains nothing."""
     current = candidates[0]
     curve.visit([current])
     while True:
         larger = [rank for rank in candidates if rank >= 2 * current]
+        if not larger and candidates[-1] > current:
+            larger = candidates[-1:]
         if not larger:
             return
         curve.visit([larger[0]])
@@ -430,7 +437,7 @@ class _Study:
         if "report" in self.accepts:
             keywords["report"] = lambda step, value: _report(self.optuna, trial, step, value)
         value = float(self.function(rank, **keywords))
-        if not math.isfinite(value):
+        if not abs(value) < DIVERGED:
             raise ValueError(f"train_and_evaluate returned {value}")
         return value
 

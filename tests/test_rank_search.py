@@ -18,11 +18,11 @@ from lora_fast.rank_search import ARM, RANKS
 optuna = pytest.importorskip("optuna")
 
 
-def curve(number):
+def curve(number, knees=8):
     """(knee, {rank: loss}, standard deviation of the noise): gains that shrink up to the knee, by chance overfitting
-    beyond it, noise from 0 to a quarter of the last gain."""
+    beyond it, noise from 0 to a quarter of the last gain. knees: it is one of so many of the smallest ranks."""
     chance = random.Random(number)
-    index = chance.randrange(8)
+    index = chance.randrange(knees)
     last, growth, rising = chance.uniform(0.02, 0.2), chance.uniform(1, 2), chance.random() < 1 / 3
     loss = {RANKS[index]: 2.0}
     value, gain = 2.0, last
@@ -57,6 +57,31 @@ def test_within_one_doubling_of_the_knee_at_half_the_cost_of_the_grid(seeds, sha
         grid_spent += seeds * sum(map(training_time, RANKS)) + (training_time(1) + training_time(2)) * (seeds == 1)
     assert close >= 475
     assert spent <= share * grid_spent
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_within_one_doubling_of_knees_up_to_the_largest_rank(seeds):
+    """500 curves with knees from 1 to 512: where the knee is beyond 128, half of the grid's cost can't be kept (its two
+    largest ranks are 36% of it), but the knee is found as well."""
+    close = 0
+    for number in range(500):
+        knee, loss, noise = curve(number, len(RANKS))
+        found = search_rank(trainer(number, loss, noise), seeds=seeds)
+        close += knee / 2 <= found.best_rank <= 2 * knee
+    assert close >= 475
+
+
+def test_the_last_candidate_is_tried_though_it_is_no_doubling():
+    found = search_rank(lambda rank: max(0, 11 - rank), [3, 5, 7, 9, 11])  # 3, 7, 11, and 9 between
+    assert (found.best_rank, found.verdict) == (11, "still rising")
+    assert [point.rank for point in found.points] == [3, 7, 9, 11]
+    assert search_rank(lambda rank: max(0, 4 - rank), [1, 2, 4, 6]).points[-1].rank == 6
+
+
+def test_ranks_of_numpy_are_ranks():
+    numpy = pytest.importorskip("numpy")
+    found = search_rank(lambda rank: 1 / rank, numpy.array([1, 2, 4]))
+    assert found.best_rank == 4 and type(found.points[0].rank) is int
 
 
 def test_the_grid_finds_the_same_knees():
@@ -136,6 +161,8 @@ def test_a_training_that_fails_is_a_row_and_the_search_goes_on(strategy):
     assert failed == {2: "RuntimeError: out of luck", 4: "ValueError: train_and_evaluate returned nan"}
     nothing = search_rank(lambda rank: math.inf, [1, 2])
     assert (nothing.best_rank, nothing.verdict) == (None, "no answer")
+    assert nothing.sentence.endswith("the first: ValueError: train_and_evaluate returned inf")
+    assert search_rank(lambda rank: 1e308, [1, 2], seeds=2).best_rank is None
 
 
 def test_a_hopeless_training_is_stopped_early():
