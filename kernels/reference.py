@@ -113,7 +113,7 @@ def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
     """dB (N, R) = s' · dyᵀ s alone, for an adapter whose lora_A and input need no gradient."""
-    return (dy.t() @ s) * scale
+    return torch.addmm(dy.new_empty(()), dy.t(), s, beta=0, alpha=scale)  # scaled before its one rounding
 
 
 def grad_x_and_a(
@@ -181,7 +181,7 @@ def swiglu_backward(
     dg, du = torch.ops.aten.silu_backward(dh * u, g), dh * silu
     h = silu.mul_(u)
     dA_down = ds_down.t() @ (h if mask is None else unpack_mask(mask[0], h).mul_(h))
-    return dg, du, dA_down, (dg.t() @ s_gate) * scale_gate, (du.t() @ s_up) * scale_up
+    return dg, du, dA_down, grad_b(dg, s_gate, scale_gate), grad_b(du, s_up, scale_up)
 
 
 # --- Several adapters in one batch ------------------------------------------------------------------------------------

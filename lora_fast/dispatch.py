@@ -139,7 +139,24 @@ def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: 
         raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
 
 
+def _fits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> bool:
+    """Whether check_linear has nothing to say: asked at every call, so without looking for the reason."""
+    if len(weight.shape) != 2 or not x.shape:
+        return False
+    (n, k), r, device = weight.shape, lora_A.shape[:1], weight.device
+    return (
+        x.shape[-1] == k
+        and lora_A.shape == (*r, k)
+        and lora_B.shape == (n, *r)
+        and 0 <= p < 1
+        and x.device == device == lora_A.device == lora_B.device
+        and (bias is None or (bias.shape == (n,) and bias.device == device))
+    )
+
+
 def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
+    if _fits(x, weight, lora_A, lora_B, bias, p):
+        return
     if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise LoraFastError(
             f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "

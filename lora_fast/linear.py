@@ -227,13 +227,13 @@ class LoraLayer(nn.Module):
         """What forward would compute now, or None where no adapter runs."""
         if not self.adapter_runs():
             return None
-        name = self.active_adapter
+        name, children = self.active_adapter, self._modules  # nn.Module's own way to a child is ten times as long
         spec = self.adapter_specs[name]
         return LinearCall(
             self.matrix(),
             self.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            children["lora_A"]._modules[name].weight,
+            children["lora_B"]._modules[name].weight,
             spec.scaling,
             spec.dropout_p if self.training else 0.0,
             self.backend,
