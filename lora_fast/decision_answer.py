@@ -210,6 +210,8 @@ def is_unclear(total: Ratio) -> bool:
 
 
 def search_sure(curve: Curve) -> float:
+    if curve.is_pretraining:
+        return ONE_RANK
     if len(curve.ranks) < 2:
         sure = ONE_RANK
     else:

@@ -143,7 +143,8 @@ class Curve:
     """Quality against rank. ranks: ascending, without full fine-tuning, which is `full`. noise: standard deviation
     between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended.
     readings: (verdict, sentence) of `read_training_curve` for the trainings of a rank, where their curves were kept.
-    parameters: of the base; parameters_per_rank: Σ (K + N) over the adapted layers; where the search says them."""
+    parameters: of the base; parameters_per_rank: Σ (K + N) over the adapted layers; where the search says them.
+    is_pretraining: the model began with random weights, so that little is said of fine-tuning."""
 
     ranks: Mapping[int, Point]
     full: Point | None
@@ -155,6 +156,7 @@ class Curve:
     readings: Mapping[Rank, tuple[str, str]] = field(default_factory=dict)
     parameters: int | None = None
     parameters_per_rank: int | None = None
+    is_pretraining: bool = False
 
     def point(self, rank: Rank) -> Point:
         return self.full if rank == FULL else self.ranks[rank]
@@ -215,7 +217,7 @@ def curve_of(search: Any) -> Curve | None:
         for trial in found.get("trials", ()):
             if trial.get("status") == "ok" and _number(trial, "seconds"):
                 seconds.setdefault(trial["rank"], []).append(trial["seconds"])
-        noise = found["noise"]
+        noise, model = found["noise"], document.get("model") or {}
         trained = [row for row in document.get("ranks", ()) if row["rank"] != FULL and row.get("trained")]
         curve = Curve(
             ranks={rank: points[rank] for rank in sorted(points)},
@@ -230,7 +232,8 @@ def curve_of(search: Any) -> Curve | None:
                 for row in document.get("ranks", ())
                 if row.get("reading")
             },
-            parameters=(document.get("model") or {}).get("parameters"),
+            parameters=model.get("parameters"),
+            is_pretraining=model.get("weights") == "random",
             parameters_per_rank=round(trained[0]["trained"] / trained[0]["rank"]) if trained else None,
         )
         return curve if points or full is not None else None

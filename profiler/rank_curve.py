@@ -1,7 +1,6 @@
 """The document of a rank search (search.json) as a table, and as a chart: held-out loss against rank, with the noise
 between seeds."""
 
-import io
 import json
 import math
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fast import LoraFastError
+from lora_fast.profiler.figures import png
 from lora_fast.profiler.report import BLUE, GREY, RED
 from lora_fast.profiler.table import si
 from lora_fast.rank_search import FULL, SIGNIFICANT
@@ -151,6 +151,4 @@ def draw_png(found: Mapping[str, Any]) -> bytes:
     axes.set_title(f"Verdict: {search['verdict']}", fontsize=10, loc="left", fontweight="bold")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right", fontsize=8.5, framealpha=1, edgecolor="#dddddd")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)

@@ -1,12 +1,12 @@
 """A Profile as charts: `chart` says what to draw, in plain data, and `draw_png` draws it."""
 
-import io
 import math
 import statistics
 
 import numpy as np
 
 from lora_fast.profiler.crossover import COSTS, UNMEASURED, Crossover
+from lora_fast.profiler.figures import png
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
 from lora_fast.profiler.workload import FULL_AGAIN
@@ -170,9 +170,7 @@ def draw_png(description: dict) -> bytes:
     figure.suptitle(description["title"], fontsize=10.5, x=0.012, ha="left")
     for axes, panel in zip(figure.subplots(1, 2), description["panels"], strict=True):
         _draw_panel(axes, panel)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _draw_panel(axes, panel: dict) -> None:

@@ -1,13 +1,14 @@
 """The charts of a spectra document, as PNG: the singular values of every layer, the effective rank by layer and module,
 and how alike two adapters' subspaces are."""
 
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from lora_fast.profiler.figures import png
 
 # Both are readable with every kind of colour vision, and in grey. The lines leave out viridis' yellow, which white
 # swallows.
@@ -34,12 +35,6 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def title(found: Mapping[str, Any]) -> str:
@@ -98,7 +93,7 @@ def singular_values(found: Mapping[str, Any]) -> bytes:
     _spectra_axes(all_axes[0][0], positive, longest)
     if min(depths) < max(depths):
         _depth_bar(figure, all_axes, min(depths), max(depths))
-    return _png(figure)
+    return png(figure)
 
 
 def _left_out(energies: Mapping[str, float], drawn: Mapping[str, Any]) -> str:
@@ -244,7 +239,7 @@ def effective_rank(found: Mapping[str, Any]) -> bytes:
     bar = figure.colorbar(image, ax=axes, shrink=0.95, pad=0.015)
     bar.set_label("effective rank", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _short(stack: str, stacks: Sequence[str]) -> str:
@@ -323,4 +318,4 @@ def similarity(found: Mapping[str, Any]) -> bytes:
     bar = figure.colorbar(image, ax=all_axes, shrink=0.95, pad=0.015)
     bar.set_label("φ: 0 orthogonal, 1 one holds the other", fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return _png(figure)
+    return png(figure)

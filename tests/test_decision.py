@@ -376,6 +376,14 @@ def test_a_search_says_the_models_size_by_itself():
         decide(search=document_of(PLATEAU), budget=PER_RANK - 1)
 
 
+def test_a_search_on_random_weights_is_less_sure():
+    document = document_of({**PLATEAU, "full": 2.0})
+    sure = decide(search=document)
+    document["model"]["weights"] = "random"
+    found = decide(search=document)
+    assert (found.rank, sure.rank) == (8, 8) and found.sure == "low" and sure.sure == "high"
+
+
 def test_a_budget_that_cannot_be_held_against_the_answer_is_told():
     full, rank = decide(search=search({**PLATEAU, "full": 1.5}), budget=1000), decide(rank=8, task="medium", budget=9)
     assert full.kind == "full" and "whether the budget of 1,000 parameters allows it is not known" in full.sentence

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import warnings
 
 import pytest
 from rich.console import Console
@@ -279,3 +280,9 @@ def test_the_title_names_what_was_left_out(profile):
     assert "tokens, all-linear, AdamW" in printed(profile, 160)
     profile.workload = WORKLOAD | {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0"]}
     assert "tokens, q_proj+v_proj except layers.0, AdamW" in printed(profile, 160)
+
+
+def test_a_name_in_letters_that_no_font_has_is_drawn_without_warnings(profile):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert size_of(draw_png(chart(profile) | {"title": "\u4e8c\u6b21 \u0e01"})) == (1650, 750)
