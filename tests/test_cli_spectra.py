@@ -242,7 +242,7 @@ def test_titles_of_panels_do_not_overlap(monkeypatch):
             spectrum(name, torch.linspace(1.0, 0.1, 16)), rank=None, scaling=None, method="exact", noise_std=1e-3
         )
     figures = []
-    monkeypatch.setattr(spectra_charts, "_png", lambda figure: figures.append(figure) or b"")
+    monkeypatch.setattr(spectra_charts, "png", lambda figure: figures.append(figure) or b"")
     spectra_charts.singular_values(spectra.document(found, source={"base": "b", "tuned": "t"}, device="cpu"))
     (figure,) = figures
     figure.canvas.draw()
@@ -653,7 +653,7 @@ def test_the_heat_map_has_each_layer_in_its_place():
 def test_the_lines_lie_where_the_singular_values_are(monkeypatch):
     """A panel for each kind, a line for each layer through all its values, on a logarithmic axis."""
     kept = []
-    monkeypatch.setattr(spectra_charts, "_png", lambda figure: kept.append(figure) or b"")
+    monkeypatch.setattr(spectra_charts, "png", lambda figure: kept.append(figure) or b"")
     spectra_charts.singular_values(document_of(*seven_kinds(3)))
     panels = [axes for axes in kept[0].axes if axes.get_title("left")]
     assert [axes.get_title("left") for axes in panels] == [
