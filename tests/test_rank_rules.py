@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import build
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -303,6 +303,7 @@ def test_models_that_are_no_decoders(config, per_rank, query_value, tmp_path, ca
     assert json.loads(capsys.readouterr().out)["parameters_per_rank"] == per_rank
 
 
+@settings(max_examples=500)
 @given(budget=st.integers(0, 10**6), targets=st.sampled_from(["all-linear", ["q_proj"], ["k_proj", "down_proj"]]))
 def test_a_budget_is_never_exceeded_and_used_to_the_full(budget, targets):
     model = SMALL_MODEL
