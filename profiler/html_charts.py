@@ -2,6 +2,7 @@
 
 from lora_fast.profiler.memory import CATEGORIES
 from lora_fast.profiler.report import amount, curve
+from lora_fast.profiler.workload import AGAIN
 
 # Middle tones, legible on white and on black; the categories of memory in the order in which they are stacked.
 BLUE, GREY, RED, ORANGE, GREEN = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f"
@@ -257,7 +258,7 @@ def _rounds(drift: list[dict]) -> dict:
             series["ratio"],
             GREY if series["name"].startswith("full") else PALETTE[number % len(PALETTE)],
             series["name"],
-            dash="dot" if series["name"] == "full again" else "solid",
+            dash="dot" if series["name"].endswith(AGAIN) else "solid",
             hover=f"{series['name']}, round %{{x}}: %{{y:.3f}} of its median",
         )
         for number, series in enumerate(drift)

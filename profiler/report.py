@@ -9,7 +9,7 @@ from lora_fast.profiler.crossover import COSTS, UNMEASURED, Crossover
 from lora_fast.profiler.figures import png
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
-from lora_fast.profiler.workload import FULL_AGAIN
+from lora_fast.profiler.workload import AGAIN, FULL
 
 
 def chart(profile: Profile) -> dict:
@@ -140,7 +140,7 @@ def _problem(arm: Arm) -> str | None:
 def _drift(profile: Profile) -> list[dict]:
     series = [(arm.name, arm.samples_ms) for arm in profile.arms]
     if profile.aa:
-        series.append((FULL_AGAIN, profile.aa["samples_ms"]))
+        series.append((profile.aa.get("of", FULL) + AGAIN, profile.aa["samples_ms"]))
     return [
         {"name": name, "ratio": [value / statistics.median(samples) for value in samples]}
         for name, samples in series

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import browser
@@ -210,6 +211,13 @@ def test_the_description_has_every_curve(profile):
     samples = profile.lora[0].samples_ms
     assert drift["r1"][7] == pytest.approx(samples[7] / profile.lora[0].step_ms)
     assert json.loads(json.dumps(description)) == description
+
+
+def test_drift_names_the_second_copy_after_what_it_is_a_copy_of(profile):
+    of_rank = replace(profile, aa=profile.aa | {"of": "r1"})
+    assert chart(of_rank)["drift"][-1]["name"] == "r1 again"
+    lines = {line["name"]: line["line"]["dash"] for line in figures(chart(of_rank))["drift"]["data"]}
+    assert lines["r1 again"] == "dot" and lines["r1"] == "solid"
 
 
 def test_text_from_a_run_cannot_become_markup(profile):
