@@ -4,8 +4,9 @@
 
 Every arm trains the same adapter on the same base weights (forward, backward, AdamW on A and B) in one process, stepped
 in randomized rounds; only ratios within a round are compared, and a second copy of the baseline (the A/A arm) shows the
-method's noise. A row of the CSV is an arm: its ratio to PEFT's defaults with a 95% interval, and what it keeps for
-backward in MiB, each storage counted once, parameters left out. Rows that lose are kept.
+method's noise. The frozen model, without adapters and optimizer, is the floor of every LoRA. A row of the CSV is an
+arm: its ratio to PEFT's defaults with a 95% interval, and what it keeps for backward in MiB, each storage counted once,
+parameters left out. Rows that lose are kept.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from lora_fast import LoraConfig, accelerate_peft, apply_lora
 from lora_fast.profiler.intervals import ratio_with_interval
 from lora_fast.profiler.models import build, resolve
 
-BASELINE, AGAIN = "peft", "peft again"
+BASELINE, AGAIN, FROZEN = "peft", "peft again", "frozen"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_ROUNDS = 3
 
@@ -49,6 +50,12 @@ def accelerated(base: nn.Module, rank: int, dropout: float) -> nn.Module:
     return model
 
 
+def frozen(base: nn.Module) -> nn.Module:
+    """The model without adapters, the gradient let in behind its embeddings: what no LoRA can be faster than."""
+    base.enable_input_require_grads()
+    return base
+
+
 def share_weights(base: nn.Module) -> nn.Module:
     """A copy of the model around the same frozen parameters: every arm reads the same weights from the same memory."""
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
@@ -60,6 +67,7 @@ def arms_of(base: nn.Module, rank: int, dropout: float, dtype: str) -> dict[str,
         AGAIN: peft_model(share_weights(base), rank, dropout),
         "lora_fast": injected(share_weights(base), rank, dropout),
         "accelerate_peft": accelerated(share_weights(base), rank, dropout),
+        FROZEN: frozen(share_weights(base)),
     }
     if dtype == "bf16":
         arms["peft bf16 adapters"] = peft_model(share_weights(base), rank, dropout, fp32_adapters=False)
@@ -85,12 +93,13 @@ def saved_MiB(model: nn.Module, ids: torch.Tensor) -> float:
     return total
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> tuple[float, float]:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, ids: torch.Tensor) -> tuple[float, float]:
     """Milliseconds of one step: on the clock, and of processor time over all threads."""
     cpu, start = time.process_time(), time.perf_counter()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu)
 
 
@@ -101,6 +110,7 @@ def measure(base: nn.Module, ids: torch.Tensor, rank: int, dropout: float, dtype
     optimizers = {
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
         for name, model in arms.items()
+        if name != FROZEN
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     order, names = random.Random(0), list(arms)
@@ -109,7 +119,7 @@ def measure(base: nn.Module, ids: torch.Tensor, rank: int, dropout: float, dtype
     for done in range(WARM_UP_ROUNDS + rounds):
         order.shuffle(names)
         for name in names:
-            sample = step(arms[name], optimizers[name], ids)
+            sample = step(arms[name], optimizers.get(name), ids)
             if done >= WARM_UP_ROUNDS:
                 times[name].append(sample)
         gc.collect()

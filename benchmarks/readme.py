@@ -100,11 +100,11 @@ def train_step(tokens: int) -> str:
         f"peft {first['peft']}; medians of {first['rounds']} paired rounds, [95% interval].",
         "",
         "| base | dropout | r | `apply_lora` / PEFT | `accelerate_peft` / PEFT | PEFT / PEFT (A/A) "
-        "| PEFT with bf16 adapters / PEFT | kept for backward, MiB: PEFT → ours |",
-        "|---|---|---|---|---|---|---|---|",
+        "| PEFT with bf16 adapters / PEFT | frozen model / PEFT | kept for backward, MiB: PEFT → ours |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for (dtype, dropout, rank), of in cells.items():
-        providers = ("lora_fast", "accelerate_peft", "peft again", "peft bf16 adapters")
+        providers = ("lora_fast", "accelerate_peft", "peft again", "peft bf16 adapters", "frozen")
         ratios = " | ".join(_ratio(of.get(provider)) for provider in providers)
         kept = f"{of['peft']['saved_MiB']} → {of['lora_fast']['saved_MiB']}"
         lines.append(f"| {dtype} | {dropout} | {rank} | {ratios} | {kept} |")
