@@ -74,11 +74,15 @@ def profile(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
     ] = False,
+    optimizer: Annotated[
+        str, typer.Option(help="Of every arm: adamw, adafactor or sgd (without momentum, so without states).")
+    ] = "adamw",
     foreach: Annotated[
         bool | None,
         typer.Option(
             "--foreach/--no-foreach",
-            help="AdamW over lists of parameters, with temporaries of their size.  [default: as PyTorch on DEVICE]",
+            help="The optimizer over lists of parameters, with temporaries of their size.  [default: as PyTorch on "
+            "DEVICE]",
             show_default=False,
         ),
     ] = None,
@@ -133,7 +137,7 @@ def profile(
 ) -> None:
     """Measure what each LoRA rank costs here, against full fine-tuning.
 
-    Every arm is one training step with AdamW: LoRA at each rank, and all parameters. Memory is measured in a process
+    Every arm is one training step: LoRA at each rank, and all parameters. Memory is measured in a process
     per arm; time in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95%
     interval. Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new
     folder.
@@ -167,6 +171,7 @@ def profile(
             lora_dropout=lora_dropout,
             gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=checkpointing,
+            optimizer=optimizer,
             foreach=foreach,
             attn_implementation=attn_implementation,
             backend=backend,
@@ -235,11 +240,15 @@ def estimate(
         bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
     ] = False,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches in a step of the optimizer.")] = 1,
+    optimizer: Annotated[
+        str, typer.Option(help="Of every arm: adamw, adafactor or sgd (without momentum, so without states).")
+    ] = "adamw",
     foreach: Annotated[
         bool | None,
         typer.Option(
             "--foreach/--no-foreach",
-            help="AdamW over lists of parameters, with temporaries of their size.  [default: as PyTorch on DEVICE]",
+            help="The optimizer over lists of parameters, with temporaries of their size.  [default: as PyTorch on "
+            "DEVICE]",
             show_default=False,
         ),
     ] = None,
@@ -286,6 +295,7 @@ def estimate(
             lora_dropout=lora_dropout,
             gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=checkpointing,
+            optimizer=optimizer,
             foreach=foreach,
             attn_implementation=attn_implementation,
             device=device,

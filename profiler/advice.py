@@ -44,7 +44,7 @@ def small_products(profile: Profile) -> str | None:
 
 
 def optimizer_share(profile: Profile) -> str | None:
-    """Few tokens a step: full fine-tuning pays AdamW over all parameters, which a larger step spreads out."""
+    """Few tokens a step: full fine-tuning pays the optimizer over all parameters, which a larger step spreads out."""
     full = profile.full
     if full.step_ms is None or full.optimizer_ms is None or full.optimizer_ms < WORTH * full.step_ms:
         return None
@@ -54,7 +54,7 @@ def optimizer_share(profile: Profile) -> str | None:
     arm = min(arms, key=lambda arm: abs(arm.ratio_to_full - 1))
     passes = (arm.forward_ms + arm.backward_ms) / (full.forward_ms + full.backward_ms)
     return (
-        f"Batch: AdamW takes {full.optimizer_ms:.3g} of full's {full.step_ms:.3g} ms "
+        f"Batch: {profile.workload['optimizer']} takes {full.optimizer_ms:.3g} of full's {full.step_ms:.3g} ms "
         f"({full.optimizer_ms / full.step_ms:.0%}) at {profile.workload['tokens_per_step']:,} tokens a step. With more "
         f"tokens a step, by batch or gradient accumulation, that share goes to 0 and {arm.name} from "
         f"{arm.ratio_to_full:.2f} towards {passes:.2f} of full's time: time's crossover depends on the batch."
@@ -85,9 +85,9 @@ def fp32_adapters(profile: Profile) -> str | None:
         held = sum(arm.by_category[name] for name in ("adapters", "gradients", "optimizer"))
         if held >= WORTH * arm.peak_MiB:
             return (
-                f"fp32 adapters on a {work['dtype']} base: with AdamW's states they are {_size(held)} of "
-                f"{_size(arm.peak_MiB)} at {arm.name}. --adapter-dtype {work['dtype']} halves that, and rounds small "
-                "updates away."
+                f"fp32 adapters on a {work['dtype']} base: with gradients and {work['optimizer']}'s states they are "
+                f"{_size(held)} of {_size(arm.peak_MiB)} at {arm.name}. --adapter-dtype {work['dtype']} halves that, "
+                "and rounds small updates away."
             )
     return None
 
@@ -127,7 +127,7 @@ def recomputation(profile: Profile) -> str | None:
 
 
 def foreach(profile: Profile) -> str | None:
-    """AdamW over lists of parameters holds temporaries of their size at its step."""
+    """An optimizer over lists of parameters holds temporaries of their size at its step."""
     if not profile.workload.get("foreach"):
         return None
     at_step = [
@@ -139,8 +139,8 @@ def foreach(profile: Profile) -> str | None:
         return None
     arm = at_step[0]
     return (
-        f"AdamW with foreach holds {_size(arm.by_category['temporaries'])} of temporaries at {arm.name}'s peak of "
-        f"{_size(arm.peak_MiB)}. --no-foreach takes them away: "
+        f"{profile.workload['optimizer']} with foreach holds {_size(arm.by_category['temporaries'])} of temporaries at "
+        f"{arm.name}'s peak of {_size(arm.peak_MiB)}. --no-foreach takes them away: "
         + (
             "full fine-tuning's peak falls, and memory's crossover with it."
             if arm.kind == "full"

@@ -45,6 +45,7 @@ def estimate_memory(
     lora_dropout: float = 0.0,
     gradient_accumulation: int = 1,
     gradient_checkpointing: bool = False,
+    optimizer: str = "adamw",
     foreach: bool | None = None,
     attn_implementation: str | None = None,
     device: str = "cuda",
@@ -54,7 +55,7 @@ def estimate_memory(
     out: str | Path | None = None,
     progress: Callable[[str, int, int, str], None] = lambda stage, done, total, text: None,
 ) -> Profile:
-    """Predict the peak memory and the FLOPs of a training step with AdamW at every rank and with everything trained.
+    """Predict the peak memory and the FLOPs of a training step at every rank and with everything trained.
 
     model: a built-in shape, a config.json, a folder, a Hugging Face id in the local cache, a Transformers config, or
     a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
@@ -85,6 +86,7 @@ def estimate_memory(
         lora_dropout=lora_dropout,
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
         foreach=foreach,
         attn_implementation=attn_implementation,
     )
@@ -130,7 +132,6 @@ def estimate_memory(
         "weights": "none",
         "parameters": total,
         **workload.to_dict(),
-        "foreach": (device == "cuda") if foreach is None else foreach,
         "memory_GiB": memory_GiB,
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
         "shards": shards,

@@ -320,13 +320,13 @@ def _value(value) -> str:
 def _method(estimated: bool) -> str:
     if estimated:
         return (
-            "Predicted: one training step with AdamW was traced for every arm on tensors that have shapes and no "
+            "Predicted: one training step was traced for every arm on tensors that have shapes and no "
             "memory, through the layers that would run, at two depths that are extended to the model's on a straight "
             "line. Bytes are those of all tensors at the step's peak; the CUDA context and fragmentation are not in "
             "them. A multiply-add is two FLOPs. Nothing was timed."
         )
     return (
-        "Measured: an arm is one training step with AdamW, of LoRA at a rank or of all parameters. Memory: a fresh "
+        "Measured: an arm is one training step, of LoRA at a rank or of all parameters. Memory: a fresh "
         "process for each arm, a tracker that sees every tensor, the peak split by what it holds. Time: one process in "
         "which the arms share the base weights and step in randomized rounds; a ratio is the median over rounds of the "
         "arm's step over full fine-tuning's in the same round, with a 95% interval from resampled rounds. A second "

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lora_fast import LoraFastError
 from lora_fast.dispatch import IMPLEMENTATIONS
 from lora_fast.profiler.models import ModelSource, build
-from lora_fast.profiler.workload import FULL, PEFT, Workload, adamw, loss_of, train
+from lora_fast.profiler.workload import FULL, PEFT, Workload, loss_of, optimizer_of, train
 
 MiB = 2**20
 # PyTorch's CUDA allocator hands out multiples of this many bytes.
@@ -190,7 +190,7 @@ def measure_arm(
     )
     model, trained = train(model, workload, kind, rank)
     adapters = [] if kind == FULL else trained
-    optimizer = adamw(trained, workload.foreach)
+    optimizer = optimizer_of(workload, trained)
     batch = workload.batch(model)
 
     # A step on a few tokens creates the optimizer's states and loads the code that a step needs.

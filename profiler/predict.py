@@ -17,7 +17,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -25,7 +30,7 @@ from lora_fast import LoraFastError, LoraFastWarning
 from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
-from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, adamw, loss_of, train
+from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, loss_of, optimizer_of, train
 
 # The first layer may differ in what is alive around it; from the second on each adds the same.
 DEPTHS = (2, 3)
@@ -123,13 +128,12 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
     names = {id(p): name for name, p in model.named_parameters()}
     trained_names = {names[id(p)] for p in trained}
     on_cuda = torch.device(workload.device).type == "cuda"
-    foreach = on_cuda if workload.foreach is None else workload.foreach
     if workload.lora_dropout:  # a table that the first mask makes and that stays; among fake tensors it wouldn't
         reference.unpack_mask(torch.zeros(1, 1, dtype=torch.uint8), torch.empty(1, 8, dtype=workload.torch_dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), _seen_as_real():
         _make_fake(model)
         trained = [p for name, p in model.named_parameters() if name in trained_names]
-        optimizer = adamw(trained, foreach)
+        optimizer = _of_any_value(optimizer_of(workload, trained))
         batch = replace(workload, device="cpu").batch(model)
         passes = min(workload.gradient_accumulation, 2)
         marks: list[int] = []
@@ -183,6 +187,19 @@ def _make_fake(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _of_any_value(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Numbers that the optimizer reads off its tensors (Adafactor the norms of the weights) are 1: no size depends on
+    them. A model that reads numbers is another matter, so only while the optimizer steps."""
+    step = optimizer.step
+
+    def step_of_any_value() -> None:
+        with mock.patch.object(FakeTensor, "item", lambda tensor: 1.0):
+            step()
+
+    optimizer.step = step_of_any_value
+    return optimizer
 
 
 @contextlib.contextmanager

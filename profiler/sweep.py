@@ -69,6 +69,7 @@ def profile_ranks(
     lora_dropout: float = 0.0,
     gradient_accumulation: int = 1,
     gradient_checkpointing: bool = False,
+    optimizer: str = "adamw",
     foreach: bool | None = None,
     attn_implementation: str | None = None,
     backend: str = "auto",
@@ -84,7 +85,7 @@ def profile_ranks(
     progress: Progress = lambda stage, done, total, text: None,
     watch: Callable[[Profile], None] = lambda so_far: None,
 ) -> Profile:
-    """Measure a training step with AdamW at every rank and with all parameters trained.
+    """Measure a training step at every rank and with all parameters trained.
 
     model: a built-in shape, a config.json, a folder with weights, a Hugging Face id, or a Transformers model. The last
     is not touched: copies of it are measured, in its dtype and on its device.
@@ -93,9 +94,10 @@ def profile_ranks(
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
     timed); target_ci: stop once every ratio's interval is within ± that share of it (0.02: 2%), a rule on widths and
     never on ratios. Without all three, 30 rounds or 90 seconds; with target_ci alone, at most 10 minutes.
-    adapter_dtype: of lora_A and lora_B: "fp32", "bf16", "fp16". gradient_accumulation: batches in a step of AdamW.
-    gradient_checkpointing: recompute decoder layers in backward. foreach: AdamW over lists of parameters; None:
-    PyTorch's choice. attn_implementation: as Transformers takes it. backend: as `apply_lora` takes it.
+    adapter_dtype: of lora_A and lora_B: "fp32", "bf16", "fp16". gradient_accumulation: batches in a step of the
+    optimizer. gradient_checkpointing: recompute decoder layers in backward. optimizer: of all arms, "adamw",
+    "adafactor" or "sgd" (without momentum). foreach: its updates over lists of parameters; None: PyTorch's choice.
+    attn_implementation: as Transformers takes it. backend: as `apply_lora` takes it.
     compare_peft: PEFT's LoRA beside ours at every rank. layers: also time every distinct layer by itself.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
     arm_timeout_s: what an arm's memory measurement, or one of its steps, may take; then its status is "timeout".
@@ -149,6 +151,7 @@ def profile_ranks(
         lora_dropout=lora_dropout,
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
         foreach=foreach,
         attn_implementation=attn_implementation,
         backend=backend,
@@ -183,7 +186,6 @@ def profile_ranks(
             "weights": source.weights,
             "parameters": total,
             **workload.to_dict(),
-            "foreach": torch.device(device).type == "cuda" if foreach is None else foreach,
             "attn_implementation": getattr(subject.config, "_attn_implementation", None),
             "rounds_wanted": steps,
             "time_budget_s": time_budget_s,

@@ -256,7 +256,7 @@ def _predicted(arm: Arm) -> str:
 
 def _settings(work: dict) -> str:
     """The optimizer, and what was not left at its default."""
-    parts = [f"AdamW{' foreach' if work.get('foreach') else ''}"]
+    parts = [f"{work['optimizer']}{' foreach' if work.get('foreach') else ''}"]
     if work.get("gradient_checkpointing"):
         parts.append("checkpointing")
     if work.get("gradient_accumulation", 1) > 1:

@@ -2,8 +2,8 @@
 disturbances.
 
 All arms share the base weights: one adapter per rank in one model, PEFT's in copies of its layers around the same
-parameters, and AdamW with a learning rate of zero. The second copy of an arm (the A/A arm) shows what the method makes
-of two equal things."""
+parameters, and an optimizer with a learning rate of zero. The second copy of an arm (the A/A arm) shows what the method
+makes of two equal things."""
 
 import contextlib
 import copy
@@ -25,9 +25,9 @@ from lora_fast.profiler.workload import (
     FULL,
     PEFT,
     Workload,
-    adamw,
     describe,
     loss_of,
+    optimizer_of,
     parse_arm,
     train_adapter,
     train_full,
@@ -53,7 +53,7 @@ class _Arm:
         base: list[nn.Parameter] | None = None,
     ):
         self.model, self.adapter, self.base, self.passes = model, adapter, base, workload.gradient_accumulation
-        self.optimizer = adamw(trained, workload.foreach)
+        self.optimizer = optimizer_of(workload, trained)
 
     @contextlib.contextmanager
     def active(self):

@@ -1,4 +1,5 @@
-"""One training step of one arm, the same for timing and for memory: what is trained, AdamW, a fixed random batch."""
+"""One training step of one arm, the same for timing and for memory: what is trained, the
+optimizer, a fixed random batch."""
 
 import re
 from collections.abc import Iterable
@@ -13,11 +14,13 @@ from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# AdamW with a learning rate of zero does all of its work and leaves the weights bit for bit as they were, so arms that
-# share them do not disturb each other. 1e-6 is the smallest usual eps that fp16 still represents; the default 1e-8 is 0
-# there.
+# With a learning rate of zero an optimizer does all of its work and leaves the weights bit for bit as they were: arms
+# that share them do not disturb each other. 1e-6 is the smallest usual eps that fp16 still represents; AdamW's
+# default, 1e-8, is 0 there.
 LEARNING_RATE = 0.0
 EPS = 1e-6
+# State per trained parameter: two numbers; a row's and a column's mean for each matrix; none (there is no momentum).
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}
 # Kinds of arms, and what a second copy of one (the A/A arm) has behind its name.
 LORA, FULL, PEFT, AGAIN = "lora", "full", "peft", " again"
 FULL_AGAIN = FULL + AGAIN
@@ -28,8 +31,9 @@ class Workload:
     """batch_size sequences of seq_len random token ids, no padding; dtype is the base weights'.
 
     gradient_accumulation: forward and backward passes of such a batch in one step. gradient_checkpointing: every
-    decoder layer is recomputed in backward (Transformers' own, not reentrant). foreach: AdamW's updates over lists of
-    parameters, which hold temporaries of their size; None: PyTorch's choice, which is True on a GPU.
+    decoder layer is recomputed in backward (Transformers' own, not reentrant). optimizer: of `OPTIMIZERS`, for LoRA and
+    for full fine-tuning. foreach: its updates over lists of parameters, which hold temporaries of their size; None:
+    PyTorch's choice (see `uses_foreach`).
     attn_implementation: as Transformers takes it; None: its choice. backend: as apply_lora takes it."""
 
     batch_size: int
@@ -43,6 +47,7 @@ class Workload:
     lora_dropout: float = 0.0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
     foreach: bool | None = None
     attn_implementation: str | None = None
     backend: str = "auto"
@@ -58,6 +63,8 @@ class Workload:
         for name in ("dtype", "adapter_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise LoraFastError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(DTYPES)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise LoraFastError(f"optimizer={self.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}")
 
     @property
     def tokens(self) -> int:
@@ -67,6 +74,13 @@ class Workload:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def uses_foreach(self) -> bool:
+        """What PyTorch does unless told: on a GPU foreach, but not for Adafactor, on a CPU a loop."""
+        if self.foreach is not None:
+            return self.foreach
+        return torch.device(self.device).type == "cuda" and self.optimizer != "adafactor"
 
     def lora_config(self, rank: int) -> LoraConfig:
         """scaling 2, as most recipes have it."""
@@ -82,7 +96,8 @@ class Workload:
         return {
             **asdict(self),
             "tokens_per_step": self.tokens,
-            "optimizer": "AdamW",
+            "optimizer": OPTIMIZERS[self.optimizer].__name__,
+            "foreach": self.uses_foreach,
             "learning_rate": LEARNING_RATE,
         }
 
@@ -181,9 +196,11 @@ def _checkpoint(model: nn.Module, workload: Workload) -> None:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def adamw(parameters: list[nn.Parameter], foreach: bool | None = None) -> torch.optim.AdamW:
-    """PyTorch's own choice of implementation unless told: for-loop on a CPU, foreach on a GPU."""
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=EPS, foreach=foreach)
+def optimizer_of(workload: Workload, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The workload's optimizer over what is trained."""
+    options = {"eps": EPS} if workload.optimizer == "adamw" else {}
+    kind = OPTIMIZERS[workload.optimizer]
+    return kind(parameters, lr=LEARNING_RATE, foreach=workload.uses_foreach, **options)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

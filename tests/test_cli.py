@@ -233,6 +233,7 @@ def test_help_names_what_can_be_given(capsys):
         "out",
         "json",
         *("target-ci", "adapter-dtype", "lora-dropout", "gradient-accumulation", "checkpointing", "no-foreach"),
+        "optimizer",
         *("attn-implementation", "backend", "compare-peft", "layers", "resume", "arm-timeout"),
     ):
         assert f"--{flag}" in text

@@ -14,7 +14,7 @@ from lora_fast.profiler.estimate import RESERVE_GiB, parse_memory
 from lora_fast.profiler.memory import CATEGORIES, PHASES, track_step
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.predict import DEPTHS, layers_are_alike, predict
-from lora_fast.profiler.workload import Workload, adamw, loss_of, train_adapter, train_full
+from lora_fast.profiler.workload import Workload, loss_of, optimizer_of, train_adapter, train_full
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fast.LoraFastWarning")
 GiB = 2**30
@@ -57,7 +57,7 @@ def tracked(source, work, rank):
     attention = work.attn_implementation
     model = build(source, device="cpu", dtype=work.torch_dtype, attn_implementation=attention)
     trained = train_full(model, work) if rank is None else train_adapter(model, work, rank)
-    optimizer, batch = adamw(trained, work.foreach), work.batch(model)
+    optimizer, batch = optimizer_of(work, trained), work.batch(model)
     loss_of(model, batch).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -87,11 +87,30 @@ def test_what_is_predicted_is_what_the_tracker_sees(source, rank, checkpointing)
         {"gradient_accumulation": 3},
         {"target_modules": ("q_proj", "v_proj")},
         {"attn_implementation": "eager"},
+        {"optimizer": "adafactor"},
+        {"optimizer": "adafactor", "foreach": True},
+        {"optimizer": "sgd"},
     ],
 )
-def test_options_change_the_prediction_as_they_change_the_run(dense, changes):
+@pytest.mark.parametrize("rank", [8, None])
+def test_options_change_the_prediction_as_they_change_the_run(dense, changes, rank):
     source, work = resolve(str(dense)), workload(**changes)
-    assert predict(source, work, 8).peak == pytest.approx(tracked(source, work, 8)["peak"], rel=1e-3)
+    assert predict(source, work, rank).peak == pytest.approx(tracked(source, work, rank)["peak"], rel=1e-3)
+
+
+def test_an_optimizer_holds_the_states_it_is_known_for(dense):
+    """AdamW two numbers per trained parameter, Adafactor a row and a column of each matrix, SGD without momentum none;
+    beside those a step count per tensor."""
+    source = resolve(str(dense))
+    model = build(source, device="meta", dtype=torch.float32)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    expected = {
+        "adamw": sum(2 * shape.numel() + 1 for shape in shapes),
+        "adafactor": sum((sum(shape) if len(shape) > 1 else shape.numel()) + 1 for shape in shapes),
+        "sgd": 0,
+    }
+    for name, numbers in expected.items():
+        assert predict(source, workload(optimizer=name), None).after_step["optimizer"] == 4 * numbers
 
 
 def test_two_depths_tell_what_all_layers_cost(source):

@@ -178,4 +178,5 @@ def test_peft_arms_are_compared_at_their_rank(estimate):
 def test_a_profile_without_numbers_gets_no_advice():
     arms = [Arm("lora", 4, 10, 0.1, status="oom"), Arm("full", None, 100, 1.0, status="oom")]
     work = {"dtype": "bf16", "batch_size": 1, "seq_len": 8, "target_modules": ["q"], "device": "cpu", "foreach": True}
+    work["optimizer"] = "AdamW"
     assert advise(Profile({}, work | {"adapter_dtype": "fp32", "lora_dropout": 0.1}, arms, None, {})) == []

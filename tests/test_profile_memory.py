@@ -14,7 +14,7 @@ from torch import nn
 from lora_fast import LoraFastError, apply_lora, lora_parameters
 from lora_fast.profiler import memory, models, process
 from lora_fast.profiler.memory import CATEGORIES, MALLOC, track_step
-from lora_fast.profiler.workload import Workload, adamw, out_of_memory, requested_MiB
+from lora_fast.profiler.workload import Workload, optimizer_of, out_of_memory, requested_MiB
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and limits memory as Linux does")
 TINY = {
@@ -102,7 +102,7 @@ def test_a_step_counted_by_hand():
     model = OneLinear()
     x = torch.ones(2, 3, 10)
     batch = {"input_ids": x, "labels": x}
-    optimizer = adamw(list(model.parameters()))
+    optimizer = optimizer_of(workload(), list(model.parameters()))
     memory._plain_step(model, optimizer, batch)
     tracked = track_step(model, optimizer, batch)
 
@@ -128,7 +128,7 @@ def tiny_model(tmp_path, **changes):
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_fine_tuning_holds_four_times_its_parameters(tmp_path, tied):
     model = models.build(tiny_model(tmp_path, tie_word_embeddings=tied), device="cpu", dtype=torch.float32)
-    optimizer = adamw(list(model.parameters()))
+    optimizer = optimizer_of(workload(), list(model.parameters()))
     batch = workload().batch(model)
     memory._plain_step(model, optimizer, batch)
     after = track_step(model, optimizer, batch)["after_step"]
@@ -148,7 +148,7 @@ def test_a_lora_step_holds_gradients_and_states_of_its_adapters_only(tmp_path):
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     apply_lora(model, workload().lora_config(4), adapter_name="r4")
     adapters = lora_parameters(model)
-    optimizer = adamw(adapters)
+    optimizer = optimizer_of(workload(), adapters)
     batch = workload().batch(model)
     memory._plain_step(model, optimizer, batch)
     tracked = track_step(model, optimizer, batch, adapters=adapters)
@@ -163,7 +163,7 @@ def test_a_lora_step_holds_gradients_and_states_of_its_adapters_only(tmp_path):
 
 def test_nothing_is_counted_twice_and_nothing_stays_behind():
     model = OneLinear()
-    optimizer = adamw(list(model.parameters()))
+    optimizer = optimizer_of(workload(), list(model.parameters()))
     x = torch.ones(2, 3, 10)
     batch = {"input_ids": x, "labels": x}
     memory._plain_step(model, optimizer, batch)

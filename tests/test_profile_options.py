@@ -30,6 +30,7 @@ OPTIONS = {
     "lora_dropout": 0.1,
     "gradient_accumulation": 2,
     "gradient_checkpointing": True,
+    "optimizer": "adafactor",
     "foreach": True,
     "attn_implementation": "eager",
     "backend": "torch",
@@ -48,7 +49,7 @@ def test_options_are_recorded_and_obeyed(config, tmp_path):
     sizes = {"batch_size": 2, "seq_len": 16, "device": "cpu", "time_budget_s": 30}
     found = profile_ranks(config, [4], compare_peft=True, layers=True, out=tmp_path / "run", **sizes, **OPTIONS)
     work = json.loads((tmp_path / "run" / "run.json").read_text())["workload"]
-    assert {name: work[name] for name in OPTIONS} == OPTIONS
+    assert {name: work[name] for name in OPTIONS} == {**OPTIONS, "optimizer": "Adafactor"}
     assert work["tokens_per_step"] == 64 and work["rounds"] >= 10 and work["stopped_by"] == "target"
     assert work["widest_half_width"] <= 0.9 and 3 <= work["warm_up_rounds"] <= 10
 

@@ -25,6 +25,7 @@ WORKLOAD = {
     "batch_size": 4,
     "seq_len": 256,
     "tokens_per_step": 1024,
+    "optimizer": "AdamW",
     "device": "cpu",
     "target_modules": "all-linear",
     "rounds": 30,
