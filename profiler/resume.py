@@ -1,9 +1,9 @@
 """What a run leaves in its folder while it is under way, and how a later one goes on from there.
 
-resume.json holds what was asked for, the machine, and which arms share a process; arms.jsonl a line for each arm whose
-memory was measured; rounds-1.jsonl and so on the timed rounds. The first two are written whole or not at all, of the
-third the last line may be cut off. What is in them is not measured again; run.json takes the place of all but
-arms.jsonl once the run ends."""
+resume.json holds what was asked for, the machine, which arms share a process, and why some are in none; arms.jsonl a
+line for each arm whose memory was measured; rounds-1.jsonl and so on the timed rounds. The first two are written whole
+or not at all, of the third the last line may be cut off. What is in them is not measured again; run.json takes the
+place of all but arms.jsonl once the run ends."""
 
 import json
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ class UnderWay:
     """A run under way in a folder. Raises LoraFastError where the folder's run was of other settings or elsewhere."""
 
     def __init__(self, folder: RunFolder, settings: dict, environment: dict):
-        self.folder, self.groups = folder, None
+        self.folder, self.groups, self.reasons = folder, None, {}
         self._plan = json.loads(to_json({"settings": settings, "environment": environment, "groups": None}))
         earlier = folder.path / PLAN
         if earlier.is_file():
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self._compare(before["settings"], before["environment"])
-            self.groups = before["groups"]
+            self.groups, self.reasons = before["groups"], before.get("reasons", {})
         elif (folder.path / "arms.jsonl").is_file():
             raise LoraFastError(
                 f"{folder.path} has no {PLAN}, so that its run can't be gone on with; give another --out"
@@ -56,10 +56,11 @@ class UnderWay:
                     )
 
     def _write(self) -> None:
-        self.folder.write(PLAN, to_json(self._plan | {"groups": self.groups}))
+        self.folder.write(PLAN, to_json(self._plan | {"groups": self.groups, "reasons": self.reasons}))
 
-    def set_groups(self, groups: Sequence[Sequence[str]]) -> None:
-        self.groups = [list(names) for names in groups]
+    def set_groups(self, groups: Sequence[Sequence[str]], reasons: dict[str, str]) -> None:
+        """The names that each process times, and of arms that are in none why not."""
+        self.groups, self.reasons = [list(names) for names in groups], reasons
         self._write()
 
     def measured(self) -> dict[str, Arm]:

@@ -219,12 +219,11 @@ def profile_ranks(
         changed()
         _memory_pass(arms, set(before), source, workload, memory_limit_MiB, arm_timeout_s, folder, progress, changed)
 
-        reasons: dict[str, str] = {}
-        groups = under_way.groups if under_way else None
+        groups, reasons = (under_way.groups, under_way.reasons) if under_way else (None, {})
         if groups is None:
             groups, reasons = groups_of(arms, available_MiB(device))
             if under_way:
-                under_way.set_groups(groups)
+                under_way.set_groups(groups, reasons)
         rules = Rules(steps, time_budget_s, target_ci, arm_timeout_s)
 
         def step_times(record: Record) -> None:

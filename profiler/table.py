@@ -70,6 +70,8 @@ def caption(profile: Profile) -> str:
     """How the numbers were made and how far two equal arms differed."""
     if profile.estimated:
         return _estimate_caption(profile.workload)
+    if all(arm.step_ms is None for arm in profile.arms):
+        return "Nothing was timed."
     lines = [f"Medians of {profile.workload['rounds']} randomized rounds; [ ] is the 95% interval of the paired ratio."]
     if profile.aa:
         low, high = profile.aa["ci"]
@@ -79,7 +81,7 @@ def caption(profile: Profile) -> str:
             f"{profile.aa['ratio']:.3f} [{low:.3f}, {high:.3f}]."
         )
     else:
-        lines.append("Noise floor not measured: there is no second copy of full fine-tuning to compare with.")
+        lines.append("Noise floor not measured: no second copy of full fine-tuning or of a rank ran.")
     return "\n".join(lines)
 
 

@@ -169,7 +169,7 @@ def test_a_profile_without_a_baseline_is_shown_too(profile):
     profile.aa = None
     profile.crossover = dict.fromkeys(("time", "memory"), Crossover(UNMEASURED, reason="full ran out of memory"))
     text = printed(profile, 120)
-    assert "Noise floor not measured" in text and "no crossover, because full ran out of memory" in text
+    assert "Noise floor not measured: no second copy" in text and "no crossover, because full ran out of memory" in text
     panels = chart(profile)["panels"]
     assert [panel["full"] for panel in panels] == [None, None]
     assert [len(panel["absolute"]) for panel in panels] == [3, 3]

@@ -11,8 +11,8 @@ import pytest
 
 from lora_fast import LoraFastError
 from lora_fast.profiler import profile_ranks
-from lora_fast.profiler.resume import PLAN
-from lora_fast.profiler.runs import read_profile
+from lora_fast.profiler.resume import PLAN, UnderWay
+from lora_fast.profiler.runs import RunFolder, read_profile
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children end with their parent on Linux")
 SCRIPT = Path(sys.executable).parent / "lora-fast"
@@ -88,6 +88,14 @@ def test_a_run_killed_at_several_moments_loses_no_arm_and_no_round(folder):
     before = (run / "run.json").read_bytes()
     assert profile_ranks("config.json", [2], out=run, resume=True).to_dict() == profile.to_dict()
     assert (run / "run.json").read_bytes() == before
+
+
+def test_why_an_arm_is_not_timed_outlives_a_kill(tmp_path):
+    settings, machine = {"arms": ["r2", "full"]}, {"torch": "2"}
+    why = {"full": "not timed: beside r2 it needs 90 MiB of 80 MiB"}
+    UnderWay(RunFolder(tmp_path / "run"), settings, machine).set_groups([["r2", "r2 again"]], why)
+    later = UnderWay(RunFolder(tmp_path / "run", True), settings, machine)
+    assert (later.groups, later.reasons) == ([["r2", "r2 again"]], why)
 
 
 def test_what_does_not_belong_together_is_refused(folder):
