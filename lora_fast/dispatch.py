@@ -75,7 +75,9 @@ def ranks_of(lora_As: Sequence[Tensor]) -> list[int]:
 
 def owned(part: Tensor, dtype: torch.dtype) -> Tensor:
     """`part` in `dtype`, copied where it shares its memory: no two results of an op may."""
-    return part.to(dtype, copy=part.untyped_storage().nbytes() != part.nbytes)
+    if part.dtype != dtype:
+        return part.to(dtype)
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,11 @@ library.define(
 )
 
 
+def _columns(s: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
+    """S_g (M, R_g) of each layer of a group."""
+    return (s,) if len(ranks) == 1 else s.split(ranks, dim=1)
+
+
 @on_own_device
 def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
@@ -63,7 +68,7 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales_of(scalings, dropout_p))], x.dtype)
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
-    for weight, bias, s_g, b in zip(weights, biases, s.split(ranks, dim=1), bs):
+    for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
         y = steps.linear_lora(rows, weight, s_g, b, bias if bias.numel() else None)
         ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
@@ -85,33 +90,34 @@ def _linears_backward(
 ):
     """[dx, every dA, every dB], empty where not needed, or where dy is None (that output was not used)."""
     steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
-    dx, dAs, dBs = x.new_empty(0), [x.new_empty(0) for _ in dys], [x.new_empty(0) for _ in dys]
-    scales = scales_of(scalings, dropout_p)
-    used = [i for i, dy in enumerate(dys) if dy is not None]
-    part = lambda values: [values[i] for i in used]  # noqa: E731 - read three lines below
-    dys = [flatten(dy).to(x.dtype) for dy in part(dys)]
-    ((a, bs),) = steps.cast_factors([(part(lora_As), part(lora_Bs), part(scales))], x.dtype)
-    s_parts = part(s.split(ranks, dim=1))
-    dss = []
-    for i, dy, b, s_g in zip(used, dys, bs, s_parts):
+    count, scales, s_parts = len(dys), scales_of(scalings, dropout_p), _columns(s, ranks)
+    used = [i for i in range(count) if dys[i] is not None]
+    if len(used) < count:
+        dys, weights, lora_As, lora_Bs, s_parts, ranks, scales = (
+            [values[i] for i in used] for values in (dys, weights, lora_As, lora_Bs, s_parts, ranks, scales)
+        )
+        if mask is not None:
+            mask = torch.stack([mask[i] for i in used])  # an index would be copied to the GPU, which no capture allows
+    dys = [flatten(dy) if dy.dtype == x.dtype else flatten(dy).to(x.dtype) for dy in dys]
+    ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
+    dx, dAs, dBs, dss = None, [None] * count, [None] * count, []
+    for i, dy, b, s_g, scale, lora_B in zip(used, dys, bs, s_parts, scales, lora_Bs):
         if needs_dx or needs_dA:
-            ds, dB = steps.grad_s_and_b(dy, b, s_g if needs_dB else None, scales[i])
+            ds, dB = steps.grad_s_and_b(dy, b, s_g if needs_dB else None, scale)
             dss.append(ds)
         else:
-            dB = steps.grad_b(dy, s_g, scales[i])
+            dB = steps.grad_b(dy, s_g, scale)
         if needs_dB:
-            dBs[i] = dB.to(lora_Bs[i].dtype)
+            dBs[i] = dB if dB.dtype == lora_B.dtype else dB.to(lora_B.dtype)
     if dss:
         ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
-        if mask is not None and len(used) < len(ranks):
-            mask = torch.stack(part(mask))  # indexing would copy the index to the GPU, which no capture allows
-        found, found_dAs = steps.grad_x_and_a(dys, part(weights), ds, a, rows, part(ranks), mask, needs_dx, needs_dA)
+        found, found_dAs = steps.grad_x_and_a(dys, weights, ds, a, rows, ranks, mask, needs_dx, needs_dA)
         if needs_dx:
             dx = found.view(x.shape)
         if needs_dA:
-            for i, dA in zip(used, found_dAs):
-                dAs[i] = owned(dA, lora_As[i].dtype)
-    return [dx, *dAs, *dBs]
+            for i, dA, lora_A in zip(used, found_dAs, lora_As):
+                dAs[i] = owned(dA, lora_A.dtype)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, *dAs, *dBs)]
 
 
 implement("linears_forward", _linears_forward)
