@@ -144,9 +144,9 @@ def _ratios(panel: dict) -> dict:
         data.append(_area(crossover["bracket"], [low] * 2, [high] * 2, RED, "crossover, between"))
     value = "" if full is None else f": {amount(full, unit)}"
     data.append(_line(ends, [1, 1], GREY, f"full fine-tuning{value}", dash="dash"))
-    if panel["beside"]:
-        x, y = curve(panel["beside"]["points"])
-        data.append(_line(x, y, ORANGE, panel["beside"]["name"], dash="dot", hover="r=%{x:.0f}: %{y:.3f}"))
+    for other, colour in zip(panel["beside"], (ORANGE, GREEN)):
+        hover = f"{other['name']}, r=%{{x:.0f}}: %{{y:.3f}}"
+        data.append(_line(*curve(other["points"]), colour, other["name"], dash="dot", hover=hover))
     data.append({**_line(*curve(points), BLUE, "LoRA"), "showlegend": False, "line": {"color": BLUE, "width": 2.5}})
     absolute = {entry["rank"]: entry["value"] for entry in panel["absolute"]}
     hover = [
@@ -273,7 +273,7 @@ def _range(panel: dict) -> tuple[float, float]:
     """Room around all points and 1."""
     values = [value for p in panel["points"] for value in (p["ratio"], p["low"], p["high"]) if value is not None]
     values += [1 - (panel["noise"] or 0), 1 + (panel["noise"] or 0)]
-    values += [point["ratio"] for point in panel["beside"]["points"]] if panel["beside"] else []
+    values += [point["ratio"] for other in panel["beside"] for point in other["points"]]
     room = 0.08 * max(max(values) - min(values), 0.1)
     return max(0, min(values) - room), max(values) + room
 

@@ -9,7 +9,7 @@ from lora_fast.profiler.crossover import COSTS, UNMEASURED, Crossover
 from lora_fast.profiler.figures import png
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
-from lora_fast.profiler.workload import AGAIN, FULL
+from lora_fast.profiler.workload import AGAIN, FULL, PEFT
 
 
 def chart(profile: Profile) -> dict:
@@ -18,8 +18,8 @@ def chart(profile: Profile) -> dict:
     panels: time (in an estimate FLOPs) and memory, each a ratio to full fine-tuning over rank. A panel has points
     {rank, ratio, low, high} (low and high: 95% interval, or None), absolute {rank, value} in unit, failed (ranks
     without a value), full (what a ratio of 1 is, or None), noise (half-width of the band in which equal arms lie, or
-    None), beside (another cost's points to be drawn with them, and its name, or None), and the crossover: rank, low,
-    high, bracket, text.
+    None), beside (what is drawn with them, each a name and points: another cost, the prediction, PEFT's LoRA), and the
+    crossover: rank, low, high, bracket, text.
     overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak,
     the prediction and what went wrong, and the capacity. drift: per arm, each round's step over the arm's median."""
     costs = {"time": _time(profile), "flops": _flops(profile), "memory": _memory(profile)}
@@ -36,7 +36,14 @@ def chart(profile: Profile) -> dict:
         panel["ranks"] = [arm.rank for arm in profile.lora]
     first = costs["flops" if profile.estimated else "time"]
     if not profile.estimated and costs["flops"]["points"]:
-        first["beside"] = {"name": "FLOPs", "points": costs["flops"]["points"]}
+        first["beside"].append({"name": "FLOPs", "points": costs["flops"]["points"]})
+    for panel, ratio in (
+        (first, "flops_ratio" if profile.estimated else "ratio_to_full"),
+        (costs["memory"], "memory_ratio"),
+    ):
+        points = [{"rank": arm.rank, "ratio": getattr(arm, ratio)} for arm in profile.arms if arm.kind == PEFT]
+        if points := [point for point in points if point["ratio"] is not None]:
+            panel["beside"].append({"name": "PEFT's LoRA", "points": points})
     return {
         "title": title(profile),
         "panels": [first, costs["memory"]],
@@ -60,7 +67,7 @@ def _time(profile: Profile) -> dict:
         ],
         "failed": [arm.rank for arm in profile.lora if arm.step_ms is None],
         "absolute": [{"rank": arm.rank, "value": arm.step_ms} for arm in profile.lora if arm.step_ms is not None],
-        "beside": None,
+        "beside": [],
     }
 
 
@@ -79,7 +86,7 @@ def _flops(profile: Profile) -> dict:
             for arm in counted
             if arm.forward_flops
         ],
-        "beside": None,
+        "beside": [],
     }
 
 
@@ -101,12 +108,12 @@ def _memory(profile: Profile) -> dict:
         "absolute": [
             {"rank": arm.rank, "value": arm.peak_MiB / scale} for arm in profile.lora if arm.peak_MiB is not None
         ],
-        "beside": None,
+        "beside": [],
     }
     predicted = [arm for arm in profile.lora if arm.predicted_MiB is not None and full.peak_MiB]
     if predicted:
         points = [{"rank": arm.rank, "ratio": arm.predicted_MiB / full.peak_MiB} for arm in predicted]
-        panel["beside"] = {"name": "predicted from shapes", "points": points}
+        panel["beside"].append({"name": "predicted from shapes", "points": points})
     return panel
 
 
@@ -156,7 +163,7 @@ def curve(points: list[dict]) -> tuple[list[float], list[float]]:
     return fine.tolist(), np.interp(fine, ranks, ratios).tolist()
 
 
-BLUE, GREY, RED, ORANGE = "#1f5fa8", "#555555", "#c0392b", "#c77d0a"
+BLUE, GREY, RED, ORANGE, GREEN = "#1f5fa8", "#555555", "#c0392b", "#c77d0a", "#2a8c6c"
 
 
 def draw_png(description: dict) -> bytes:
@@ -209,11 +216,9 @@ def _draw_panel(axes, panel: dict) -> None:
             label="LoRA" + (", 95% interval" if banded else ""),
             zorder=4,
         )
-    if relative and panel["beside"]:
-        other = panel["beside"]
-        axes.plot(
-            *curve(other["points"]), color=ORANGE, linewidth=1.4, linestyle=(0, (4, 2)), zorder=3, label=other["name"]
-        )
+    for other, colour in zip(panel["beside"] if relative else [], (ORANGE, GREEN)):
+        style = {"color": colour, "linewidth": 1.4, "linestyle": (0, (4, 2)), "zorder": 3}
+        axes.plot(*curve(other["points"]), label=other["name"], **style)
     if relative:
         axes.axhline(
             1,
@@ -281,8 +286,8 @@ def _mark_crossover(axes, crossover: dict, ranks: list[int]) -> None:
 def _limits(axes, points: list[dict], panel: dict, relative: bool) -> None:
     """Room around the data, and above it for the legend; the line of full fine-tuning is always in view."""
     values = [value for p in points for value in (p["ratio"], p["low"], p["high"]) if value is not None]
-    if relative and panel["beside"]:
-        values += [point["ratio"] for point in panel["beside"]["points"]]
+    for other in panel["beside"] if relative else []:
+        values += [point["ratio"] for point in other["points"]]
     if relative:
         values += [1 - (panel["noise"] or 0), 1 + (panel["noise"] or 0)]
     if values:

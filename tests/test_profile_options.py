@@ -11,6 +11,7 @@ from lora_fast.profiler.layers_table import layers_table
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.profile import Profile
 from lora_fast.profiler.ranks import parse_share
+from lora_fast.profiler.report import chart
 from lora_fast.profiler.timing import shared_copy, time_arms
 from lora_fast.profiler.workload import Workload, train_adapter, train_peft
 
@@ -60,6 +61,11 @@ def test_options_are_recorded_and_obeyed(config, tmp_path):
         assert arm.status == "ok" and arm.step_ms > 0 and len(arm.samples_ms) == work["rounds"]
         assert arm.predicted_MiB == pytest.approx(arm.peak_MiB, rel=2e-3)
     assert peft.ratio_to_full > 0 and peft.memory_ratio > 0
+    drawn = [panel["beside"][-1] for panel in chart(found)["panels"]]
+    assert drawn == [
+        {"name": "PEFT's LoRA", "points": [{"rank": 4, "ratio": ratio}]}
+        for ratio in (peft.ratio_to_full, peft.memory_ratio)
+    ]
     for arm in (ours, peft):  # bf16 adapters: 2 bytes each
         assert arm.by_category["adapters"] == pytest.approx(2 * arm.trainable / 2**20)
 
