@@ -436,7 +436,10 @@ class _Study:
             keywords["seed"] = seed
         if "report" in self.accepts:
             keywords["report"] = lambda step, value: _report(self.optuna, trial, step, value)
-        value = float(self.function(rank, **keywords))
+        positional = (rank,)
+        if "rank" in self.accepts:
+            positional, keywords["rank"] = (), rank
+        value = float(self.function(*positional, **keywords))
         if not abs(value) < DIVERGED:
             raise ValueError(f"train_and_evaluate returned {value}")
         return value
@@ -449,14 +452,15 @@ def _report(optuna, trial, step: int, value: float) -> None:
 
 
 def _keywords(function: Callable) -> set[str]:
-    """Which of `seed` and `report` a function takes."""
+    """Which of `seed` and `report` a function takes, and `rank` where it takes it by name only."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # no signature: a built-in
         return set()
+    taken = {p.name for p in parameters if p.name == "rank" and p.kind is p.KEYWORD_ONLY}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return {"seed"}
-    return {p.name for p in parameters if p.name in ("seed", "report")}
+        return taken | {"seed"}
+    return taken | {p.name for p in parameters if p.name in ("seed", "report")}
 
 
 def _key(trial: Any) -> tuple[Rank, int]:

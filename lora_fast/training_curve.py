@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Real
 
 from lora_fast.config import LoraFastError
 from lora_fast.rank_evidence import GUIDE_RANK
@@ -57,7 +58,11 @@ def read_training_curve(
     evaluation: best with one before training, at step 0. expected: the held-out loss that was to be reached, such as
     that of the best rank after as many steps; without it a curve that fell can't be called high, and a rank that is
     too small is found only where hardly anything was learned. noise: what two held-out losses may differ by chance.
-    Raises LoraFastError for pairs that are none, or steps that don't ascend."""
+    Raises LoraFastError for pairs that are none, steps that don't ascend, or settings that are no numbers."""
+    for name, value, least in (("expected", expected, -math.inf), ("noise", noise, 0)):
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value) and value >= least
+        if not number and not (name == "expected" and value is None):
+            raise LoraFastError(f"{name}={value!r}; expected a finite number{' of at least 0' if least == 0 else ''}")
     train, evaluation = _pairs(train, "train"), _pairs(evaluation, "evaluation")
     if len(train) < PARTS or len(evaluation) < 3:
         short = f"{len(train)} training losses and {len(evaluation)} evaluations; {PARTS} and 3 are needed"

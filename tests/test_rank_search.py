@@ -78,6 +78,14 @@ def test_the_last_candidate_is_tried_though_it_is_no_doubling():
     assert search_rank(lambda rank: max(0, 4 - rank), [1, 2, 4, 6]).points[-1].rank == 6
 
 
+def test_a_rank_that_is_taken_by_name_only_is_given_by_name():
+    def train(*, rank, seed):
+        return 1 / rank + 1e-3 * seed
+
+    assert search_rank(train, [1, 2, 4], "grid").best_rank == 4
+    assert search_rank(lambda *, rank, **more: 1 / rank + 1e-3 * more["seed"], [1, 2, 4], "grid").best_rank == 4
+
+
 def test_ranks_of_numpy_are_ranks():
     numpy = pytest.importorskip("numpy")
     found = search_rank(lambda rank: 1 / rank, numpy.array([1, 2, 4]))

@@ -123,3 +123,10 @@ def test_what_is_no_curve_is_refused():
         read_training_curve([3.0, 2.0], GOOD)
     with pytest.raises(LoraFastError, match="evaluation: its steps don't ascend"):
         read_training_curve(falling(3.0, 2.0), [(0, 3.0), (10, 2.0), (5, 2.0)])
+
+
+@pytest.mark.parametrize("wrong", [{"noise": "x"}, {"noise": -1.0}, {"noise": math.nan}, {"expected": "low"}])
+def test_what_is_no_number_is_refused(wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(LoraFastError, match=f"{name}={value!r}; expected a finite number"):
+        read_training_curve(falling(3.0, 2.0), GOOD, **wrong)
