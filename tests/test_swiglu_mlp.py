@@ -22,7 +22,7 @@ from lora_fast import (
     unmerge_lora,
 )
 from lora_fast.fusion import calls_by_path
-from lora_fast.swiglu_mlp import FusedSwiglu, unfuse_mlps
+from lora_fast.swiglu_mlp import FusedSwiglu, fuse_mlps, unfuse_mlps
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -119,6 +119,30 @@ def test_what_only_looks_like_one_is_left_alone(forward, dtype):
     model.to(dtype)
     apply_lora(model, LoraConfig(r=3))
     assert not fused(model)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("large", ["adapter", "a few of gate's outputs"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_activation_that_differs_only_near_zero_is_told_apart(activation, large, dtype):
+    model = type("Other", (nn.Module,), {"forward": lambda self, x: self.down(self.act(self.gate(x)) * self.up(x))})()
+    torch.manual_seed(3)
+    model.act, model.gate, model.up, model.down = (
+        getattr(nn.functional, activation),
+        *(nn.Linear(*sizes, bias=False) for sizes in ((64, 96), (64, 96), (96, 64))),
+    )
+    if large != "adapter":
+        with torch.no_grad():
+            model.gate.weight[:2] *= 1000
+    alpha = 3000 if large == "adapter" else 3
+    apply_lora(model.to(dtype), LoraConfig(r=3, lora_alpha=alpha, target_modules=["gate", "up", "down"]))
+    with torch.no_grad():
+        model.gate.lora_B["default"].weight.normal_(std=0.1)
+    fuse_mlps(model)
+    assert not fused(model)
+    model.act = nn.functional.silu
+    fuse_mlps(model)
+    assert fused(model)
 
 
 class Halved(nn.Linear):
