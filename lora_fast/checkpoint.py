@@ -6,6 +6,7 @@ one: whole, or left without its config, which nothing loads)."""
 import ctypes
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -255,6 +256,7 @@ def load_adapter(
     if not isinstance(trainable, bool):
         raise LoraFastError(f"trainable={trainable!r}; expected True or False")
     config, tensors = read_adapter(folder)
+    tensors = _without_second_copies(config, tensors)
     targets = check_injection(model, config, adapter_name)
     _check_fit(model, config, targets, tensors, source=str(Path(folder) / WEIGHTS_NAME))
     init = config.init_lora_weights if config.init_lora_weights in BASE_CHANGING_INITS else False
@@ -270,6 +272,13 @@ def load_adapter(
     )
     _fill(model, lora_state(model), adapter_name, tensors)
     return model
+
+
+def _without_second_copies(config: LoraConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the biases of modules_to_save that PEFT writes again with bias="all": its copy's, which is there under
+    the module's own name too, and the original's, which is the base's."""
+    again = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+    return {key: value for key, value in tensors.items() if config.bias != "all" or not again.search(key)}
 
 
 def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> dict[str, torch.Size]:
@@ -303,7 +312,10 @@ def _optional(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, torc
         if owner in targets:
             shapes[f"{owner}.base_layer.{leaf}"] = parameter.shape
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        embedding = getattr(model, getter, lambda: None)()
+        try:
+            embedding = getattr(model, getter, lambda: None)()
+        except NotImplementedError:  # as Transformers' models of sound do
+            continue
         path = next((n for n, m in model.named_modules() if m is embedding), None) if embedding is not None else None
         if path is not None and path not in targets:
             shapes |= {f"{path}.{key}": value.shape for key, value in embedding.state_dict().items()}

@@ -18,6 +18,19 @@ _STATE_SPACE_UNREACHED = ("out_proj", "conv1d")
 # In training they read these weights directly too, on some paths or all: PEFT adapts them without effect, and so do we
 # (its adapters have to load), but not silently.
 _STATE_SPACE_SELDOM_REACHED = ("dt_proj", "x_proj")
+# {class of Transformers: its linear layers whose weight it reads without calling them}. Those marked * only on a GPU in
+# training, where the kernels of mamba_ssm are installed.
+_READS_WEIGHTS_OF = {
+    "BambaMixer": ("out_proj",),  # *
+    "GraniteMoeHybridMambaLayer": ("out_proj",),  # *
+    "Zamba2MambaMixer": ("out_proj",),  # *
+    "JambaMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "ConditionalDetrMHAttentionMap": ("k_proj",),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "DetrMHAttentionMap": ("k_proj",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
 
 
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
@@ -158,9 +171,12 @@ def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         owner_name, _, leaf = name.rpartition(".")
-        forward = type(model.get_submodule(owner_name)).forward
+        owner = type(model.get_submodule(owner_name))
+        forward = owner.forward
         if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_SELDOM_REACHED):
             found.setdefault(f"in training a {model_type}", []).append(name)
+        elif leaf in _READS_WEIGHTS_OF.get(owner.__name__, ()):
+            found.setdefault(owner.__name__, []).append(name)
         elif forward is nn.MultiheadAttention.forward and leaf == "out_proj":
             found.setdefault("torch.nn.MultiheadAttention", []).append(name)
         elif forward is nn.TransformerEncoderLayer.forward and leaf in ("linear1", "linear2"):

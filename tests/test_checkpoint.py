@@ -13,8 +13,9 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from support import CAUSAL_LM, assert_unchanged, build, peft_model, snapshot
+from support import CAUSAL_LM, FAMILIES, assert_unchanged, build, peft_model, snapshot
 
 from lora_fast import (
     LoraConfig,
@@ -410,3 +411,32 @@ def test_pefts_half_precision_adapter_becomes_an_fp32_master(tmp_path):
     stored = load_file(tmp_path / WEIGHTS_NAME)
     assert stored[FIRST].dtype == torch.bfloat16
     assert torch.equal(model.model.layers[0].self_attn.q_proj.lora_A["default"].weight, stored[FIRST].float())
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "classifier"), ("roberta", "classifier"), ("opt", "fc1")])
+def test_all_biases_beside_modules_to_save_go_through_pefts_files(tmp_path, family, head):
+    lora = {"target_modules": ["query" if head == "classifier" else "q_proj"], "modules_to_save": [head], "bias": "all"}
+    theirs = peft_model(build(family), r=4, init_lora_weights=False, **lora)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    assert any("original_module" in key for key in load_file(tmp_path / WEIGHTS_NAME))  # what PEFT alone writes twice
+    loaded = load_adapter(build(family), tmp_path)
+    inputs = FAMILIES[family].inputs
+    with torch.no_grad():
+        assert_close(loaded.eval()(**inputs).logits, theirs.eval()(**inputs).logits)
+
+
+def test_a_model_without_token_embeddings(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (4,), "num_feat_extract_layers": 1}
+    base = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes)).eval()
+    with pytest.raises(NotImplementedError):
+        base.get_input_embeddings()
+    model, sound = trained(copy.deepcopy(base)).eval(), torch.randn(2, 100)
+    save_adapter(model, tmp_path / "ours")
+    loaded = load_adapter(base, tmp_path / "ours")
+    with torch.no_grad():
+        assert_close(loaded(sound).last_hidden_state, model(sound).last_hidden_state)

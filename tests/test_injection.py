@@ -8,6 +8,7 @@ import warnings
 import peft
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from support import (
@@ -250,6 +251,28 @@ def test_an_adapter_that_a_mamba_never_calls_is_announced():
     model = build("mamba")
     with pytest.warns(lora_fast.LoraFastWarning, match=r"layers\.0\.mixer\.x_proj \(\d+ modules so\) without calling"):
         apply_lora(model, LoraConfig(target_modules=["in_proj", "x_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "told"),
+    [
+        (
+            "Jamba",
+            {"num_key_value_heads": 4, "num_experts": 1, "mamba_dt_rank": 3, "use_mamba_kernels": False},
+            r"JambaMambaMixer reads the weight of \S+\.mamba\.dt_proj \(\d modules so\) without",
+        ),
+        (
+            "WavLM",
+            {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (4,), "num_feat_extract_layers": 1},
+            r"WavLMAttention reads the weight of \S+\.[a-z_]+_proj \(8 modules so\) without",
+        ),
+    ],
+)
+def test_an_adapter_on_a_weight_that_is_read_elsewhere_is_announced(kind, sizes, told):
+    sizes |= {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=61, **sizes))
+    with pytest.warns(lora_fast.LoraFastWarning, match=told):
+        apply_lora(model, LoraConfig())
 
 
 def test_fusion_report_names_every_module_and_the_reason():
