@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few
+from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, warn
 from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
 from lora_fast.linear import LoraLayer
-from lora_fast.targets import saved_module_names, target_modules
+from lora_fast.targets import misread_by_peft, saved_module_names, target_modules
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,6 +50,11 @@ def save_adapter(
     folder = Path(folder).resolve()
     check_output_folder(folder)
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
+    if misread := misread_by_peft(model, layers):
+        warn(
+            f"PEFT takes the names of {misread[0]} ({len(misread)} modules so) for those of experts in a "
+            f"{model.config.model_type} model and won't load their adapters; load_adapter does"
+        )
     if portable:
         config, tensors = _portable(model, state, name, layers)
     else:
@@ -135,8 +140,11 @@ def check_output_folder(folder: Path) -> None:
 def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]) -> None:
     """Writes config and tensors (keyed by module path in the base model) into `folder`, replacing an adapter there
     as `save_adapter` says."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as e:
+        raise LoraFastError(f"{folder} can't be made ({e}); choose a folder that can be written to") from None
     try:
         on_cpu = {_PREFIX + key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
         save_file(on_cpu, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -214,7 +222,7 @@ def read_adapter(folder: str | os.PathLike, *, check_finite: bool = True) -> tup
             raise LoraFastError(f"{folder} holds no {name}{advice}")
     try:
         peft_config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise LoraFastError(f"{folder / CONFIG_NAME} is not JSON ({e})") from None
     config = LoraConfig.from_peft(peft_config, source=str(folder / CONFIG_NAME))
     try:
@@ -227,7 +235,8 @@ def read_adapter(folder: str | os.PathLike, *, check_finite: bool = True) -> tup
     for key, value in stored.items():
         if not key.startswith(_PREFIX):
             raise LoraFastError(f"{folder / WEIGHTS_NAME}: {key} doesn't start with {_PREFIX!r}, as PEFT's keys do")
-        if check_finite and value.is_floating_point() and not torch.isfinite(value).all():
+        # float(): of 8-bit numbers torch can't tell
+        if check_finite and value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise LoraFastError(
                 f"{folder / WEIGHTS_NAME}: {key} holds NaN or inf; the training run that wrote it diverged"
             )
@@ -341,6 +350,8 @@ def _check_fit(
     for key, value in tensors.items():
         if value.shape != allowed[key]:
             raise LoraFastError(f"{source}: {key} is {tuple(value.shape)}, the model needs {tuple(allowed[key])}")
+        if ".lora_" in key and not value.is_floating_point():
+            raise LoraFastError(f"{source}: {key} is of {value.dtype}; expected floating-point numbers")
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, war
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
-from lora_fast.targets import lora_class, saved_module_names, target_modules, unmatched, unreached
+from lora_fast.targets import lora_class, saved_module_names, target_modules, unadapted_experts, unmatched, unreached
 
 _STATE = "_lora_fast_state"
 
@@ -97,6 +97,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         raise LoraFastError(f"{type(model).__name__} already carries PEFT adapters; call accelerate_peft(model) on it")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise LoraFastError(f"adapter_name={adapter_name!r}; expected a name without dots")
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise LoraFastError(f"adapter_name={adapter_name!r} is an attribute of torch.nn.ModuleDict; choose another")
     state = model.__dict__.get(_STATE)
     if state is not None:
         if adapter_name in state.configs:
@@ -138,8 +140,10 @@ def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool
 
 def check_adapter_dtype(adapter_dtype: torch.dtype) -> None:
     """Raises LoraFastError where adapter_dtype can't hold master copies."""
-    if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point:
-        raise LoraFastError(f"adapter_dtype={adapter_dtype!r}; expected a floating-point torch.dtype")
+    if not isinstance(adapter_dtype, torch.dtype) or not adapter_dtype.is_floating_point or adapter_dtype.itemsize < 2:
+        raise LoraFastError(
+            f"adapter_dtype={adapter_dtype!r}; expected a floating-point torch.dtype of 16 bits or more"
+        )
 
 
 def _become(module: nn.Module, cls: type) -> None:
@@ -170,6 +174,12 @@ def apply_lora(
     check_backend(backend)
     check_adapter_dtype(adapter_dtype)
     targets = check_injection(model, config, adapter_name)
+    if experts := unadapted_experts(model, config):
+        warn(
+            f"the experts in {experts[0]} ({len(experts)} modules so) are stacked parameters, no linear layers: they "
+            "get no adapter here, and in PEFT, in many models, they do; to train them make the adapter there, and call "
+            "accelerate_peft"
+        )
     inject(model, config, targets, adapter_name, backend=backend, adapter_dtype=adapter_dtype, trainable=True)
     return model
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Collection
 
 from torch import nn
@@ -18,6 +19,10 @@ _STATE_SPACE_UNREACHED = ("out_proj", "conv1d")
 # In training they read these weights directly too, on some paths or all: PEFT adapts them without effect, and so do we
 # (its adapters have to load), but not silently.
 _STATE_SPACE_SELDOM_REACHED = ("dt_proj", "x_proj")
+# Names that PEFT, on Transformers 5, takes for the stacked weights of experts in a model of the kind that Transformers'
+# table of conversions calls this: never for the linear layers of shared experts or dense blocks that bear them.
+_TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_KIND_OF_EXPERTS = "qwen2_moe"
 # {class of Transformers: its linear layers whose weight it reads without calling them}. Those marked * only on a GPU in
 # training, where the kernels of mamba_ssm are installed.
 _READS_WEIGHTS_OF = {
@@ -146,6 +151,11 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
             f"target_modules={_shown(config.target_modules)} matches modules of {type(model).__name__}, and "
             "exclude_modules, layers_to_transform or modules_to_save takes all of them away"
         )
+    if not targets and isinstance(wanted, str) and any(_ends_with_one_of(n, (wanted,)) for n in _base_modules(model)):
+        raise LoraFastError(
+            f"target_modules={wanted!r} matches no module of {type(model).__name__}: a string is a regular expression "
+            f"for whole dotted names; write [{wanted!r}] for the modules of that name"
+        )
     if not targets:
         missed = config.target_modules if not isinstance(config.target_modules, str) else (config.target_modules,)
         raise LoraFastError(
@@ -183,6 +193,28 @@ def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
             # Its fused path, which it takes outside training where its own weights are frozen.
             found.setdefault("in evaluation torch.nn.TransformerEncoderLayer", []).append(name)
     return found
+
+
+def unadapted_experts(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The modules whose experts `config` seems to mean, "all-linear" or by a bare name, and that hold them as stacked
+    parameters, which are no linear layers."""
+    wanted = config.target_modules
+    meant = wanted.lower() == ALL_LINEAR if isinstance(wanted, str) else not set(_TAKEN_FOR_EXPERTS).isdisjoint(wanted)
+    if not meant:
+        return []
+    return [
+        name
+        for name, module in _base_modules(model).items()
+        if any(n.endswith("_proj") and p is not None and p.dim() == 3 for n, p in module._parameters.items())
+    ]
+
+
+def misread_by_peft(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Those among the adapted `names` that PEFT takes for experts, so that it won't load them from a file."""
+    table = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    if table.get(getattr(getattr(model, "config", None), "model_type", None)) != _KIND_OF_EXPERTS:
+        return []
+    return [name for name in names if name.rpartition(".")[2] in _TAKEN_FOR_EXPERTS]
 
 
 def _shown(value: str | Collection[str]) -> str:

@@ -20,6 +20,7 @@ from support import CAUSAL_LM, FAMILIES, assert_unchanged, build, peft_model, sn
 from lora_fast import (
     LoraConfig,
     LoraFastError,
+    LoraFastWarning,
     apply_lora,
     load_adapter,
     lora_parameters,
@@ -103,6 +104,8 @@ def test_a_truncated_file(saved, kept):
 def test_a_config_that_is_not_json(saved):
     (saved / CONFIG_NAME).write_text('{"r": 4')
     refused(saved, CONFIG_NAME, "not JSON")
+    (saved / CONFIG_NAME).write_text("[" * 100_000)
+    refused(saved, CONFIG_NAME, "not JSON")
     (saved / CONFIG_NAME).write_text("[]")
     refused(saved, "expected a JSON object")
 
@@ -111,6 +114,23 @@ def test_a_config_that_is_not_json(saved):
 def test_nan_and_inf(saved, value):
     edit_tensors(saved, lambda tensors: tensors[FIRST].view(-1)[7:8].fill_(value))
     refused(saved, FIRST, "NaN or inf")
+
+
+def test_numbers_of_no_use(saved):
+    edit_tensors(saved, lambda tensors: tensors.update({FIRST: tensors[FIRST].to(torch.complex64)}))
+    refused(saved, FIRST.removeprefix("base_model.model."), "torch.complex64")
+
+
+def test_numbers_of_8_bits(saved):
+    edit_tensors(saved, lambda tensors: tensors.update({FIRST: tensors[FIRST].to(torch.float8_e4m3fn)}))
+    model = load_adapter(build("llama"), saved)
+    stored = load_file(saved / WEIGHTS_NAME)[FIRST]
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.lora_A["default"].weight, stored.float())
+
+
+def test_a_folder_that_can_not_be_made(saved):
+    with pytest.raises(LoraFastError, match=r"adapter_config.json/below/it can't be made"):
+        save_adapter(load_adapter(build("llama"), saved), saved / CONFIG_NAME / "below" / "it")
 
 
 def test_wrong_shapes(saved):
@@ -440,3 +460,28 @@ def test_a_model_without_token_embeddings(tmp_path):
     loaded = load_adapter(base, tmp_path / "ours")
     with torch.no_grad():
         assert_close(loaded(sound).last_hidden_state, model(sound).last_hidden_state)
+
+
+def test_layers_that_peft_takes_for_experts_are_announced(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 61, "q_lora_rank": 10, "kv_lora_rank": 8, "v_head_dim": 8, "pad_token_id": 2}
+    sizes |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 1, "n_routed_experts": 4}
+    sizes |= {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    torch.manual_seed(0)
+    base = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes))
+    with pytest.warns(LoraFastWarning, match=r"experts in model\.layers\.1\.mlp\.experts \(1 modules so\) are stacked"):
+        model = trained(copy.deepcopy(base), target_modules="all-linear")
+    # Three of the dense block, three of the shared experts.
+    with pytest.warns(LoraFastWarning, match=r"PEFT takes the names of model\.layers\.0\.mlp\.\w+ \(6 modules so\)"):
+        save_adapter(model, tmp_path / "all")
+    expected = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraFastWarning)
+        assert_close(logits(load_adapter(copy.deepcopy(base), tmp_path / "all")), expected)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "all")
+    assert not any(".mlp.shared_experts." in n and "lora_" in n for n, _ in theirs.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LoraFastWarning)
+        model = trained(copy.deepcopy(base), target_modules=["q_b_proj", "o_proj"])
+        save_adapter(model, tmp_path / "attention")
+    assert_close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "attention")), logits(model))

@@ -609,7 +609,8 @@ def test_low_precision_training_is_as_exact_as_peft(dtype, autocast):
             {"target_modules": ["q_prj"]},
             r"no module of LlamaForCausalLM; did you mean q_proj.*Its linear layers are",
         ),
-        ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module.*did you mean q_proj"),
+        ({"target_modules": "q_proj"}, r"target_modules='q_proj' matches no module.*write \['q_proj'\]"),
+        ({"target_modules": ".*q_prj"}, r"target_modules='\.\*q_prj' matches no module.*did you mean q_proj"),
         ({"target_modules": ["nonsense_xyz"]}, r"its linear layers are q_proj, k_proj, v_proj, o_proj, gate_proj"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"matches modules .*takes all of them away"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"matches modules .*takes all of them away"),
@@ -635,6 +636,15 @@ def test_a_refused_injection_changes_nothing(config, sentence):
         apply_lora(model, LoraConfig(**config))
     assert_unchanged(model, before)
     assert type(model).__name__ == "LlamaForCausalLM" and not hasattr(model, "_lora_fast_state")
+
+
+@pytest.mark.parametrize("name", ["keys", "train", "a.b", "", None])
+def test_a_refused_name_changes_nothing(name):
+    model = build("llama")
+    before = snapshot(model)
+    with pytest.raises(LoraFastError, match=f"adapter_name={name!r}"):
+        apply_lora(model, LoraConfig(), adapter_name=name)
+    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(
