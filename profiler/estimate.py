@@ -10,11 +10,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
+from lora_fast.profiler.memory import CATEGORIES
 from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
@@ -182,12 +184,16 @@ def _sharded(found: Prediction, shards: int, gathered: tuple[int, int], trains_b
     if shards == 1:
         return found
     layer, rest = gathered
-    phases = {}
-    for phase, held in found.phases.items():
-        phases[phase] = {c: -(-size // shards) if c in SHARDED else size for c, size in held.items()}
+    divisors = np.array([shards if category in SHARDED else 1 for category in CATEGORIES])
+    moments = []  # all, since the highest is another one once gradients are divided
+    for phase, held in found.moments:
+        held = -(-held // divisors)
         if phase != "optimizer":
-            phases[phase]["temporaries"] += 2 * layer + rest + (layer if trains_base and phase == "backward" else 0)
-    return replace(found, phases=phases)
+            held[:, CATEGORIES.index("temporaries")] += 2 * layer + rest
+            if trains_base and phase == "backward":
+                held[:, CATEGORIES.index("temporaries")] += layer
+        moments.append((phase, held))
+    return replace(found, moments=tuple(moments))
 
 
 def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:

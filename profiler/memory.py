@@ -36,11 +36,13 @@ class MemoryTracker(TorchDispatchMode):
 
     A storage born in the forward is an activation, one born later a temporary, unless `add` says otherwise. round_to is
     the allocator's granule in bytes: 1 on a CPU, 512 on CUDA. lora-fast's own operators are looked into; what another
-    one frees inside itself is not seen. Works on fake tensors as on real ones."""
+    one frees inside itself is not seen. Works on fake tensors as on real ones. history: a list that takes (phase,
+    moments) for each stretch of a phase, moments being the bytes of each of CATEGORIES whenever one of them grew."""
 
-    def __init__(self, round_to: int = 1):
+    def __init__(self, round_to: int = 1, history: list[tuple[str, list[tuple[int, ...]]]] | None = None):
         super().__init__()
         self.round_to = round_to
+        self.history = history
         self.current = dict.fromkeys(CATEGORIES, 0)
         self.total = self.peak = 0
         self.at_peak = dict(self.current)
@@ -83,6 +85,8 @@ class MemoryTracker(TorchDispatchMode):
     def _note_peak(self) -> None:
         if self.phase is None:
             return
+        if self.history is not None:
+            self.history[-1][1].append(tuple(self.current.values()))
         if self.total >= self._highest:
             self._highest, self.phase_peaks[self.phase] = self.total, dict(self.current)
         # >=, so that a storage that is only now known to be a gradient is named so in the snapshot of the peak it made.
@@ -91,6 +95,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def start(self, phase: str) -> None:
         if phase != self.phase:
+            if self.history is not None:
+                self.history.append((phase, []))
             self.phase, self._highest = phase, sum(self.phase_peaks.get(phase, {}).values())
         self._note_peak()
 
@@ -119,14 +125,16 @@ def track_step(
     round_to: int = 1,
     micro_steps: int = 1,
     mark: Callable[[], None] = lambda: None,
+    history: list | None = None,
 ) -> dict:
     """One training step under the tracker, after at least one plain step, so that the optimizer's states exist; of
-    micro_steps passes forward and backward. mark is called after each forward and each backward.
+    micro_steps passes forward and backward. mark is called after each forward and each backward. history: as
+    MemoryTracker takes it.
 
     Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, phase_categories (the
     categories at each phase's peak), and after_step: the categories after the optimizer's step, gradients not yet
     freed."""
-    tracker = MemoryTracker(round_to)
+    tracker = MemoryTracker(round_to, history)
     adapter_ids = {id(parameter) for parameter in adapters}
     for parameter in model.parameters():
         tracker.add(parameter, "adapters" if id(parameter) in adapter_ids else "weights")

@@ -2,8 +2,10 @@
 
 The arm is put together as for a measurement (the same injection, operators, optimizer) on the meta device, its
 parameters are replaced by fake ones, and a step runs under the memory tracker. Decoder layers that are all alike cost
-the same each, so two depths are traced and every number is extended to the model's depth on a straight line; a model
-with layers of several kinds is traced whole.
+the same each, so two depths are traced and every number is extended to the model's depth on a straight line: memory
+moment by moment, since the highest moment of a deep model need not be that of a flat one (with checkpointing the
+gradients, which grow by the layer, overtake the logits, which don't). A model with layers of several kinds is traced
+whole.
 
 What fake tensors can't show: memory that an operator takes and gives back inside itself, fragmentation, and what the
 CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward what FlashAttention keeps on a GPU."""
@@ -12,9 +14,10 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -38,17 +41,28 @@ DEPTHS = (2, 3)
 
 @dataclass(frozen=True)
 class Prediction:
-    """phases: {"forward": {category: bytes}, …}, what is held at each phase's peak; by_category: at the peak of all.
-    trainable, parameters: numbers of them. forward_flops, backward_flops: of all passes of a step, a multiply-add being
-    two. traced_layers: the depths that were traced."""
+    """moments: for each stretch of a phase ("forward", "backward", perhaps again, "optimizer") that phase and bytes
+    (moments, CATEGORIES), in the order of time unless they were extended from two depths. phases: {"forward":
+    {category: bytes}, …}, what is held at each phase's peak; by_category: at the peak of all. trainable, parameters:
+    numbers of them. forward_flops, backward_flops: of all passes of a step, a multiply-add being two. traced_layers:
+    the depths that were traced."""
 
-    phases: dict[str, dict[str, int]]
+    moments: tuple[tuple[str, np.ndarray], ...]
     after_step: dict[str, int]
     trainable: int
     parameters: int
     forward_flops: int
     backward_flops: int
     traced_layers: tuple[int, ...]
+
+    @cached_property
+    def phases(self) -> dict[str, dict[str, int]]:
+        found = {}
+        for phase in PHASES:
+            held = np.concatenate([rows for name, rows in self.moments if name == phase])
+            last = len(held) - 1 - int(held.sum(axis=1)[::-1].argmax())  # the tracker, too, names a peak at its last
+            found[phase] = dict(zip(CATEGORIES, held[last].tolist()))
+        return found
 
     @property
     def peak_phase(self) -> str:
@@ -115,8 +129,31 @@ def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
             return {key: line(a[key], b[key]) for key in a}
         return a + steps * (b - a)
 
-    names = ("phases", "after_step", "trainable", "parameters", "forward_flops", "backward_flops")
-    return Prediction(**{name: line(getattr(low, name), getattr(high, name)) for name in names}, traced_layers=DEPTHS)
+    names = ("after_step", "trainable", "parameters", "forward_flops", "backward_flops")
+    return Prediction(
+        moments=tuple((phase, _moments(a, b, line)) for (phase, a), (_, b) in zip(low.moments, high.moments)),
+        **{name: line(getattr(low, name), getattr(high, name)) for name in names},
+        traced_layers=DEPTHS,
+    )
+
+
+def _moments(a: np.ndarray, b: np.ndarray, line) -> np.ndarray:
+    """Moments (m, CATEGORIES) of one stretch at two depths → those at the model's depth that may be its highest.
+
+    The stretches agree, change by change, from their start until the flatter model has no further layer, and likewise
+    backwards from their end. Moments of the one part lie before or in the first layers, those of the other in the last
+    layers or behind them, and each grows with the depth on a line of its own; what lies between, on a line between
+    those. The highest moments are a pair, too, for lists over all layers, as of a foreach optimizer."""
+    changes = [np.diff(held, axis=0).sum(axis=1) for held in (a, b)]
+    shorter = min(map(len, changes))
+
+    def agree(one: np.ndarray, other: np.ndarray) -> int:
+        differ = np.flatnonzero(one[:shorter] != other[:shorter])
+        return 1 + (int(differ[0]) if len(differ) else shorter)
+
+    start, end = agree(*changes), agree(*(change[::-1] for change in changes))
+    top_a, top_b = (held[len(held) - 1 - held.sum(axis=1)[::-1].argmax()] for held in (a, b))
+    return np.concatenate([line(a[:start], b[:start]), line(top_a, top_b)[None], line(a[-end:], b[-end:])])
 
 
 def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None) -> Prediction:
@@ -137,6 +174,7 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
         batch = replace(workload, device="cpu").batch(model)
         passes = min(workload.gradient_accumulation, 2)
         marks: list[int] = []
+        history: list[tuple[str, list]] = []
         try:
             with FlopCounter() as counter:
                 # Creates the optimizer's states.
@@ -152,6 +190,7 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
                     round_to=CUDA_GRANULE if on_cuda else 1,
                     micro_steps=passes,
                     mark=lambda: marks.append(counter.flops),
+                    history=history,
                 )
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise LoraFastError(
@@ -160,18 +199,14 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
     # Every pass computes the same.
     forward, both = (workload.gradient_accumulation * flops for flops in marks[:2])
     return Prediction(
-        phases={phase: _complete(tracked["phase_categories"].get(phase, {})) for phase in PHASES},
-        after_step=_complete(tracked["after_step"]),
+        moments=tuple((phase, np.array(held, dtype=np.int64)) for phase, held in history),
+        after_step=tracked["after_step"],
         trainable=sum(p.numel() for p in trained),
         parameters=sum(p.numel() for p in model.parameters()),
         forward_flops=forward,
         backward_flops=both - forward,
         traced_layers=(),
     )
-
-
-def _complete(held: dict[str, int]) -> dict[str, int]:
-    return {category: held.get(category, 0) for category in CATEGORIES}
 
 
 def _make_fake(model: nn.Module) -> None:

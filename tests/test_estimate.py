@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_fast import LoraFastError
 from lora_fast.cli import main
 from lora_fast.profiler import estimate_memory
-from lora_fast.profiler.estimate import RESERVE_GiB, parse_memory
+from lora_fast.profiler.estimate import RESERVE_GiB, _sharded, parse_memory
 from lora_fast.profiler.memory import CATEGORIES, PHASES, track_step
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.predict import DEPTHS, layers_are_alike, predict
@@ -123,6 +123,40 @@ def test_two_depths_tell_what_all_layers_cost(source):
     alike = layers_are_alike(model, BASE["num_hidden_layers"])
     assert alike == ("layer_types" not in model.config.to_dict() or len(set(model.config.layer_types)) == 1)
     assert extended.traced_layers == (DEPTHS if alike else (BASE["num_hidden_layers"],))
+
+
+@pytest.mark.parametrize(("name", "vocabulary"), [("dense", 640), ("mixture of experts", 1024)])
+@pytest.mark.parametrize(
+    ("rank", "changes"),
+    [
+        (None, {"device": "cuda"}),
+        (None, {"optimizer": "sgd", "gradient_accumulation": 2}),
+        (32, {"adapter_dtype": "bf16"}),
+    ],
+)
+def test_a_peak_that_only_a_deep_model_has_is_found_from_two_depths(name, vocabulary, rank, changes, tmp_path):
+    """With checkpointing the logits are the peak of two or three layers and the gradients that of eleven. FSDP divides
+    gradients and not activations, so that many GPUs see it at the logits again."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIGS[name], "num_hidden_layers": 11, "vocab_size": vocabulary}))
+    source = resolve(str(path))
+    work = workload(dtype="bf16", gradient_checkpointing=True, **changes)
+    whole, extended = predict(source, work, rank, whole=True), predict(source, work, rank)
+    assert extended.traced_layers == DEPTHS and whole.traced_layers == (11,)
+    assert extended.phases == whole.phases
+    for shards in (2, 64):
+        gathered = (1000, 3000)
+        found = [_sharded(one, shards, gathered, trains_base=rank is None) for one in (extended, whole)]
+        # Each number is divided and rounded up by itself.
+        assert found[0].peak == pytest.approx(found[1].peak, abs=len(CATEGORIES))
+    if "device" in changes:  # else this is about what must stay equal
+        flat = []
+        for depth in DEPTHS:
+            other = tmp_path / f"{depth}.json"
+            other.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": depth}))
+            flat.append(sum(predict(resolve(str(other)), work, rank).phases["backward"].values()))
+        low, high = flat
+        assert low + 9 * (high - low) < 0.95 * sum(whole.phases["backward"].values())
 
 
 def test_flops_are_those_of_the_counter(dense):
