@@ -472,8 +472,8 @@ def test_section_of_a_report():
     assert [point["rank"] for point in found["curve"]["points"]] == list(PLATEAU)
     assert found["curve"]["points"][3]["mean"] == pytest.approx(2.0)
     assert found["curve"]["full"]["mean"] == pytest.approx(2.0)
-    # Two seeds 0.02 apart: σ = 0.01 √2, and two standard errors of a mean of two are 2 σ / √2.
-    assert found["curve"]["points"][0]["half_width"] == pytest.approx(0.02)
+    # Two seeds 0.02 apart: σ = 0.01 √2, and 2.5 standard errors of a mean of two are 2.5 σ / √2.
+    assert found["curve"]["points"][0]["half_width"] == pytest.approx(0.025)
     assert (found["curve"]["recommended"], found["curve"]["target"]) == (8, 2.1)
     assert len(found["indicators"]) == 11 and all(row["source"] for row in found["indicators"])
     json.dumps(found, allow_nan=False)

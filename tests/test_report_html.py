@@ -384,8 +384,8 @@ def test_the_curve_has_its_errors_the_target_and_the_rank():
     plotly.Figure(data=figure["data"], layout=figure["layout"])
     traces = {trace["name"].partition(":")[0]: trace for trace in figure["data"]}
     assert traces["LoRA, mean of the trainings"]["y"] == list(LOSSES.values())
-    half = 2 * 0.01 / 2**0.5  # two standard errors of a mean of two
-    band = traces["two standard errors"]["y"]
+    half = 2.5 * 0.01 / 2**0.5  # 2.5 standard errors of a mean of two
+    band = traces["2.5 standard errors"]["y"]
     assert band[:3] == pytest.approx([mean - half for mean in LOSSES.values()])
     assert band[:2:-1] == pytest.approx([mean + half for mean in LOSSES.values()])
     assert set(traces["target"]["y"]) == {2.05} and set(traces["full fine-tuning"]["y"]) == {1.9}
