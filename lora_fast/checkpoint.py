@@ -23,7 +23,7 @@ from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, warn
 from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
 from lora_fast.linear import LoraLayer
-from lora_fast.targets import misread_by_peft, saved_module_names, target_modules
+from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -321,10 +321,7 @@ def _optional(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, torc
         if owner in targets:
             shapes[f"{owner}.base_layer.{leaf}"] = parameter.shape
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            embedding = getattr(model, getter, lambda: None)()
-        except NotImplementedError:  # as Transformers' models of sound do
-            continue
+        embedding = embedding_of(model, getter)
         path = next((n for n, m in model.named_modules() if m is embedding), None) if embedding is not None else None
         if path is not None and path not in targets:
             shapes |= {f"{path}.{key}": value.shape for key, value in embedding.state_dict().items()}

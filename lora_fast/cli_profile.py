@@ -137,10 +137,9 @@ def profile(
 ) -> None:
     """Measure what each LoRA rank costs here, against full fine-tuning.
 
-    Every arm is one training step: LoRA at each rank, and all parameters. Memory is measured in a process
-    per arm; time in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95%
-    interval. Prints a table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new
-    folder.
+    Every arm is one training step: LoRA at each rank, and all parameters. Memory is measured in a process per arm; time
+    in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95% interval. Prints a
+    table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new folder.
     """
     cli_output.check_json_target(json)
     so_far: list = []

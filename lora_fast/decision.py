@@ -154,7 +154,7 @@ def _sentence(f: Facts, answer: Answer) -> str:
 
 
 def _drawn(f: Facts) -> dict | None:
-    """The curve as points, for a chart: half_width is 2.5 standard errors of the mean; None: noise unknown."""
+    """The curve as points, for a chart: half_width is SIGNIFICANT standard errors of the mean; None: noise unknown."""
     c = f.curve
     if c is None:
         return None

@@ -75,9 +75,7 @@ def ranks_of(lora_As: Sequence[Tensor]) -> list[int]:
 
 def owned(part: Tensor, dtype: torch.dtype) -> Tensor:
     """`part` in `dtype`, copied where it shares its memory: no two results of an op may."""
-    if part.dtype != dtype:
-        return part.to(dtype)
-    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
+    return part.to(dtype, copy=part.untyped_storage().nbytes() != part.nbytes)
 
 
 def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
@@ -121,9 +119,9 @@ def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    places = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(places.values())) > 1:
-        (first, place), *others = places.items()
+    places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    (first, place), *others = places.items()
+    if any(other != place for _, other in others):
         told = ", ".join(f"{name} on {other}" for name, other in others)
         raise LoraFastError(f"{first} is on {place}, {told}; expected one device")
 
@@ -141,24 +139,7 @@ def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: 
         raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
 
 
-def _fits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> bool:
-    """Whether check_linear has nothing to say: asked at every call, so without looking for the reason."""
-    if len(weight.shape) != 2 or not x.shape:
-        return False
-    (n, k), r, device = weight.shape, lora_A.shape[:1], weight.device
-    return (
-        x.shape[-1] == k
-        and lora_A.shape == (*r, k)
-        and lora_B.shape == (n, *r)
-        and 0 <= p < 1
-        and x.device == device == lora_A.device == lora_B.device
-        and (bias is None or (bias.shape == (n,) and bias.device == device))
-    )
-
-
 def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
-    if _fits(x, weight, lora_A, lora_B, bias, p):
-        return
     if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise LoraFastError(
             f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "

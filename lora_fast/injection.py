@@ -15,7 +15,15 @@ from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, war
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
-from lora_fast.targets import lora_class, saved_module_names, target_modules, unadapted_experts, unmatched, unreached
+from lora_fast.targets import (
+    embedding_of,
+    lora_class,
+    saved_module_names,
+    target_modules,
+    unadapted_experts,
+    unmatched,
+    unreached,
+)
 
 _STATE = "_lora_fast_state"
 
@@ -281,13 +289,8 @@ def _trained_copy(module: nn.Module) -> nn.Module:
 def _watch_checkpointing(model: nn.Module, state: LoraState) -> None:
     embeddings = {}
     for module in model.modules():
-        if hasattr(module, "get_input_embeddings"):
-            try:
-                embedding = module.get_input_embeddings()
-            except NotImplementedError:
-                continue
-            if isinstance(embedding, nn.Module):
-                embeddings[id(embedding)] = embedding
+        if (embedding := embedding_of(module)) is not None:
+            embeddings[id(embedding)] = embedding
     hook = _CheckpointInput(model)
     state.hooks = [embedding.register_forward_hook(hook) for embedding in embeddings.values()]
 

@@ -98,7 +98,7 @@ def _linears_backward(
         )
         if mask is not None:
             mask = torch.stack([mask[i] for i in used])  # an index would be copied to the GPU, which no capture allows
-    dys = [flatten(dy) if dy.dtype == x.dtype else flatten(dy).to(x.dtype) for dy in dys]
+    dys = [flatten(dy).to(x.dtype) for dy in dys]
     ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
     dx, dAs, dBs, dss = None, [None] * count, [None] * count, []
     for i, dy, b, s_g, scale, lora_B in zip(used, dys, bs, s_parts, scales, lora_Bs):
@@ -108,7 +108,7 @@ def _linears_backward(
         else:
             dB = steps.grad_b(dy, s_g, scale)
         if needs_dB:
-            dBs[i] = dB if dB.dtype == lora_B.dtype else dB.to(lora_B.dtype)
+            dBs[i] = dB.to(lora_B.dtype)
     if dss:
         ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
         found, found_dAs = steps.grad_x_and_a(dys, weights, ds, a, rows, ranks, mask, needs_dx, needs_dA)

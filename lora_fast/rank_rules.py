@@ -4,7 +4,7 @@ No rule here has seen your data: `search_rank` measures. Where rules contradict 
 says so."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -343,7 +343,7 @@ def lora_parameter_count(model_or_config, r: int, target_modules: str | Sequence
     Raises LoraFastError for a rank below 1 or targets that match nothing."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise LoraFastError(f"r={r!r}; expected a whole number of at least 1")
-    return r * _parameters_per_rank(shapes_of(model_or_config), target_modules)[0]
+    return r * _per_rank(_targets(shapes_of(model_or_config), target_modules))
 
 
 def rank_for_budget(model_or_config, budget: int, target_modules: str | Sequence[str] = "all-linear") -> int:
@@ -357,13 +357,13 @@ def rank_for_budget(model_or_config, budget: int, target_modules: str | Sequence
 def budget_of(model_or_config, budget: int, target_modules: str | Sequence[str] = "all-linear") -> Budget:
     """As `rank_for_budget`, with what it rests on and the guide's formulas beside it."""
     model = shapes_of(model_or_config)
-    targets = _targets(model, target_modules).values()
-    per_rank, modules = sum(sum(module.weight.shape) for module in targets), len(targets)
+    targets = _targets(model, target_modules)
+    per_rank, modules = _per_rank(targets), len(targets)
     _check_budget(budget, per_rank)
     rank = budget // per_rank
     total = sum(parameter.numel() for parameter in model.parameters())
     formulas, notes = _formulas(model, budget, rank, per_rank, modules)
-    side = min(min(module.weight.shape) for module in targets)
+    side = min(min(module.weight.shape) for module in targets.values())
     if rank > side:
         notes += (f"r={rank} is above min(N, K) = {side} of an adapted layer, whose update has no higher rank",)
     experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
@@ -412,9 +412,9 @@ def budget_tradeoffs(model_or_config, budget: int) -> list[Tradeoff]:
     choices += [tuple(n for n in names if n not in attention), tuple(names)]
     found = []
     for chosen in dict.fromkeys(choice for choice in choices if choice):
-        per_rank, adapted = _parameters_per_rank(model, list(chosen))
-        rank = budget // per_rank
-        found.append(Tradeoff(chosen, rank, rank * per_rank, adapted))
+        targets = _targets(model, list(chosen))
+        rank = budget // _per_rank(targets)
+        found.append(Tradeoff(chosen, rank, rank * _per_rank(targets), len(targets)))
     return found
 
 
@@ -498,10 +498,9 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str,
     return find_targets(model, LoraConfig(r=1, target_modules=names))
 
 
-def _parameters_per_rank(model: nn.Module, target_modules: str | Sequence[str]) -> tuple[int, int]:
-    """Σ (K + N), and over how many layers."""
-    found = _targets(model, target_modules)
-    return sum(sum(module.weight.shape) for module in found.values()), len(found)
+def _per_rank(targets: Mapping[str, nn.Module]) -> int:
+    """Σ (K + N)."""
+    return sum(sum(module.weight.shape) for module in targets.values())
 
 
 def _formulas(

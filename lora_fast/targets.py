@@ -99,13 +99,22 @@ def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not name.startswith(inside)}
 
 
+def embedding_of(module: nn.Module, getter: str = "get_input_embeddings") -> nn.Module | None:
+    """What Transformers' getter of this name gives; None where the class has none or refuses, as those of sound do."""
+    try:
+        found = getattr(module, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     linears = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or lora_class(module) is not None or isinstance(module, LoraLayer)
     }
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = embedding_of(model, "get_output_embeddings")
     if head is None and config.task_type == "SEQ_CLS":
         head = next((getattr(model, name) for name in _CLASSIFIER_NAMES if hasattr(model, name)), None)
     within_head = set() if head is None else {id(head)}

@@ -320,10 +320,10 @@ def _value(value) -> str:
 def _method(estimated: bool) -> str:
     if estimated:
         return (
-            "Predicted: one training step was traced for every arm on tensors that have shapes and no "
-            "memory, through the layers that would run, at two depths that are extended to the model's on a straight "
-            "line. Bytes are those of all tensors at the step's peak; the CUDA context and fragmentation are not in "
-            "them. A multiply-add is two FLOPs. Nothing was timed."
+            "Predicted: one training step was traced for every arm on tensors that have shapes and no memory, through "
+            "the layers that would run, at two depths; from these each number, and memory moment by moment, is "
+            "extended to the model's depth on a straight line. Bytes are those of all tensors at the step's peak; the "
+            "CUDA context and fragmentation are not in them. A multiply-add is two FLOPs. Nothing was timed."
         )
     return (
         "Measured: an arm is one training step, of LoRA at a rank or of all parameters. Memory: a fresh "

@@ -3,6 +3,7 @@
 from lora_fast.profiler.memory import CATEGORIES
 from lora_fast.profiler.report import amount, curve
 from lora_fast.profiler.workload import AGAIN
+from lora_fast.rank_search import SIGNIFICANT
 
 # Middle tones, legible on white and on black; the categories of memory in the order in which they are stacked.
 BLUE, GREY, RED, ORANGE, GREEN = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f"
@@ -30,7 +31,7 @@ def figures(description: dict) -> dict[str, dict]:
 
 
 def loss_curve(curve: dict) -> dict | None:
-    """Of a decision (its section's curve): the mean at every rank with 2.5 standard errors, full fine-tuning, the
+    """Of a decision (its section's curve): the mean at every rank and SIGNIFICANT standard errors, full fine-tuning,
     target, and the rank that is recommended. None where no rank gave a value."""
     points, full, target = curve["points"], curve["full"], curve["target"]
     if not points:
@@ -46,12 +47,18 @@ def loss_curve(curve: dict) -> dict | None:
         width = full["half_width"] or 0.0
         if width:
             data.append(
-                _area(ends, [full["mean"] - width] * 2, [full["mean"] + width] * 2, GREY, "full, 2.5 std. errors")
+                _area(
+                    ends,
+                    [full["mean"] - width] * 2,
+                    [full["mean"] + width] * 2,
+                    GREY,
+                    f"full, {SIGNIFICANT:g} std. errors",
+                )
             )
         data.append(_line(ends, [full["mean"]] * 2, GREY, f"full fine-tuning: {full['mean']:.4g}", dash="dash"))
         low, high = [*low, full["mean"] - width], [*high, full["mean"] + width]
     if any(half):
-        data.append(_area(ranks, low[: len(ranks)], high[: len(ranks)], BLUE, "2.5 standard errors"))
+        data.append(_area(ranks, low[: len(ranks)], high[: len(ranks)], BLUE, f"{SIGNIFICANT:g} standard errors"))
     if target is not None:
         data.append(_line(ends, [target] * 2, ORANGE, f"target: {target:.4g}", dash="dot"))
         low, high = [*low, target], [*high, target]

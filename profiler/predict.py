@@ -59,9 +59,8 @@ class Prediction:
     def phases(self) -> dict[str, dict[str, int]]:
         found = {}
         for phase in PHASES:
-            held = np.concatenate([rows for name, rows in self.moments if name == phase])
-            last = len(held) - 1 - int(held.sum(axis=1)[::-1].argmax())  # the tracker, too, names a peak at its last
-            found[phase] = dict(zip(CATEGORIES, held[last].tolist()))
+            held = _highest(np.concatenate([rows for name, rows in self.moments if name == phase]))
+            found[phase] = dict(zip(CATEGORIES, held.tolist()))
         return found
 
     @property
@@ -152,8 +151,13 @@ def _moments(a: np.ndarray, b: np.ndarray, line) -> np.ndarray:
         return 1 + (int(differ[0]) if len(differ) else shorter)
 
     start, end = agree(*changes), agree(*(change[::-1] for change in changes))
-    top_a, top_b = (held[len(held) - 1 - held.sum(axis=1)[::-1].argmax()] for held in (a, b))
-    return np.concatenate([line(a[:start], b[:start]), line(top_a, top_b)[None], line(a[-end:], b[-end:])])
+    top = line(_highest(a), _highest(b))
+    return np.concatenate([line(a[:start], b[:start]), top[None], line(a[-end:], b[-end:])])
+
+
+def _highest(held: np.ndarray) -> np.ndarray:
+    """Of moments (m, CATEGORIES) the one of most bytes; of several the last, as the tracker names a peak."""
+    return held[len(held) - 1 - held.sum(axis=1)[::-1].argmax()]
 
 
 def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None) -> Prediction:

@@ -1,4 +1,4 @@
-"""One training step of one arm, the same for timing and for memory: what is trained, the
+"""One training step of one arm, the same for timing and for memory: what is trained, its
 optimizer, a fixed random batch."""
 
 import re
@@ -33,8 +33,8 @@ class Workload:
     gradient_accumulation: forward and backward passes of such a batch in one step. gradient_checkpointing: every
     decoder layer is recomputed in backward (Transformers' own, not reentrant). optimizer: of `OPTIMIZERS`, for LoRA and
     for full fine-tuning. foreach: its updates over lists of parameters, which hold temporaries of their size; None:
-    PyTorch's choice (see `uses_foreach`).
-    attn_implementation: as Transformers takes it; None: its choice. backend: as apply_lora takes it."""
+    PyTorch's choice (see `uses_foreach`). attn_implementation: as Transformers takes it; None: its choice. backend: as
+    apply_lora takes it."""
 
     batch_size: int
     seq_len: int
