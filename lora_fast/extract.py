@@ -32,7 +32,7 @@ from lora_fast.resize import (
     with_ranks,
 )
 from lora_fast.spectrum import Spectrum, ranks_for
-from lora_fast.targets import saved_module_names
+from lora_fast.targets import embedding_of, saved_module_names
 from lora_fast.targets import target_modules as find_targets
 
 # Where the model is not known: names under which models keep what is no linear layer, and their heads.
@@ -309,7 +309,7 @@ def _with_others(
     # A head that is tied to the embedding, and so in no file, is a module of its own once the embedding is a copy.
     inputs, outputs = (
         next((n for n, m in model.named_modules() if m is embedding), None)
-        for embedding in (model.get_input_embeddings(), model.get_output_embeddings())
+        for embedding in (embedding_of(model), embedding_of(model, "get_output_embeddings"))
     )
     if inputs in modules and outputs is not None and f"{outputs}.weight" not in tensor_of:
         modules.append(outputs)
