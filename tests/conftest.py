@@ -12,9 +12,12 @@ Settings, each only where the caller has not chosen:
 - OMP_NUM_THREADS: each worker of pytest-xdist gets its share of the cores, so that they do not fight over them.
 - OMP_WAIT_POLICY=PASSIVE: threads that wait sleep instead of spinning. On busy cores spinning made tiny models 10 times
   slower.
+- OPENBLAS_CORETYPE=Haswell, on x86: the interpreter's dots are NumPy's, whose BLAS rounds as it likes on each kind of
+  processor. With one kind for all, a kernel's error against PyTorch's is the same on every machine.
 """
 
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -29,6 +32,8 @@ sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() !=
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
