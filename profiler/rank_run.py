@@ -42,7 +42,7 @@ HELD_OUT_SEQUENCES = 128
 # Of a model of the caller's own. 2e-4: the usual rate of LoRA recipes (QLoRA, arXiv:2305.14314, up to 13B parameters).
 DEFAULTS = {"steps": 200, "batch_size": 8, "seq_len": 512, "learning_rate": 2e-4}
 # The small example: a Llama of 1.3M parameters that reads bytes.
-EXAMPLE = {"steps": 240, "batch_size": 4, "seq_len": 128, "learning_rate": 5e-3}
+EXAMPLE = {"steps": 200, "batch_size": 4, "seq_len": 128, "learning_rate": 5e-3}
 EXAMPLE_SHAPE = {
     "hidden_size": 192,
     "intermediate_size": 512,
