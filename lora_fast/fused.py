@@ -1,8 +1,10 @@
 """The steps of reference.py with the same signatures, as Triton kernels and cuBLAS calls: what a GPU runs.
 
-Where two routes compute the same, tuning.py picks the faster one for the shape: "cublas", the base product by cuBLAS
-and the update added to it (2 Y or 2 X more bytes), or "triton", one kernel that adds the update before it stores; for
-dS and dB one read of dY, with partial sums, or two."""
+Where several routes compute the same, tuning.py picks the fastest one for the shape: "triton", one kernel that adds the
+update before it stores; "cublas", the base product by cuBLAS and the update added to it, which reads and writes y (or
+dx) once more; "cublas, update first", which writes the update and lets cuBLAS add the base product to it: as many
+bytes, but the update is read inside a long product that leaves memory idle, and y is rounded once instead of twice. For
+dS and dB one read of dy, with partial sums, or two."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -18,6 +20,7 @@ from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
 from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, is_aligned, pick_tile
 
+UPDATE_FIRST = "cublas, update first"
 # Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
 TRIED_TILES = 3
 # Partial sums of dS and dB, in bytes of dY, from which on one read of dY isn't timed against two.
@@ -81,8 +84,12 @@ def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | 
     def fused(tile: Tile) -> Tensor:
         return gemm_lora(x, weight.t(), s, b.t(), bias=bias, tile=tile)
 
+    def update_first():
+        y = s @ b.t() if bias is None else torch.addmm(bias.to(x.dtype), s, b.t())
+        return y.addmm_(x, weight.t())
+
     lies = layout([x], [weight], [weight.t()])
-    routes = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias)}
+    routes = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias), UPDATE_FIRST: update_first}
     routes |= _fused_routes(fused, x, N, 1, 0, lies["aligned"])
     sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
     return tuning.run("linear_lora", sizes | lies, x.device, routes)
@@ -149,13 +156,14 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     if not pairs:
         return gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
 
-    def cublas():
-        if mask is None:
-            return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
-        dx = gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+    def update_first():
+        dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
         for dy, weight in pairs:
             dx.addmm_(dy, weight)
         return dx
+
+    def base_first():
+        return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
 
     def fused(tile: Tile) -> Tensor:
         return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=tile)
@@ -163,7 +171,8 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     (M, _), (R, K) = ds.shape, a.shape
     Ns = [dy.shape[1] for dy in xs]
     lies = layout(xs, ws, ws)
-    routes = {"cublas": cublas} | _fused_routes(fused, ds, K, len(xs), len(masks), lies["aligned"])
+    routes = {"cublas": base_first} if mask is None else {}  # what a mask drops can't be added to a finished product
+    routes |= {UPDATE_FIRST: update_first} | _fused_routes(fused, ds, K, len(xs), len(masks), lies["aligned"])
     sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype, "masks": len(masks)}
     return tuning.run("grad_x", sizes | lies, ds.device, routes)
 

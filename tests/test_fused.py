@@ -16,7 +16,7 @@ from lora_fast.dispatch import on_own_device
 from lora_fast.kernels import gemm_lora, reference
 
 OPS = torch.ops.lora_fast
-ROUTES = ("cublas", "triton")
+ROUTES = ("cublas", fused.UPDATE_FIRST, "triton")
 
 
 def layers(ns, k, ranks, dtype, master=None):
@@ -237,7 +237,7 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     assert (backward, sizes_back) == ("grad_x", shape | {"N": "16", "masks": 0} | lies)
     tiles = gemm_lora.TILES["sm_89" if aligned else "unaligned"]
     names = {f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles}
-    assert set(routes) <= {"cublas", *names} and len(routes) == len(routes_back) > 2
+    assert set(routes) <= {"cublas", fused.UPDATE_FIRST, *names} and len(routes) == len(routes_back) > 3
 
 
 @pytest.mark.parametrize(
