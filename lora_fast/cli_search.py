@@ -38,9 +38,7 @@ def search(
     ] = None,
     start: Annotated[int, typer.Option(help="Of progressive: the first rank.")] = 1,
     seeds: Annotated[int, typer.Option(help="Trainings of every rank; their spread is the noise.")] = 2,
-    steps: Annotated[
-        int | None, typer.Option(help="Of every training.  [default: 200]", show_default=False)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of every training.  [default: 200]", show_default=False)] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences in a batch.  [default: 8; the example: 4]", show_default=False)
     ] = None,
