@@ -5,7 +5,8 @@
 Every arm is measured in a process of its own (CUDA's counter of allocated bytes) and predicted from shapes, as
 `lora-fast profile` does. What no shape tells, the libraries' workspaces among it, is the same for every arm: the
 smallest rank of a model calibrates the prediction, and the others are held to it. A row is an arm; error_percent is
-predicted over measured, less 1, and calibrated_error_percent the same after adding the smallest rank's difference.
+predicted over measured, less 1, and calibrated_error_percent the same after adding the smallest rank's difference
+(empty where that rank was not measured).
 An arm that runs out of memory has fits=False and its prediction."""
 
 import sys
@@ -77,9 +78,10 @@ def measure(case: Case, args) -> Iterator[dict]:
             measured = result["peak_MiB"]
             row |= {"measured_MiB": f"{measured:.1f}", "tracked_MiB": f"{result['tracked_peak_MiB']:.1f}"}
             row["error_percent"] = f"{100 * (found.peak / MiB / measured - 1):.2f}"
-            if difference is None:
+            if rank == ranks[0]:
                 difference = measured - found.peak / MiB
-            row["calibrated_error_percent"] = f"{100 * ((found.peak / MiB + difference) / measured - 1):.2f}"
+            if difference is not None:
+                row["calibrated_error_percent"] = f"{100 * ((found.peak / MiB + difference) / measured - 1):.2f}"
         elif result["status"] != "oom":
             row["error"] = f"{result['status']}: {result['error']}"
         name = "full" if rank is None else f"r{rank}"

@@ -70,9 +70,10 @@ def estimate_memory(
     Returns a Profile without times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops, fits.
     Raises LoraFastError for wrong input."""
     wanted = parse_ranks(ranks)
-    for name, value in (("memory_GiB", memory_GiB), ("shards", shards)):
-        if value is not None and not 0 < value < math.inf:
-            raise LoraFastError(f"{name}={value!r}; expected a positive number")
+    if memory_GiB is not None and not 0 < memory_GiB < math.inf:
+        raise LoraFastError(f"memory_GiB={memory_GiB!r}; expected a positive number")
+    if not isinstance(shards, int) or shards < 1:
+        raise LoraFastError(f"shards={shards!r}; expected a whole number of at least 1")
     if device not in ("cuda", "cpu"):
         raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
     folder = None if out is None else RunFolder(out)

@@ -69,7 +69,7 @@ def title(profile: Profile) -> str:
 def caption(profile: Profile) -> str:
     """How the numbers were made and how far two equal arms differed."""
     if profile.estimated:
-        return _estimate_caption(profile.workload)
+        return _estimate_caption(profile)
     if all(arm.step_ms is None for arm in profile.arms):
         return "Nothing was timed."
     lines = [f"Medians of {profile.workload['rounds']} randomized rounds; [ ] is the 95% interval of the paired ratio."]
@@ -191,16 +191,24 @@ def _of_measurement(profile: Profile) -> list[Column]:
     return every
 
 
+def _unit(profile: Profile) -> str:
+    """Of an estimate's bytes: models that need a GPU are told in GiB."""
+    return "GiB" if max(arm.peak_MiB for arm in profile.arms) >= 1024 else "MiB"
+
+
 def _of_estimate(profile: Profile) -> list[Column]:
+    unit = _unit(profile)
+
+    def size(value: float) -> str:
+        return f"{value / 1024:.2f}" if unit == "GiB" else _number(value)
+
     def held(header: str, category: str, goes: int) -> Column:
-        return Column(
-            header, goes, lambda arm: f"{arm.by_category[category] / 1024:.2f}", lambda arm: arm.by_category[category]
-        )
+        return Column(header, goes, lambda arm: size(arm.by_category[category]), lambda arm: arm.by_category[category])
 
     fitted = profile.workload["memory_GiB"] is not None
     every = [
         *_of_the_adapter(share_goes=0),
-        Column("peak\nGiB", 0, lambda arm: f"{arm.peak_MiB / 1024:.2f}", lambda arm: arm.peak_MiB),
+        Column(f"peak\n{unit}", 0, lambda arm: size(arm.peak_MiB), lambda arm: arm.peak_MiB),
         Column("vs\nfull", 0, lambda arm: f"{arm.memory_ratio:.2f}", lambda arm: arm.memory_ratio),
         *(held("weights", "weights", 6), held("adapters", "adapters", 5), held("grads", "gradients", 3)),
         *(held("states", "optimizer", 4), held("activ.", "activations", 1), held("temp.", "temporaries", 2)),
@@ -270,9 +278,11 @@ def _settings(work: dict) -> str:
     return ", ".join(parts)
 
 
-def _estimate_caption(work: dict) -> str:
+def _estimate_caption(profile: Profile) -> str:
+    work = profile.workload
     lines = [
-        "Predicted from shapes: GiB at the step's peak, without CUDA context and fragmentation; FLOPs against full."
+        f"Predicted from shapes: {_unit(profile)} at the step's peak, without CUDA context and fragmentation; FLOPs "
+        "against full."
     ]
     if work["memory_GiB"] is not None:
         lines.append(

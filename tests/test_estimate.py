@@ -14,6 +14,7 @@ from lora_fast.profiler.estimate import RESERVE_GiB, _sharded, parse_memory
 from lora_fast.profiler.memory import CATEGORIES, PHASES, track_step
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.predict import DEPTHS, layers_are_alike, predict
+from lora_fast.profiler.table import columns
 from lora_fast.profiler.workload import Workload, loss_of, optimizer_of, train_adapter, train_full
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fast.LoraFastWarning")
@@ -313,3 +314,21 @@ def test_wrong_input_is_one_line(dense, capsys, arguments, message):
 def test_what_is_no_model_is_refused():
     with pytest.raises(LoraFastError, match="model is a int; expected a name"):
         estimate_memory(3)
+
+
+def test_gpus_come_whole(dense):
+    with pytest.raises(LoraFastError, match=r"shards=1\.5; expected a whole number of at least 1"):
+        estimate_memory(str(dense), "4", seq_len=64, shards=1.5)
+
+
+def test_a_table_is_in_the_unit_that_shows_something(dense):
+    profile = estimate_memory(str(dense), "4", seq_len=64, dtype="fp32")
+    largest = max(arm.peak_MiB for arm in profile.arms)
+    assert largest < 1024
+    for factor, unit, half_a_digit in ((1, "MiB", 0.51), (2000 / largest, "GiB", 5.2)):
+        for arm in profile.arms:
+            arm.peak_MiB *= factor
+        peak = next(column for column in columns(profile) if column.header.startswith("peak"))
+        assert peak.header == f"peak\n{unit}"
+        shown = [float(peak.cell(arm)) * (1024 if unit == "GiB" else 1) for arm in profile.arms]
+        assert shown == pytest.approx([arm.peak_MiB for arm in profile.arms], abs=half_a_digit)
