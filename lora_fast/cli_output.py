@@ -89,9 +89,13 @@ def progress(stages: Mapping[str, str], above: Callable[[], Any] | None = None) 
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
+
+    class TimeLeft(TimeRemainingColumn):
+        def render(self, task):
+            left = super().render(task)  # empty while nobody knows how much there is to do
+            return left.append(" left") if left.plain else left
 
     class Bars(Progress):
         def get_renderables(self):
@@ -103,9 +107,7 @@ def progress(stages: Mapping[str, str], above: Callable[[], Any] | None = None) 
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeLeft(),
         TextColumn("{task.fields[at]}"),
         console=errors,
         transient=True,
