@@ -33,7 +33,8 @@ from lora_fast.kernels.dropout import spread_bytes
 
 
 class Tile(NamedTuple):
-    """A program computes block_m × block_n of y, block_k of the sum a step; if persistent, one tile after another."""
+    """A program computes block_m × block_n of y, block_k of the sum a step; if persistent, one tile after another. A
+    descriptor stores it in so many parts, side by side, through shared memory for one of them."""
 
     block_m: int
     block_n: int
@@ -41,6 +42,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     persistent: bool = False
+    stores: int = 1
 
 
 # Tiles worth timing, from large to small. A large tile reads each element of x and w less often; a small one gives
@@ -48,8 +50,10 @@ class Tile(NamedTuple):
 # shared memory.
 TILES = {
     # wgmma needs 64 rows. 128 × 256 on 8 warps is 128 accumulators a thread, and three stages of it leave room for
-    # storing y by TMA while the next tile's loads are on their way. The last two stream w for decoding: M ≤ 64.
+    # storing y by TMA while the next tile's loads are on their way; four do if y is stored by halves. The last two
+    # stream w for decoding: M ≤ 64.
     "sm_90": (
+        Tile(128, 256, 64, 8, 4, persistent=True, stores=2),
         Tile(128, 256, 64, 8, 3, persistent=True),
         Tile(128, 128, 64, 8, 4, persistent=True),
         Tile(64, 128, 64, 4, 4, persistent=True),
@@ -233,7 +237,7 @@ def gemm_lora_kernel(
     y,  # (M, N), contiguous
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0)
     stop = start + 1  # without PERSISTENT a loop of one turn, which the compiler removes
@@ -280,7 +284,11 @@ def gemm_lora_kernel(
 
         if len(masks) == 0:
             acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2)
-        if DESCRIPTORS:
+        if DESCRIPTORS and STORES == 2:
+            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            y.store([row, column], left.to(y.dtype))
+            y.store([row, column + BLOCK_N // 2], right.to(y.dtype))
+        elif DESCRIPTORS:
             y.store([row, column], acc.to(y.dtype))
         else:
             tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
@@ -373,7 +381,7 @@ def gemm_lora_sum(
         bias,
         operand(accumulate, tile.block_m, tile.block_n),
         0 if accumulate is None else accumulate.stride(0),
-        operand(y, tile.block_m, tile.block_n),
+        operand(y, tile.block_m, tile.block_n // tile.stores),
         M,
         N,
         BLOCK_M=tile.block_m,
@@ -384,6 +392,7 @@ def gemm_lora_sum(
         DESCRIPTORS=descriptors,
         W_IS_NK=w_is_nk,
         PERSISTENT=tile.persistent,
+        STORES=tile.stores,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
