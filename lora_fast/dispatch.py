@@ -40,11 +40,14 @@ def steps_for(triton: bool) -> ModuleType:
 
 
 def on_own_device(op: Callable) -> Callable:
-    """`op` with its first tensor's GPU as the current one: that is where Triton launches, wherever the tensors are."""
+    """`op` with its first tensor's GPU as the current one, which is where Triton launches, and without autocast."""
 
     @wraps(op)
     def run(first, *arguments):
         tensor = first if isinstance(first, Tensor) else next(t for t in first if t is not None)
+        if autocast_dtype(tensor.device) is not None:  # forward has cast what it would; a backward may run inside it
+            with torch.autocast(tensor.device.type, enabled=False):
+                return run(first, *arguments)
         if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
             with torch.cuda.device(tensor.device):
                 return op(first, *arguments)
@@ -101,6 +104,12 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def is_batched(gradient: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(…, is_grads_batched=True) asks for the gradients of many dys at once; of such tensors
+    kernels, and all that asks for memory, know nothing."""
+    return gradient is not None and torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
 def row_count(shape) -> int:
     rows = 1
     for size in shape[:-1]:
@@ -108,11 +117,20 @@ def row_count(shape) -> int:
     return rows
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype on this device, None where it is off or unknown (the meta device has none)."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
 def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
     """x in the dtype that the products run in: autocast's where it is on, as it would be for torch's own linear."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
+    dtype = autocast_dtype(x.device)
+    if dtype is not None and x.dtype != torch.float64:
+        return x.to(dtype)
+    if not x.is_floating_point():
+        raise LoraFastError(f"x is {x.dtype}; expected real floating-point numbers")
     if other_dtype is not None and x.dtype != other_dtype:
         raise LoraFastError(f"x is {x.dtype}, weight is {other_dtype}; cast one of them, or run under torch.autocast")
     return x
@@ -126,6 +144,12 @@ def check_devices(**tensors: Tensor | None) -> None:
         raise LoraFastError(f"{first} is on {place}, {told}; expected one device")
 
 
+def check_one_dtype(weights: Sequence[Tensor]) -> None:
+    if any(weight.dtype != weights[0].dtype for weight in weights):
+        told = ", ".join(str(weight.dtype) for weight in weights)
+        raise LoraFastError(f"the weights are {told}; expected one dtype")
+
+
 def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: float) -> None:
     if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
         raise LoraFastError(
@@ -135,6 +159,8 @@ def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: 
         raise LoraFastError(f"x is {tuple(x.shape)}, lora_A is {tuple(lora_A.shape)}; x's last size must be K")
     if lora_B.shape[0] != n:
         raise LoraFastError(f"lora_B has N={lora_B.shape[0]}, the linear layer has N={n}; lora_B is (out_features, R)")
+    if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
+        raise LoraFastError(f"lora_A is {lora_A.dtype}, lora_B is {lora_B.dtype}; expected real floating-point numbers")
     if not 0 <= dropout_p < 1:
         raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
 

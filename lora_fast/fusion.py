@@ -27,11 +27,14 @@ class FusionRow:
 class FusionReport:
     """Module by module, which implementation runs; printing it groups the modules by path and reason.
 
-    counts: modules per path. calls: how many calls took which way so far, {(path, reason): calls}, of the layers that
-    count (outside compiled graphs). routes: {step and sizes: implementation} of what the tuner chose in this process,
-    for the steps of the Triton path that cuBLAS can do too."""
+    rows: of the adapted layers. mlps: of modules with three adapted layers of the sizes of gate, up and down; path:
+    "lora_swiglu_mlp" (they run as one op) or "layers" (one by one). counts: layers per path. calls: how many calls took
+    which way so far, {(path, reason): calls}, of the layers that count (outside compiled graphs). routes: {step and
+    sizes: implementation} of what the tuner chose in this process, for the steps of the Triton path that cuBLAS can do
+    too."""
 
     rows: tuple[FusionRow, ...]
+    mlps: tuple[FusionRow, ...] = ()
     calls: Counter[tuple[str, str | None]] = field(default_factory=Counter, compare=False)
     routes: dict[str, str] = field(default_factory=dict, compare=False)
 
@@ -42,15 +45,22 @@ class FusionReport:
     def __str__(self) -> str:
         if not self.rows:
             return "lora-fast: no adapted module"
-        groups = Counter((row.path, row.reason) for row in self.rows)
-        lines = [f"lora-fast: {len(self.rows)} adapted modules"]
-        for (path, reason), count in groups.most_common():
-            example = next(row.module for row in self.rows if (row.path, row.reason) == (path, reason))
-            lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
+        lines = [f"lora-fast: {len(self.rows)} adapted modules", *_grouped(self.rows)]
+        if self.mlps:
+            lines += [f"{len(self.mlps)} MLPs of three of them", *_grouped(self.mlps)]
         for (path, reason), count in self.calls.most_common():
             lines.append(f"  {count} calls so far took {path}" + (f": {reason}" if reason else ""))
         lines += [f"  {step} runs {route}" for step, route in sorted(self.routes.items())]
         return "\n".join(lines)
+
+
+def _grouped(rows: tuple[FusionRow, ...]) -> list[str]:
+    """A line for each path and reason, the most frequent first."""
+    lines = []
+    for (path, reason), count in Counter((row.path, row.reason) for row in rows).most_common():
+        example = next(row.module for row in rows if (row.path, row.reason) == (path, reason))
+        lines.append(f"  {count:4d} {path:6} {reason or ''} (e.g. {example})")
+    return lines
 
 
 def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
@@ -63,6 +73,16 @@ def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
     return sum(map(Counter, counters), Counter())
 
 
+def mlp_rows(model: nn.Module) -> tuple[FusionRow, ...]:
+    rows = []
+    for name, module in model.named_modules():
+        if hasattr(module, "swiglu_layers"):
+            rows.append(FusionRow(name, "lora_swiglu_mlp", None))
+        elif hasattr(module, "swiglu_refusal"):
+            rows.append(FusionRow(name, "layers", module.swiglu_refusal))
+    return tuple(rows)
+
+
 def fusion_report(model: nn.Module) -> FusionReport:
     """Which implementation runs each adapted module, ours and PEFT's, and why not the Triton kernels where it is not
     they."""
@@ -72,4 +92,4 @@ def fusion_report(model: nn.Module) -> FusionReport:
             rows.append(FusionRow(name, *module.fusion_path()))
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             rows.append(FusionRow(name, "peft", NOT_ACCELERATED))
-    return FusionReport(tuple(rows), calls_by_path(model), choices())
+    return FusionReport(tuple(rows), mlp_rows(model), calls_by_path(model), choices())

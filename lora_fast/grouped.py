@@ -24,6 +24,7 @@ from lora_fast.dispatch import (
     fake_mask,
     flatten,
     implement,
+    is_batched,
     is_observed,
     is_transformed,
     library,
@@ -338,11 +339,14 @@ def _gradients(ctx, dy, needs_dx, needs_dbias, needs_dA, needs_dB):
     lora_As, lora_Bs = factors[:count], factors[count:]
     if dy is None:
         return None, None, [None] * count, [None] * count
-    if torch.is_grad_enabled():  # create_graph=True: autograd's own gradients of the formula, whose derivative it knows
-        dropped = flatten(x) if mask is None else flatten(x) * reference.unpack_mask(mask[0], flatten(x))
-        y = _plain_update(dropped, lora_As, lora_Bs, scales_of(ctx.scalings, ctx.dropout_p), ctx.segments)
-        if weight is not None:
-            y = y + flatten(x) @ weight.to(x.dtype).t()
+    if torch.is_grad_enabled() or is_batched(dy):  # autograd's own gradients of the formula can be differentiated
+        with torch.enable_grad():
+            factors = [f.view_as(f) for f in factors]  # one may serve two adapters
+            dropped = flatten(x) if mask is None else flatten(x) * reference.unpack_mask(mask[0], flatten(x))
+            scales = scales_of(ctx.scalings, ctx.dropout_p)
+            y = _plain_update(dropped, factors[:count], factors[count:], scales, ctx.segments)
+            if weight is not None:
+                y = y + flatten(x) @ weight.to(x.dtype).t()
         inputs = [t for t, needed in zip((x, *factors), (needs_dx, *needs_dA, *needs_dB)) if needed]
         if y.requires_grad:
             found = torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True, materialize_grads=True)

@@ -16,11 +16,13 @@ from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
     check_linear,
+    check_one_dtype,
     compute_input,
     draw_masks,
     fake_mask,
     flatten,
     implement,
+    is_batched,
     is_observed,
     is_transformed,
     library,
@@ -145,8 +147,10 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
     """(dx, [dA of gate, up and down, dB of gate, up and down]); needs_factors: a flag per factor."""
     x, g, u, s, s_down, mask, mask_h, *rest = ctx.saved_tensors
     weights, biases, lora_As, lora_Bs = (rest[3 * i : 3 * i + 3] for i in range(4))
-    if torch.is_grad_enabled():  # create_graph=True: autograd's own gradients of the formula, whose derivative it knows
-        y = _plain(x, weights, biases, lora_As, lora_Bs, ctx.scalings, mask, mask_h, ctx.dropout_p)
+    if torch.is_grad_enabled() or is_batched(dy):  # autograd's own gradients of the formula can be differentiated
+        with torch.enable_grad():
+            lora_As, lora_Bs = ([f.view_as(f) for f in factors] for factors in (lora_As, lora_Bs))  # may be one twice
+            y = _plain(x, weights, biases, lora_As, lora_Bs, ctx.scalings, mask, mask_h, ctx.dropout_p)
         inputs = [t for t, needed in zip((x, *lora_As, *lora_Bs), (needs_dx, *needs_factors)) if needed]
         found = iter(torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True))
         return next(found) if needs_dx else None, [next(found) if needed else None for needed in needs_factors]
@@ -234,6 +238,7 @@ def lora_swiglu_mlp(
         raise LoraFastError(f"gate is {tuple(weights[0].shape)}, up is {tuple(weights[1].shape)}; expected one shape")
     h = x.new_empty(1).expand(1, weights[0].shape[0])  # its sizes
     check_linear(h, weights[2], lora_As[2], lora_Bs[2], biases[2], dropout_p)
+    check_one_dtype(weights)
     x = compute_input(x, weights[0].dtype)
     p = dropout_p if training else 0.0
     trained = any(t is not None and t.requires_grad for t in (*weights, *biases)) and torch.is_grad_enabled()

@@ -21,11 +21,13 @@ from lora_fast.dispatch import (
     check_devices,
     check_factors,
     check_linear,
+    check_one_dtype,
     compute_input,
     draw_masks,
     fake_mask,
     flatten,
     implement,
+    is_batched,
     is_observed,
     is_transformed,
     library,
@@ -154,7 +156,7 @@ def plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
 
 def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_dA, needs_dB):
     """(dx, dAs, dBs) of a group of layers; weights are None where the base layer ran by itself."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or any(map(is_batched, dys)):  # create_graph=True, or many dys at once
         return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
     backward = torch.ops.lora_fast.linears_backward if is_observed() else _linears_backward
     flags = needs_dx, needs_dA, needs_dB, ctx.triton
@@ -167,8 +169,10 @@ def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_
     )
 
 
+@torch.enable_grad()
 def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB):
-    """The same under create_graph=True: autograd's own gradients of the formula, whose derivative it knows."""
+    """The same by autograd's own gradients of the formula, which it can differentiate and batch."""
+    lora_As, lora_Bs = ([f.view_as(f) for f in factors] for factors in (lora_As, lora_Bs))  # one may serve two layers
     outputs, dys_used = [], []
     for i, (dy, weight) in enumerate(zip(dys, weights)):
         if dy is not None:
@@ -373,6 +377,7 @@ def lora_linears(
         )
     for weight, lora_A, lora_B, bias in zip(weights, lora_As, lora_Bs, biases):
         check_linear(x, weight, lora_A, lora_B, bias, dropout_p)
+    check_one_dtype(weights)
     x = compute_input(x, weights[0].dtype)
     p = dropout_p if training else 0.0
     if is_transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):

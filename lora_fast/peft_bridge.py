@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import LoraFastError
-from lora_fast.fusion import FusionReport, FusionRow, calls_by_path
+from lora_fast.fusion import FusionReport, FusionRow, calls_by_path, mlp_rows
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps
 
@@ -58,7 +58,7 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
     find_groups(peft_model)
     fuse_mlps(peft_model)
     rows = tuple(_row(name, layer, refusals[name]) for name, layer in layers.items())
-    report = FusionReport(rows, calls_by_path(peft_model))
+    report = FusionReport(rows, mlp_rows(peft_model), calls_by_path(peft_model))
     print(report)
     return report
 

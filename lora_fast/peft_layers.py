@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast.backend import why_not_triton
+from lora_fast.dispatch import autocast_dtype
 from lora_fast.ops import lora_update
 from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
 
@@ -104,8 +105,8 @@ def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) 
     if type(x) not in _PLAIN_TENSORS or x.dtype not in _FLOATS:
         return "the input is not a plain floating-point tensor"
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (cast := autocast_dtype(x.device)) is not None:
+        dtype = cast
         if dtype not in _HALF or x.dtype == torch.float64:
             return f"autocast to {dtype} of an input in {x.dtype}"
     elif weight is not None and weight.dtype != dtype:

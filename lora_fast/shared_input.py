@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from lora_fast.dispatch import KERNEL_GROUP
+from lora_fast.dispatch import KERNEL_GROUP, autocast_dtype
 from lora_fast.ops import lora_linear, lora_linears
 
 # A fake tensor has no memory, and else is as plain: what is estimated groups as what runs.
@@ -186,24 +186,19 @@ def _linear(x: Tensor, call: LinearCall) -> Tensor:
 
 
 def _same(before: LinearCall, now: LinearCall) -> bool:
-    """Whether a layer would still compute what was computed for it (a weight may be a fresh view of the old memory)."""
-    return (
-        before.bias is now.bias
-        and before.lora_A is now.lora_A
-        and before.lora_B is now.lora_B
-        and before[4:] == now[4:]
-        and before.weight.untyped_storage()._cdata == now.weight.untyped_storage()._cdata
-        and before.weight.storage_offset() == now.weight.storage_offset()
-    )
+    """Whether a layer would still compute what was computed for it; `_state` tells its weight."""
+    same = before.bias is now.bias and before.lora_A is now.lora_A and before.lora_B is now.lora_B
+    return same and before[4:] == now[4:]
 
 
 def _state(call: LinearCall, x: Tensor) -> tuple:
     """What the result of a call depends on besides x and what `_same` compares: whether a graph is recorded, autocast's
-    dtype, and the versions of its tensors, which count changes in place."""
-    kind = x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtype, the weight's memory (a weight may be a fresh view of the same, or one tensor be given other memory), and the
+    versions of its tensors, which count changes in place."""
+    memory = call.weight.untyped_storage()._cdata, call.weight.storage_offset()
     tensors = call.weight, call.bias, call.lora_A, call.lora_B
-    return torch.is_grad_enabled(), autocast, *(None if t is None else t._version for t in tensors)
+    versions = tuple(None if t is None else t._version for t in tensors)
+    return torch.is_grad_enabled(), autocast_dtype(x.device), memory, versions
 
 
 def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Module, LinearCall]:

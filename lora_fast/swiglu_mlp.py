@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import permutations
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,22 @@ from torch import Tensor, nn
 from lora_fast.mlp import lora_swiglu_mlp
 from lora_fast.shared_input import LinearCall, has_global_hooks
 
-PROBE_ROWS = 4
+PROBE_ROWS = 6
 # Rows are scaled until gate(x), adapter included, is of this size: silu and gelu are alike near zero and far from it,
 # and differ by 8% here.
 PROBE_DEVIATION = 3.0
+# Of the last two rows gate(x), or up(x), is of this size: where models clamp them (limits of 7 to 16 are in use).
+PROBE_FAR = 40.0
+
+
+OTHER_FORMULA = "its forward computes something else than down(silu(gate(x)) * up(x)), on random rows"
+OWN_FORWARD = "its forward is not its class's (accelerate's hooks replace it)"
+
+
+def _others(parent: nn.Module, names: tuple[str, str, str]) -> list[tuple[nn.Module, float | None]]:
+    """The children besides the three layers, with the probability of those that are a dropout."""
+    children = parent._modules.items()
+    return [(child, getattr(child, "p", None)) for name, child in children if name not in names and child is not None]
 
 
 def _is_hooked(layer: nn.Module) -> bool:
@@ -57,6 +70,7 @@ class FusedSwiglu(nn.Module):
 
     base_class: type[nn.Module]
     swiglu_layers: tuple[str, str, str]
+    swiglu_others: list[tuple[nn.Module, float | None]]
     calls_by_path: Counter[tuple[str, str | None]]
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -70,6 +84,9 @@ class FusedSwiglu(nn.Module):
         """What gate, up and down would compute of x now, or why they are called one by one."""
         if not isinstance(x, Tensor):
             return "the input is not a tensor"
+        others = _others(self, self.swiglu_layers)
+        if others != self.swiglu_others or any(_is_hooked(module) for module, _ in others):
+            return "another module inside, an activation or a dropout, was changed or has hooks"
         return _calls([getattr(self, name) for name in self.swiglu_layers], x)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -133,11 +150,12 @@ def _with_values(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
 
 
 @torch.no_grad()
-def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
-    """Whether the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes."""
+def _disagrees(parent: nn.Module, names: tuple[str, str, str]) -> str | None:
+    """None where the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes, else
+    the reason why they stay layers."""
     weight = _weight(getattr(parent, names[0]))
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
-        return False
+        return "its weights are no plain tensors of floating-point numbers"
     if weight.is_meta:
         parent = _with_values(parent, names)
     layers = [getattr(parent, name) for name in names]
@@ -146,21 +164,26 @@ def _agrees(parent: nn.Module, names: tuple[str, str, str]) -> bool:
     x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight)
     calls = _calls(layers, x)
     if isinstance(calls, str):
-        return False
+        return calls
     gate, up, down = layers
-    x *= PROBE_DEVIATION / _sizes(gate(x) - gate(torch.zeros_like(x))).clamp_min(1e-6).to(x)
+    nothing = torch.zeros_like(x)
+    x *= _factors(gate(x) - gate(nothing), up(x) - up(nothing)).to(x)
     expected = down(nn.functional.silu(gate(x)) * up(x))
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        return all(_computes(parent.train(training), layers, x, expected) for training in (False, True))
+        alike = all(_computes(parent.train(training), layers, x, expected) for training in (False, True))
+    return None if alike else OTHER_FORMULA
 
 
-def _sizes(product: Tensor) -> Tensor:
-    """The size (PROBE_ROWS, 1) of each row of gate(x): of two rows the median's, of one the root mean square, of one
-    the largest. Whichever outputs dominate what down adds up, one row then has them where activations differ."""
-    rows = product.float().abs()
+def _factors(gate: Tensor, up: Tensor) -> Tensor:
+    """What each row of x is multiplied by, (PROBE_ROWS, 1), for gate(x) and up(x) of the sizes above: of two rows the
+    median's of gate(x), of one the root mean square, of one the largest. Whichever outputs dominate what down adds up,
+    one row then has them where activations differ. The last two are for clamps, of gate(x) and of up(x)."""
+    rows, others = gate.float().abs(), up.float().abs()
     median = 1.4826 * rows.median(dim=1, keepdim=True).values  # the deviation, of normal numbers
     mean, largest = rows.square().mean(dim=1, keepdim=True).sqrt(), rows.amax(dim=1, keepdim=True)
-    return torch.cat([median[:2], mean[2:3], largest[3:]])
+    far = torch.cat([largest[4:5], others.amax(dim=1, keepdim=True)[5:]])
+    near = PROBE_DEVIATION / torch.cat([median[:2], mean[2:3], largest[3:4]]).clamp_min(1e-6)
+    return torch.cat([near, PROBE_FAR / far.clamp_min(1e-6)])
 
 
 def _computes(parent: nn.Module, layers: list[nn.Module], x: Tensor, expected: Tensor) -> bool:
@@ -175,8 +198,10 @@ def _computes(parent: nn.Module, layers: list[nn.Module], x: Tensor, expected: T
         return False
     # The same layers called in the same dtype: an MLP that is one computes these very bits, or nearly.
     bound = max(torch.finfo(x.dtype).eps / 8, 1e-6)
-    off = (expected.float() - result.float()).norm(dim=1)
-    return bool((off <= bound * result.float().norm(dim=1)).all())
+    same = (expected == result) | (expected.isnan() & result.isnan())  # a row of large numbers may overflow fp16
+    off = (expected.float() - result.float()).masked_fill(same, 0.0).norm(dim=1)
+    size = result.float().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
+    return bool((off <= bound * size).all())
 
 
 @contextmanager
@@ -209,25 +234,39 @@ def _kind(parent: nn.Module) -> Hashable:
 
 def fuse_mlps(model: nn.Module) -> None:
     """Makes every SwiGLU MLP of the model whose three layers run adapters one op, after a probe of each; of those on
-    the meta device, which differ in nothing, one of each class and size is probed."""
-    known: dict[Hashable, tuple[str, str, str] | None] = {}
+    the meta device, which differ in nothing, one of each class and size is probed. A module with three such layers that
+    stays as it is says why in `swiglu_refusal`."""
+    known: dict[Hashable, tuple[tuple[str, str, str], str | None]] = {}
     for parent in list(model.modules()):
-        found = [] if isinstance(parent, FusedSwiglu) or "forward" in parent.__dict__ else list(_candidates(parent))
+        parent.__dict__.pop("swiglu_refusal", None)
+        found = [] if isinstance(parent, FusedSwiglu) else list(_candidates(parent))
         if not found:
+            continue
+        if "forward" in parent.__dict__:
+            parent.swiglu_refusal = OWN_FORWARD
             continue
         key = _kind(parent) if _weight(getattr(parent, found[0][0])).is_meta else parent
         if key not in known:
             with _probed(parent):
-                known[key] = next((names for names in found if _agrees(parent, names)), None)
-        names = known[key]
-        if names is not None:
+                for names in found:
+                    known[key] = names, _disagrees(parent, names)
+                    if known[key][1] is None:
+                        break
+        names, refusal = known[key]
+        if refusal is None:
             parent.__class__ = _fused_class(type(parent))
             parent.swiglu_layers, parent.calls_by_path = names, Counter()
+            parent.swiglu_others = _others(parent, names)
+        else:
+            parent.swiglu_refusal = refusal
 
 
 def unfuse_mlps(model: nn.Module) -> None:
     """Gives every MLP the class back that it had."""
     for module in model.modules():
+        module.__dict__.pop("swiglu_refusal", None)
         if isinstance(module, FusedSwiglu):
-            del module.swiglu_layers, module.calls_by_path
+            del module.swiglu_layers, module.swiglu_others, module.calls_by_path
             module.__class__ = module.base_class
+            if "_old_forward" in module.__dict__:  # accelerate's hook, put on since, calls it
+                module._old_forward = MethodType(module.__class__.forward, module)

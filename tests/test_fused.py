@@ -122,6 +122,17 @@ def test_a_group(dtype, p, route):
     check(mine, low, run(flat(eager(scalings, masks, p)), torch.float64, x, *leaves, dys))
 
 
+def test_an_update_of_a_base_in_another_dtype():
+    """A base layer that runs by itself, in fp32, beside an adapter in fp16: the sum in the base's dtype."""
+    x, base = random(33, 24, dtype=torch.float16, seed=1), random(33, 12, seed=2)
+    lora_A, lora_B = random(5, 24, seed=3), random(12, 5, seed=4)
+    y = lora_update(x, base, lora_A, lora_B, 0.75, backend="triton")
+    s = (x @ lora_A.half().t()).double()
+    exact = base.double() + s @ (0.75 * lora_B).half().double().t()
+    assert y.dtype == torch.float32
+    assert (y.double() - exact).abs().max() <= 2 * torch.finfo(torch.float16).eps * (exact - base.double()).abs().max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_update_alone(dtype, p):

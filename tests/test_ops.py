@@ -481,6 +481,72 @@ def test_no_graph_no_saving():
     assert values["lora_A"].grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("used", [(1,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_outputs_that_nobody_used_leave_the_others_their_masks(backend, used):
+    (x, *_), ns, ranks, p = tensors((5,), 19, 7, 2)[0].values(), (7, 9, 11), (2, 3, 4), 0.4
+    layers = [tensors((5,), 19, n, r, seed=i)[0] for i, (n, r) in enumerate(zip(ns, ranks))]
+    weights, lora_As, lora_Bs = ([layer[name] for layer in layers] for name in ("weight", "lora_A", "lora_B"))
+    ys = lora_linears(x, weights, lora_As, lora_Bs, (0.5, 0.6, 0.7), dropout_p=p, backend=backend)
+    masks = next(t for t in ys[0].grad_fn.saved_tensors if t is not None and t.dtype == torch.uint8)
+    expected = []
+    for i in used:
+        kept = x * reference.unpack_mask(masks[i], x) / (1 - p)
+        update = kept @ lora_As[i].t() @ lora_Bs[i].t() * (0.5, 0.6, 0.7)[i]
+        expected.append(torch.nn.functional.linear(x, weights[i]) + update)
+    leaves = [x, *(lora_As[i] for i in used), *(lora_Bs[i] for i in used)]
+    found, truths = (
+        torch.autograd.grad(sum((i + 1) * y.square().sum() for i, y in enumerate(outputs)), leaves)
+        for outputs in ([ys[i] for i in used], expected)
+    )
+    for gradient, truth in zip(found, truths):
+        torch.testing.assert_close(gradient, truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_many_gradients_at_once(p):
+    """is_grads_batched, also of factors that serve two layers; with p a mask of each layer."""
+    values, _ = tensors((5,), 19, 12, 3, dtype=torch.float64)
+    x, lora_A, lora_B = (values[name] for name in ("x", "lora_A", "lora_B"))
+    weights = [values["weight"], 2 * values["weight"]]
+    torch.manual_seed(1)
+    ys = lora_linears(x, weights, [lora_A] * 2, [lora_B] * 2, (0.5, 0.25), dropout_p=p)
+    dys = [torch.randn(4, *y.shape, dtype=y.dtype) for y in ys]
+    together = torch.autograd.grad(ys, (x, lora_A, lora_B), dys, is_grads_batched=True, retain_graph=True)
+    differentiable = torch.autograd.grad(ys, (x, lora_A, lora_B), [dy[2] for dy in dys], create_graph=True)
+    for i in range(4):
+        one = torch.autograd.grad(ys, (x, lora_A, lora_B), [dy[i] for dy in dys], retain_graph=True)
+        for many, gradient in zip(together, one):
+            torch.testing.assert_close(many[i], gradient)
+    for many, gradient in zip(together, differentiable):
+        torch.testing.assert_close(many[2], gradient)
+
+
+def test_the_meta_device_tells_shapes():
+    values, _ = tensors((5,), 19, 12, 3)
+    x, weight, lora_A, lora_B = (values[name].to("meta") for name in ("x", "weight", "lora_A", "lora_B"))
+    assert lora_linear(x, weight, lora_A, lora_B).shape == lora_update(x, x.new_empty(5, 12), lora_A, lora_B).shape
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("update", [False, True])
+def test_a_backward_inside_autocast_is_the_one_outside(update, p):
+    values, dy = tensors((33,), 70, 12, 5)
+
+    def gradients(**autocast):
+        torch.manual_seed(1)
+        x, weight, lora_A, lora_B = (values[name] for name in ("x", "weight", "lora_A", "lora_B"))
+        if update:
+            y = lora_update(x, x @ weight.t(), lora_A, lora_B, dropout_p=p)
+        else:
+            y = lora_linear(x, weight, lora_A, lora_B, dropout_p=p)
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            return torch.autograd.grad(y, (x, lora_A, lora_B) if not update else (lora_A, lora_B), dy)
+
+    for inside, outside in zip(gradients(), gradients(enabled=False)):
+        assert torch.equal(inside, outside)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_equals_explicit_casts(p, dtype):
@@ -548,6 +614,19 @@ def test_bad_values_are_named():
         bias=None,
         backend="triton",
     )
+
+
+def test_other_numbers_are_refused():
+    refused(
+        "lora_A is torch.int64, lora_B is torch.float32; expected real", lora_A=torch.ones(5, 70, dtype=torch.int64)
+    )
+    refused("lora_B is torch.complex64; expected real", lora_B=torch.ones(12, 5, dtype=torch.complex64))
+    ints = torch.ones(33, 70, dtype=torch.int64)
+    refused("x is torch.int64; expected real", x=ints, weight=torch.ones(12, 70, dtype=torch.int64))
+    values, _ = tensors((33,), 70, 12, 5)
+    x, weight, lora_A, lora_B = (values[name].detach() for name in ("x", "weight", "lora_A", "lora_B"))
+    with pytest.raises(LoraFastError, match=r"the weights are torch.float32, torch.float16; expected one dtype"):
+        lora_linears(x, [weight, weight.half()], [lora_A] * 2, [lora_B] * 2, (1.0, 1.0))
 
 
 def test_update_refuses_too():

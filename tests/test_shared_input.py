@@ -155,10 +155,13 @@ def test_a_switch_in_between_is_seen():
     torch.testing.assert_close(got, twin(x_and_base()[0]), rtol=0, atol=64 * EPS)
 
 
-@pytest.mark.parametrize("what", ["lora_B", "lora_A", "weight", "autocast"])
+@pytest.mark.parametrize("what", ["lora_B", "lora_A", "weight", "another part of one memory", "autocast"])
 @torch.no_grad()
 def test_weights_changed_and_autocast_left_in_between_are_seen(what):
     model, (x, _) = adapted(), x_and_base(False)
+    both = torch.stack([model.k.weight, 3 * model.k.weight])
+    if what == "another part of one memory":
+        model.k.weight.data = both[0]
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         model.q(x)
     assert shared_input._slot.waiting
@@ -166,6 +169,8 @@ def test_weights_changed_and_autocast_left_in_between_are_seen(what):
         getattr(model.k, what)["default"].weight.mul_(3)
     elif what == "weight":
         model.k.weight.add_(3)
+    elif what == "another part of one memory":
+        model.k.weight.data = both[1]
     got = model.k(x)
     torch.testing.assert_close(got, apart(model).k(x), rtol=1e-5, atol=64 * EPS)
 

@@ -121,6 +121,32 @@ def test_what_only_looks_like_one_is_left_alone(forward, dtype):
     assert not fused(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("limit", [7.0, 16.0, 20.0])
+@pytest.mark.parametrize("what", ["gate", "up", "silu"])
+def test_a_clamp_that_only_large_numbers_meet_is_seen(what, limit, dtype):
+    """As of gpt-oss, DeepSeek-V4, Step-3.7: inputs of usual size never reach it."""
+
+    class Clamped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+
+        def forward(self, x):
+            gate, up = self.gate(x), self.up(x)
+            gate = gate.clamp(max=limit) if what == "gate" else gate
+            up = up.clamp(-limit, limit) if what == "up" else up
+            act = nn.functional.silu(gate)
+            return self.down((act.clamp(max=limit) if what == "silu" else act) * up)
+
+    model = apply_lora(Clamped().to(dtype), LoraConfig(r=3))
+    assert not fused(model)
+    limit = 1e9
+    fuse_mlps(model)
+    assert len(fused(model)) == (dtype != torch.float16)  # which has no number as large
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("large", ["adapter", "a few of gate's outputs"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -291,9 +317,71 @@ def test_compiles_without_a_break():
     torch.testing.assert_close(compiled(**CAUSAL_LM).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_the_report_says_so():
+class WithModules(Swiglu):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.dropout(self.act(self.gate(x)) * self.up(x)))
+
+
+@pytest.mark.parametrize("change", ["hook", "other activation", "dropout", "none"])
+def test_what_happens_to_the_modules_inside_is_seen(change):
+    model = apply_lora(WithModules(), LoraConfig(r=3, init_lora_weights=False)).train()
+    assert len(fused(model)) == 1
+    if change == "hook":
+        model.act.register_forward_hook(lambda module, args, output: 2 * output)
+    elif change == "other activation":
+        model.act = nn.GELU()
+    elif change == "dropout":
+        model.dropout.p = 0.5
+    x = torch.randn(5, 8)
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, by_layers(model)(x))
+    assert next(iter(calls_by_path(model)))[0] == ("lora_swiglu_mlp" if change == "none" else "layers")
+
+
+def test_it_goes_though_accelerate_hooked_it_since():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
     model = injected()
-    step(model)
+    plain = copy.deepcopy(model)
+    remove_lora(plain)
+    expected = plain(**CAUSAL_LM).logits
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, ModelHook())
+    remove_lora(model)
+    assert torch.equal(model(**CAUSAL_LM).logits, expected)
+
+
+@pytest.mark.parametrize("with_peft", [False, True])
+def test_the_report_says_so(with_peft):
+    if with_peft:
+        lora = {"target_modules": "all-linear", "r": 5}
+        model = peft.get_peft_model(build("llama"), peft.LoraConfig(**lora))
+        report = accelerate_peft(model)
+    else:
+        model = injected()
+        step(model)
+        report = fusion_report(model)
+        assert report.calls["lora_swiglu_mlp", None] == 2
+        assert "2 calls so far took lora_swiglu_mlp" in str(report)
+    assert [(row.path, row.reason) for row in report.mlps] == 2 * [("lora_swiglu_mlp", None)]
+    assert "2 MLPs of three of them\n     2 lora_swiglu_mlp" in str(report)
+
+
+def test_the_report_says_why_an_mlp_stays_as_it_is():
+    model = injected("gemma3")
     report = fusion_report(model)
-    assert report.calls["lora_swiglu_mlp", None] == 2
-    assert "2 calls so far took lora_swiglu_mlp" in str(report)
+    assert {row.path for row in report.mlps} == {"layers"} and len(report.mlps) == len(model.model.layers)
+    assert "something else than down(silu(gate(x)) * up(x)), on random rows (e.g. model.layers.0.mlp)" in str(report)
+    model = build("llama")
+    model.model.layers[0].mlp.forward = model.model.layers[0].mlp.forward
+    apply_lora(model, LoraConfig(r=3, target_modules="all-linear"))
+    first, second = fusion_report(model).mlps
+    assert first.reason.startswith("its forward is not its class's") and second.path == "lora_swiglu_mlp"
+    remove_lora(model)
+    assert not fusion_report(model).mlps
