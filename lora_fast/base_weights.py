@@ -1,8 +1,10 @@
 """The base weights beneath an adapter's updates, from safetensors or a model, a panel of rows in memory at a time."""
 
+import json
 import math
 import os
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,10 @@ from lora_fast.config import LoraFastError, few
 
 # Bytes of a panel in float64.
 _PANEL_BYTES = 1 << 26
+
+
+# What models call the input embedding that a tied output head is.
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
 
 
 class BaseWeight(NamedTuple):
@@ -65,6 +71,8 @@ def base_weights(base: str | os.PathLike | nn.Module, found: AdapterUpdates) -> 
     weights, missing = {}, []
     for layer, lora_A, lora_B, _ in found.factors:
         key = _matching_name(f"{layer}.weight", stored)
+        if key is None and _is_tied_head(layer, base):
+            key = next(filter(None, (_matching_name(name, stored) for name in EMBEDDINGS)), None)
         if key is None:
             missing.append(f"{layer}.weight")
             continue
@@ -84,6 +92,19 @@ def base_weights(base: str | os.PathLike | nn.Module, found: AdapterUpdates) -> 
             "name weights otherwise, load it and give the model"
         )
     return weights
+
+
+def _is_tied_head(layer: str, base: str | os.PathLike | nn.Module) -> bool:
+    """Whether the layer is an output head that the checkpoint leaves out, its config.json saying that the embedding
+    serves as one."""
+    if isinstance(base, nn.Module) or not layer.endswith("lm_head"):
+        return False
+    folder = Path(base) if Path(base).is_dir() else Path(base).parent
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings")))
 
 
 def _matching_name(name: str, names: Collection[str]) -> str | None:

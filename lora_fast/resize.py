@@ -366,6 +366,10 @@ def balanced_factors(U: Tensor, S: Tensor, V: Tensor, dtype: torch.dtype) -> tup
     roots = S.sqrt().to(U.device)
     exact_A, exact_B = roots[:, None] * V.mT, U * roots
     lora_A, lora_B = exact_A.to(dtype), exact_B.to(dtype)
+    if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        raise LoraFastError(
+            f"the factors of an update with σ₁ = {float(S[0]):.1e} reach beyond {dtype}; write them in another dtype"
+        )
     lost_A, lost_B = lora_A.double() - exact_A, lora_B.double() - exact_B
     # lora_B lora_A − U Σ Vᵀ = lost_B √Σ Vᵀ + lora_B lost_A, whose norm takes two Gram matrices of rank 2 k.
     left, right = torch.cat([lost_B, lora_B.double()], dim=1), torch.cat([exact_A, lost_A])

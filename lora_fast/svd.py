@@ -167,6 +167,11 @@ def _batch_svds(
 def _core_svds(lora_As, lora_Bs, scales, vectors, backend) -> tuple[CoreSvd, Tensor, float]:
     """The first pass, ‖b_i‖‖a_i‖ of every matrix (n, R), and what the core's SVD adds to a certificate."""
     R, like = lora_As[0].shape[0], lora_As[0]
+    if backend == "triton" and like.dtype != lora_Bs[0].dtype:
+        raise LoraFastError(
+            f"backend='triton': lora_A is {like.dtype}, lora_B is {lora_Bs[0].dtype}; the kernels take one dtype, "
+            "backend='auto' takes both"
+        )
     if like.dtype == lora_Bs[0].dtype and runs_triton(backend, "update_svds", like, R):
         from lora_fast.kernels import gram, jacobi
 
@@ -177,7 +182,8 @@ def _core_svds(lora_As, lora_Bs, scales, vectors, backend) -> tuple[CoreSvd, Ten
         gram_b, gram_a = partials.sum().split(len(lora_As))
     else:
         gram_b, gram_a = reference_svd.grams(lora_Bs), reference_svd.grams([a.mT for a in lora_As])
-    norms = (torch.diagonal(gram_b, dim1=1, dim2=2) * torch.diagonal(gram_a, dim1=1, dim2=2)).sqrt()
+    # The root of each: the product of two squares would overflow where neither does.
+    norms = torch.diagonal(gram_b, dim1=1, dim2=2).sqrt() * torch.diagonal(gram_a, dim1=1, dim2=2).sqrt()
     return reference_svd.svd_of_grams(gram_b, gram_a, scales, vectors), norms, _LAPACK
 
 

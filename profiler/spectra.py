@@ -233,12 +233,21 @@ def kinds(layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "layers": len(members),
             "shapes": [list(shape) for shape in dict.fromkeys(tuple(layer["shape"]) for layer in members)],
             "rank": _over([layer["rank"] for layer in members]),
-            **{name: _over([value_of(layer, name) for layer in members]) for name in QUANTITIES},
+            **{name: _over([value_of(layer, name) for layer in _having(name, members)]) for name in QUANTITIES},
             "status": dict(sorted(_counts(layer["status"] for layer in members).items())),
             "zero": sum(layer["spectral_norm"] == 0 for layer in members),
         }
         for kind, members in found.items()
     ]
+
+
+# An update that is zero has none of these; the others' are still worth their median.
+OF_AN_UPDATE = ("gap", "amplification")
+
+
+def _having(name: str, members: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    live = [layer for layer in members if layer["spectral_norm"] > 0] if name in OF_AN_UPDATE else members
+    return live or members
 
 
 def value_of(layer: Mapping[str, Any], name: str) -> float | None:

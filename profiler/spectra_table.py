@@ -1,6 +1,7 @@
 """A spectra document, or a report of a written adapter, for people on a terminal: a row per kind of module, or per
 layer, then the readings with their sources."""
 
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ EXPENDABLE = (
     ("relative_size", "corrected_effective_rank"),
     ("corrected_r90",),
     ("frobenius_norm",),
+    ("shape",),
+    ("r99",),
 )
 
 # Relative errors above this are told of: an adapter's σ are certified to 1e-9, but for rare ones.
@@ -107,7 +110,9 @@ def _table_without(hidden: set[str], found: Mapping[str, Any], console: Console,
     table.add_column("\n" + ("layer" if by_layer else "module"), no_wrap=not by_layer, overflow="fold")
     if not by_layer:
         table.add_column("\nlayers", justify="right", no_wrap=True)
-    table.add_column("\nN × K" if dense else "\nr", justify="right", no_wrap=True)
+    sized = not (dense and "shape" in hidden)
+    if sized:
+        table.add_column("\nN × K" if dense else "\nr", justify="right", no_wrap=True)
     for i in kept:
         table.add_column(columns[i][0], justify="right", no_wrap=True)
     table.add_column("\nstatus", no_wrap=True)
@@ -115,7 +120,7 @@ def _table_without(hidden: set[str], found: Mapping[str, Any], console: Console,
     for row, values in zip(rows, cells):
         first = [row["name"].removeprefix(shared)] if by_layer else [row["kind"], str(row["layers"])]
         of = _shape(row, by_layer) if dense else _rank(row, by_layer)
-        table.add_row(*first, of, *(values[i] for i in kept), _status(row, by_layer))
+        table.add_row(*first, *([of] if sized else []), *(values[i] for i in kept), _status(row, by_layer))
     return table
 
 
@@ -287,9 +292,10 @@ def suggestion_lines(found: Mapping[str, Any]) -> list[str]:
         line += f", or each layer its own, {ranks[0]} to {ranks[-1]} ({si(total)}{share(total)})"
     source = found["source"]
     command = (
-        f"lora-fast resize {source['adapter']} OUT --energy {advice['energy']}"
+        f"lora-fast resize {shlex.quote(source['adapter'])} OUT --energy {advice['energy']}"
         if source.get("adapter")
-        else f"lora-fast extract --base {source['base']} --tuned {source['tuned']} OUT --rank {advice['rank']}"
+        else f"lora-fast extract --base {shlex.quote(source['base'])} --tuned {shlex.quote(source['tuned'])} OUT "
+        f"--rank {advice['rank']}"
     )
     return ["", line, f"  {command}"]
 
@@ -307,7 +313,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     order = lambda kind: KIND_ORDER.index(kind) if kind in KIND_ORDER else len(KIND_ORDER)  # noqa: E731
     rows = [(kind, _report_cells(kinds[kind])) for kind in sorted(kinds, key=order)]
     rows.append(("all", _report_cells(report["layers"])))
-    for hidden in ((), ("trained\nnow",)):  # where the window is too narrow
+    expendable = ("trained\nnow", "rank\nbefore", "\nlayers", "error\n‖·‖_F")  # where the window is too narrow
+    for hidden in (expendable[:count] for count in range(len(expendable) + 1)):
         table = _new_table(None, console)
         table.add_column("\nmodule", no_wrap=True)
         for head in (head for head in rows[0][1] if head not in hidden):

@@ -219,6 +219,42 @@ def test_the_suggestion_keeps_what_it_says(here, capsys):
     assert {layer["name"]: layer["rank"] for layer in report["layers"]} == needed
 
 
+def test_names_in_what_it_suggests_can_be_pasted(here, capsys):
+    (here / "one more").symlink_to(here / "one")
+    _, out, _ = run(capsys, "svd", "one more", "--out", "run")
+    assert "lora-fast resize 'one more' OUT --energy 0.99" in out
+
+
+def test_an_output_head_tied_to_the_embedding_has_its_weight(here, capsys):
+    """Its checkpoint holds the embedding alone; config.json says that it is both."""
+    g = torch.Generator().manual_seed(4)
+    embedding, lora_A, lora_B = (torch.randn(*shape, generator=g) for shape in ((33, 29), (R, 29), (33, R)))
+    write(here / "head", {"lm_head": (lora_A, lora_B)}, target_modules=["lm_head"])
+    base = here / "tied"
+    base.mkdir()
+    save_file({"model.embed_tokens.weight": embedding}, base / "model.safetensors")
+    for config in ({}, {"tie_word_embeddings": False}):
+        (base / "config.json").write_text(json.dumps(config))
+        code, _, err = run(capsys, "svd", "head", "--base", "tied", "--out", "run")
+        assert code == 2 and "base='tied' holds no lm_head.weight" in err
+    for run_name, config in (
+        ("a", {"tie_word_embeddings": True}),
+        ("b", {"text_config": {"tie_word_embeddings": True}}),
+    ):
+        (base / "config.json").write_text(json.dumps(config))
+        (layer,) = run_json(capsys, "svd", "head", "--base", "tied", "--out", run_name)["layers"]
+        update = SCALING * lora_B.double() @ lora_A.double()
+        assert layer["relative_size"] == pytest.approx(float(update.norm() / embedding.norm()), rel=1e-5)
+
+
+def test_a_layer_without_an_update_takes_no_gap_from_the_others(here):
+    layers = [spectrum(f"model.layers.{i}.mlp.up_proj", [4.0, 2.0 + i] if i < 2 else [0.0, 0.0]) for i in range(3)]
+    (kind,) = document_of(*layers)["kinds"]
+    gaps = [spectra.value_of(layer, "gap") for layer in document_of(*layers)["layers"]]
+    assert gaps[2] is None and kind["zero"] == 1
+    assert [kind["gap"]["min"], kind["gap"]["max"]] == sorted(gaps[:2])
+
+
 def test_the_table_shows_the_numbers_and_the_files(here, capsys):
     code, out, err = run(capsys, "svd", "one", "--base", "base", "--layers")
     assert code == 0 and "\x1b" not in out and "Traceback" not in err
@@ -600,7 +636,8 @@ def test_every_document_can_be_shown(case):
             assert "…" not in text.partition("Medians")[0]
 
 
-def test_tables_fit_into_80_columns():
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_fit_into_narrow_windows(width):
     """Of the modules of a 7B model, a full fine-tune's spectra and what was made of an adapter: nothing is cut."""
     shapes = {"q_proj": (4096, 4096), "down_proj": (4096, 11008), "embed_tokens": (32000, 4096)}
     found = {}
@@ -612,7 +649,14 @@ def test_tables_fit_into_80_columns():
             found[name] = replace(spectrum(name, values), shape=shape, **fields)
     document = spectra.document(found, source={"base": "b", "tuned": "t"}, device="cpu")
     layers = [
-        {"name": name, "shape": [1, 1], "old_rank": 128, "rank": 100 + i, "kept_energy": 0.98765, "error": 0.0607}
+        {
+            "name": name,
+            "shape": [1, 1],
+            "old_rank": 128,
+            "rank": 100 + i,
+            "kept_energy": 0.98765 - i / 1000,
+            "error": 0.0607,
+        }
         | {"frobenius_norm": 1.0, "noise_energy": None}
         for i, name in enumerate(found)
     ]
@@ -620,10 +664,14 @@ def test_tables_fit_into_80_columns():
     for draw in (lambda console: print_spectra(document, console), lambda console: print_report(report, console)):
         for terminal in (False, True):
             stream = io.StringIO()
-            draw(Console(file=stream, width=80, force_terminal=terminal, color_system=None))
+            draw(Console(file=stream, width=width, force_terminal=terminal, color_system=None))
             text = stream.getvalue()
             assert "…" not in text and all(kind in text for kind in shapes)
-            assert max(len(line) for line in text.splitlines() if "lora-fast " not in line) <= 80
+            if terminal:  # a file's lines may be longer, so that nothing is missing
+                assert max(len(line) for line in text.splitlines() if "lora-fast " not in line) <= width
+    rows = {line.split()[0]: line for line in text.replace("│", " ").splitlines() if line.strip()}
+    for i, kind in enumerate(shapes):  # three layers of each: the least of what they keep
+        assert f"{0.98765 - (3 * i + 2) / 1000:.3%}" in rows[kind]
 
 
 def colour_of(value: float, low: float, high: float, scale: str):

@@ -245,6 +245,19 @@ def test_topk_gives_lower_bounds_and_says_how_far_off_they_can_be(tmp_path, N, K
     assert delta_spectra(*files, method="topk", k=70)["w"].method == "exact"
 
 
+def test_the_certificate_of_topk_covers_small_values_below_a_large_one(tmp_path):
+    """Their relative error is far above the residual over σ₁."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.cat([torch.ones(1), torch.linspace(1.1e-3, 1e-3, 199)]).double()
+    U, V = (torch.linalg.qr(torch.randn(n, 200, generator=generator, dtype=torch.float64))[0] for n in (300, 200))
+    files = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
+    for file, weight in zip(files, (torch.zeros(300, 200, dtype=torch.float64), U * values @ V.mT)):
+        save_file({"a.weight": weight}, file)
+    (found,) = delta_spectra(*files, method="topk", k=5).values()
+    error = ((values[:5] - found.singular_values) / found.singular_values).max()
+    assert 1e-3 < error <= found.certificate
+
+
 def test_topk_of_a_low_rank_update_is_exact(tmp_path):
     base = random(500, 380)
     files = pair_of(tmp_path, {"w": base}, {"w": base + low_rank(500, 380, 6, 2.0)})

@@ -323,6 +323,18 @@ def test_an_adapter_may_be_resized_in_place(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_factors_beyond_their_dtype_are_not_written(tmp_path):
+    """√σ of such an update is more than fp16 holds: in place, what was there stays."""
+    source = random_adapter(tmp_path / "in", dtype=torch.float16)
+    file = source / WEIGHTS_NAME
+    save_file({key: torch.full_like(value, 6e4) for key, value in load_file(file).items()}, file)
+    before = file.read_bytes()
+    refused(lambda: resize_adapter(source, source, rank=1), "reach beyond torch.float16", "another dtype")
+    assert file.read_bytes() == before
+    report = resize_adapter(source, tmp_path / "out", rank=1, dtype=torch.float32)
+    assert report.rounding_error < 1e-5 * max(layer.frobenius_norm for layer in report.layers)
+
+
 def refused(call, *said):
     with pytest.raises(LoraFastError) as error:
         call()

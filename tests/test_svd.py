@@ -218,6 +218,25 @@ def test_sizes_far_from_one(exponent):
     assert torch.linalg.matrix_norm(U * S @ Vh - update) <= 1e-13 * S[0]
 
 
+@pytest.mark.parametrize(("of_A", "of_B"), [(1e80, 1e80), (1e140, 1e20), (1e-80, 1e-80)])
+def test_float64_factors_whose_norms_are_beyond_the_square_root_of_its_range(of_A, of_B):
+    g = torch.Generator().manual_seed(6)
+    lora_A = torch.randn(5, 33, generator=g, dtype=torch.float64)
+    lora_B = torch.randn(40, 5, generator=g, dtype=torch.float64)
+    (found,) = update_svds([of_A * lora_A], [of_B * lora_B], [0.3])
+    expected = torch.linalg.svdvals(0.3 * lora_B @ lora_A)[:5]
+    assert found.status == "ok" and torch.allclose(found.S / (of_A * of_B), expected, rtol=1e-9, atol=0)
+
+
+def test_the_kernels_refuse_factors_of_two_dtypes():
+    lora_A, lora_B = torch.eye(2, 5, dtype=torch.float16), torch.eye(4, 2)
+    with pytest.raises(
+        LoraFastError, match=r"lora_A is torch\.float16, lora_B is torch\.float32; the kernels take one"
+    ):
+        update_svds([lora_A], [lora_B], [1.0], backend="triton")
+    assert update_svds([lora_A], [lora_B], [1.0])[0].status == "ok"
+
+
 def test_a_scaling_for_each_update():
     lora_A, lora_B, _ = CASES["random, fp32"]
     for scalings in ([1.0], [1.0, 2.0, 3.0]):
