@@ -8,9 +8,12 @@
 The loop over K is the one of our own GEMM, tiles and descriptors included, so that what differs is the design and not
 how well somebody tuned a loop. Off a GPU, and without Triton's interpreter, PyTorch computes the same."""
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
+from timing import fastest
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -19,11 +22,14 @@ from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.gemm_lora import (
     BLOCK_R,
     GROUP_M,
+    Tile,
     _add_product,
     _add_update,
     _place,
     _sms,
-    is_aligned,
+    _store,
+    are_aligned,
+    candidates,
     pick_tile,
     uses_descriptors,
 )
@@ -62,7 +68,7 @@ def split_dropout(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
 def _update_first_kernel(
     x, w, sizes, s, b, update_strides, rank, kept, stride_kept, y, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     stop = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0)):
@@ -77,27 +83,37 @@ def _update_first_kernel(
             keep = tl.load(kept + rows[:, None] * stride_kept + columns[None, :], inside, 0)  # (BLOCK_M, BLOCK_N)
             acc = tl.where(keep != 0, acc, 0.0)
         acc = _add_product(acc, x, w, sizes, row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
-        if DESCRIPTORS:
-            y.store([row, column], acc.to(y.dtype))
-        else:
-            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+        _store(y, acc, row, column, M, N, DESCRIPTORS, STORES)
 
 
 def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None = None) -> Tensor:
-    """x (M, K), w (K, N), s (M, R), b (R, N), kept int8 (M, N) → x w + kept ∘ (s b) (M, N)."""
+    """x (M, K), w (K, N), s (M, R), b (R, N), kept int8 (M, N) → x w + kept ∘ (s b) (M, N), on a GPU in the fastest of
+    the tiles that our own kernel chooses from."""
     if not runs_kernels(x):
         update = s @ b if kept is None else (s @ b) * kept
         return update.addmm_(x, w)
+    capability = capability_of(x)
+    # As for one mask: the update needs registers before the loop.
+    kind = {"masks": 1, "aligned": are_aligned([x], [w], capability)}
+    if not x.is_cuda:
+        return _launch(x, w, s, b, kept, pick_tile(x.shape[0], w.shape[1], x.dtype, capability, **kind))
+    key = (*x.shape, *w.shape, w.stride(), s.shape[1], kept is None, x.dtype)
+    if key not in _fastest:
+        tiles = candidates(x.dtype, capability, **kind)
+        _fastest[key] = fastest({tile: partial(_launch, x, w, s, b, kept, tile) for tile in tiles})
+    return _launch(x, w, s, b, kept, _fastest[key])
+
+
+_fastest: dict[tuple, Tile] = {}
+
+
+def _launch(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None, tile: Tile) -> Tensor:
     (M, K), N, R = x.shape, w.shape[1], s.shape[1]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     capability = capability_of(x)
+    descriptors = uses_descriptors(capability) and are_aligned([x], [w], capability)
     w_is_nk = w.stride(0) == 1
     stored_w = w.t() if w_is_nk else w
-    descriptors = uses_descriptors(capability)
-    aligned = all(is_aligned(tensor, descriptors) for tensor in (x, stored_w, y))
-    descriptors = aligned and descriptors
-    # As for one mask: the update needs registers before the loop.
-    tile = pick_tile(M, N, x.dtype, capability, masks=1, aligned=aligned)
 
     def operand(tensor: Tensor, *block: int) -> Tensor | TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, list(block)) if descriptors else tensor
@@ -108,10 +124,10 @@ def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None
         operand(x, tile.block_m, tile.block_k), operand(stored_w, *w_block) if descriptors else w,
         (K, x.stride(0), w.stride(0), w.stride(1)),
         s, b, (s.stride(0), b.stride(0), b.stride(1)), R, kept, 0 if kept is None else kept.stride(0),
-        operand(y, tile.block_m, tile.block_n), M, N,
+        operand(y, tile.block_m, tile.block_n // tile.stores), M, N,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_R=min(max(triton.next_power_of_2(R), 16), BLOCK_R), GROUP_M=GROUP_M,
-        DESCRIPTORS=descriptors, W_IS_NK=w_is_nk,
+        DESCRIPTORS=descriptors, W_IS_NK=w_is_nk, STORES=tile.stores,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

@@ -221,6 +221,23 @@ def _add_update(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: t
 
 
 @triton.jit
+def _store(y, acc, row, column, M, N, DESCRIPTORS: tl.constexpr, STORES: tl.constexpr):
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if DESCRIPTORS and STORES == 2:
+        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        y.store([row, column], left.to(y.dtype))
+        y.store([row, column + BLOCK_N // 2], right.to(y.dtype))
+    elif DESCRIPTORS:
+        y.store([row, column], acc.to(y.dtype))
+    else:
+        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
 def gemm_lora_kernel(
     x0, x1, x2,  # up to three x (M, K) and w (K, N): descriptors or pointers (triton 3.6 takes no tuple of descriptors)
     w0, w1, w2,
@@ -284,14 +301,7 @@ def gemm_lora_kernel(
 
         if len(masks) == 0:
             acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2)
-        if DESCRIPTORS and STORES == 2:
-            left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            y.store([row, column], left.to(y.dtype))
-            y.store([row, column + BLOCK_N // 2], right.to(y.dtype))
-        elif DESCRIPTORS:
-            y.store([row, column], acc.to(y.dtype))
-        else:
-            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+        _store(y, acc, row, column, M, N, DESCRIPTORS, STORES)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
