@@ -25,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 # Read as torch is loaded. Threads that wait by spinning fight with whatever else runs: on two busy cores all arms took
@@ -61,8 +62,11 @@ MODELS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Beyond this many bytes of factors the torch arms, which hold them twice in fp64, are left out.
 TORCH_BYTES = 2 << 30
-# A dense SVD of the largest shape above this many multiply-adds takes minutes.
-DENSE_LIMIT = {"cpu": 4096 * 4096 * 11008, "cuda": 8192 * 8192 * 28672}
+# A dense SVD of the largest shape above this many multiply-adds takes minutes, on a GPU too.
+DENSE_LIMIT = 4096 * 4096 * 11008
+# Seconds that have to be left for those of a model.
+DENSE_S = 30
+SCALING = 2.0
 OURS, AGAIN, FILE = "lora_fast", "lora_fast again", "lora_fast from the file"
 COLUMNS = (
     *PROVENANCE,
@@ -125,11 +129,14 @@ def qr_svd(groups: list[tuple[Tensor, Tensor]], scaling: float, dtype: torch.dty
 
 def kernel_ms(call: Callable[[], object], calls: int = 20) -> float:
     """Milliseconds of kernels in one call, on the GPU's own clock."""
+    call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e3 / calls
+    others = ("Memcpy", "Memset", "Activity Buffer")  # a resident adapter's spectra need no copy
+    events = [event for event in profile.key_averages() if not event.key.startswith(others)]
+    return sum(event.self_device_time_total for event in events) / 1e3 / calls
 
 
 def synchronize(device: torch.device) -> None:
@@ -188,11 +195,17 @@ def sampled_ms(call: Callable[[Tensor], object], factors: list[tuple[Tensor, Ten
     return total
 
 
-def measure(model: str, R: int, dtype_name: str, args, dense_ms: dict[str, float]) -> list[dict]:
+def exact_of(sample: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(updates, R) by QR and SVD in fp64, on the CPU."""
+    return torch.stack([qr_svd([(a[None], b[None])], SCALING, torch.float64)[0][0].cpu() for a, b in sample])
+
+
+def measure(model: str, R: int, dtype_name: str, args) -> Iterator[dict]:
+    """A row for each arm that never forms ΔW."""
     device = args.device
     named = make_factors(model, R, DTYPES[dtype_name], device)
-    factors, scaling = list(named.values()), 2.0
-    As, Bs, scalings = [a for a, _ in factors], [b for _, b in factors], [scaling] * len(factors)
+    factors = list(named.values())
+    As, Bs, scalings = [a for a, _ in factors], [b for _, b in factors], [SCALING] * len(factors)
     size = sum(t.numel() * 8 for pair in factors for t in pair)
     groups = stacked(factors) if size <= TORCH_BYTES or device.type == "cuda" else []
     with tempfile.TemporaryDirectory(prefix="bench-svd-") as folder:
@@ -203,52 +216,61 @@ def measure(model: str, R: int, dtype_name: str, args, dense_ms: dict[str, float
             FILE: lambda: adapter_spectra(folder, device=device),
         }
         if groups:
-            arms["torch Gram + eigh, fp64"] = lambda: gram_eigh(groups, scaling)
-            arms["torch QR + SVD, fp64"] = lambda: qr_svd(groups, scaling, torch.float64)
-            arms["torch QR + SVD, fp32"] = lambda: qr_svd(groups, scaling, torch.float32)
+            arms["torch Gram + eigh, fp64"] = lambda: gram_eigh(groups, SCALING)
+            arms["torch QR + SVD, fp64"] = lambda: qr_svd(groups, SCALING, torch.float64)
+            arms["torch QR + SVD, fp32"] = lambda: qr_svd(groups, SCALING, torch.float32)
         times = rounds_of(arms, args.rounds, device, args.deadline)
         peak = peak_MiB(folder, device)
 
-    first = list(MODELS[model][1])
-    sample = [named[f"model.layers.0.{name}"] for name in first]
-    exact = torch.stack(
-        [s[0] for s in (qr_svd([(a[None], b[None])], scaling, torch.float64)[0].cpu() for a, b in sample)]
-    )
+    sample = sample_of(named, model)
+    exact = exact_of(sample)
     alone = [(a[None], b[None]) for a, b in sample]
-    ours = torch.stack([found.S for found in update_svds(*zip(*sample), [scaling] * len(sample))])
+    ours = torch.stack([found.S for found in update_svds(*zip(*sample), [SCALING] * len(sample))])
     errors = {OURS: max_error(ours, exact)}
     for name, call in {
-        "torch Gram + eigh, fp64": lambda: gram_eigh(alone, scaling),
-        "torch QR + SVD, fp32": lambda: qr_svd(alone, scaling, torch.float32),
+        "torch Gram + eigh, fp64": lambda: gram_eigh(alone, SCALING),
+        "torch QR + SVD, fp32": lambda: qr_svd(alone, SCALING, torch.float32),
     }.items():
         errors[name] = max_error(torch.cat(call()), exact)
 
-    rows = []
     for name, samples in times.items():
         ratio, (low, high) = ratio_with_interval(np.array(samples), np.array(times[OURS]))
         p20, p50, p80 = np.percentile(samples, [20, 50, 80])
         row = {"provider": name, "ms_p20": f"{p20:.2f}", "ms_p50": f"{p50:.2f}", "ms_p80": f"{p80:.2f}"}
         row |= {"ratio_to_lora_fast": f"{ratio:.3f}", "ratio_low": f"{low:.3f}", "ratio_high": f"{high:.3f}"}
         row |= {"rounds": len(samples), "max_error": f"{errors[name]:.1e}" if name in errors else ""}
-        rows.append(row | {"peak_MiB": f"{peak:.0f}" if name == FILE else ""})
+        yield row | {"peak_MiB": f"{peak:.0f}" if name == FILE else ""}
     if device.type == "cuda":
         milliseconds = kernel_ms(arms[OURS])
         row = {"provider": "lora_fast kernels", "ms_p50": f"{milliseconds:.3f}", "rounds": 20}
-        rows.append(row | {"ratio_to_lora_fast": f"{milliseconds / float(np.median(times[OURS])):.3f}"})
-    largest = max(a.shape[1] * b.shape[0] * min(a.shape[1], b.shape[0]) for a, b in factors)
-    if largest <= DENSE_LIMIT[device.type] and not args.no_dense:
-        ours_ms = float(np.median(times[OURS]))
-        dense = {"svd_lowrank": lambda w: torch.svd_lowrank(w, q=R, niter=2)[1], "dense": torch.linalg.svdvals}
-        for name, call in dense.items():
-            # ΔW has the same size at every rank, and so a dense SVD of it takes the same time.
-            known = dense_ms.get(model) if name == "dense" else None
-            total = sampled_ms(call, factors, device) if known is None else known
-            if name == "dense":
-                dense_ms[model] = total
-            found = torch.stack([scaling * call(b.float() @ a.float())[:R].cpu() for a, b in sample[:1]])
-            row = {"provider": name, "ms_p50": f"{total:.2f}", "ratio_to_lora_fast": f"{total / ours_ms:.1f}"}
-            rows.append(row | {"rounds": 1, "max_error": f"{max_error(found, exact[:1]):.1e}"})
-    return [{"model": model, "matrices": len(factors), "R": R, "dtype": dtype_name, **row} for row in rows]
+        yield row | {"ratio_to_lora_fast": f"{milliseconds / float(np.median(times[OURS])):.3f}"}
+
+
+def sample_of(named: dict[str, tuple[Tensor, Tensor]], model: str) -> list[tuple[Tensor, Tensor]]:
+    """The updates of the first layer."""
+    return [named[f"model.layers.0.{name}"] for name in MODELS[model][1]]
+
+
+def measure_dense(
+    model: str, R: int, dtype_name: str, args, ours_ms: float, dense_ms: dict[str, float]
+) -> Iterator[dict]:
+    """A row for each arm that forms ΔW; none where that takes minutes. dense_ms: {model: milliseconds} of what was
+    timed already, since ΔW has the same size at every rank, and so a dense SVD of it takes the same time."""
+    device = args.device
+    named = make_factors(model, R, DTYPES[dtype_name], device)
+    factors, (a, b) = list(named.values()), sample_of(named, model)[0]
+    if max(a.shape[1] * b.shape[0] * min(a.shape[1], b.shape[0]) for a, b in factors) > DENSE_LIMIT:
+        return
+    exact = exact_of([(a, b)])
+    dense = {"svd_lowrank": lambda w: torch.svd_lowrank(w, q=R, niter=2)[1], "dense": torch.linalg.svdvals}
+    for name, call in dense.items():
+        known = dense_ms.get(model) if name == "dense" else None
+        total = sampled_ms(call, factors, device) if known is None else known
+        if name == "dense":
+            dense_ms[model] = total
+        found = (SCALING * call(b.float() @ a.float())[:R].cpu())[None]
+        row = {"provider": name, "ms_p50": f"{total:.2f}", "ratio_to_lora_fast": f"{total / ours_ms:.1f}"}
+        yield row | {"rounds": 1, "max_error": f"{max_error(found, exact):.1e}"}
 
 
 CHILD = r"""
@@ -260,6 +282,8 @@ def peak():
         return torch.cuda.max_memory_allocated() / 2**20
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) / 2**10
 torch.linalg.svdvals(torch.ones(64, 64, dtype=torch.float64, device=device))
+if device == "cuda":
+    torch.cuda.reset_peak_memory_stats()
 before = peak()
 adapter_spectra(folder, device=device)
 print(peak() - before)
@@ -268,7 +292,8 @@ print(peak() - before)
 
 def peak_MiB(folder: str, device: torch.device) -> float:
     """The most memory that adapter_spectra adds to a process: resident on a CPU, of the GPU's allocator on a GPU."""
-    command = [sys.executable, "-c", CHILD, folder, device.type]
+    # -P keeps the current folder off its path: where nothing is installed, it holds half a package.
+    command = [sys.executable, "-P", "-c", CHILD, folder, device.type]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -288,26 +313,44 @@ def main(argv=None) -> int:
     args.ranks = [int(rank) for rank in args.ranks.split(",")]
     folder = args.out or (results_folder(args.device) if args.device.type == "cuda" else RESULTS / "cpu")
     start_of_row = {**provenance(args.device, args.commit), "op": "svd"}
-    longest, dense_ms = 0.0, {}
+    cases = [(m, R, dtype) for m in args.models.split(",") for R in args.ranks for dtype in args.dtypes.split(",")]
+    longest, ours_ms, dense_ms, failed = 0.0, {}, {}, 0
     with RowWriter(folder / "svd.csv", COLUMNS) as writer:
-        for model in args.models.split(","):
-            for R in args.ranks:
-                for dtype in args.dtypes.split(","):
-                    if args.deadline.left() < longest:
-                        print(f"deadline: {model} r={R} {dtype} left out")
-                        continue
-                    start = time.monotonic()
-                    for row in measure(model, R, dtype, args, dense_ms):
-                        writer.write(start_of_row | row)
-                        print(
-                            f"{model} r={R:<3} {dtype} {row['provider']:26} {row['ms_p50']:>10} ms   "
-                            f"{row['ratio_to_lora_fast']} × lora_fast   error {row.get('max_error') or '-'}   "
-                            f"{row.get('peak_MiB') or '-'} MiB",
-                            flush=True,
-                        )
-                    longest = max(longest, time.monotonic() - start)
+
+        def write(case: tuple[str, int, str], rows: Iterator[dict]) -> None:
+            nonlocal failed
+            model, R, dtype = case
+            try:
+                for row in rows:
+                    size = MODELS[model][0] * len(MODELS[model][1])
+                    writer.write(start_of_row | {"model": model, "matrices": size, "R": R, "dtype": dtype, **row})
+                    if row["provider"] == OURS:
+                        ours_ms[case] = float(row["ms_p50"])
+                    print(
+                        f"{model} r={R:<3} {dtype} {row['provider']:26} {row['ms_p50']:>10} ms   "
+                        f"{row['ratio_to_lora_fast']} × lora_fast   error {row.get('max_error') or '-'}   "
+                        f"{row.get('peak_MiB') or '-'} MiB",
+                        flush=True,
+                    )
+            except Exception:  # the cases after it are worth having
+                traceback.print_exc()
+                failed += 1
+
+        for case in cases:
+            if args.deadline.left() < longest:
+                print(f"deadline: {case} left out")
+                continue
+            start = time.monotonic()
+            write(case, measure(*case, args))
+            longest = max(longest, time.monotonic() - start)
+        # Last, since they take the longest and say the least.
+        for case in () if args.no_dense else ours_ms:
+            if args.deadline.left() < DENSE_S and case[0] not in dense_ms:
+                print(f"deadline: dense SVDs of {case} left out")
+                continue
+            write(case, measure_dense(*case, args, ours_ms[case], dense_ms))
     print(f"wrote {writer.path}")
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

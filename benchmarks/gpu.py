@@ -6,10 +6,15 @@ Needs torch, triton, transformers, peft, pytest, hypothesis and numpy in this Py
 installed lora-fast: the three source folders are made importable as the one package by links under build/path. (The
 repository's root must not be on sys.path; CONTRIBUTING.md says why.)
 
-Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: gpu.log, a CSV per benchmark, tuning.json with what
-the tuner chose; eight files. The parts share the deadline by weight, and what one leaves over goes to those after it. A
-part that fails, or is stopped at its limit, doesn't stop the others; the exit status is 1 then. On a machine without a
-CUDA GPU nothing runs, and the exit status is 0."""
+Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: a CSV per benchmark, and gpu.log, whose last part
+is what the tuner chose, as lora_fast/tuned.json has it; eight files. The parts share the deadline by weight, and what
+one leaves over goes to those after it. A part that fails, or is stopped at its limit, doesn't stop the others; the exit
+status is 1 then. On a machine without a CUDA GPU nothing runs, and the exit status is 0.
+
+Triton compiles on the CPU: while the tests run, the benchmarks run beside them on other cores, unmeasured, so that
+their kernels are compiled when they are measured. Where more than nine minutes can be had, several calls give more
+rows, each into a folder of its own: `--only tests`, `--only lora_linear,mlp,qkv,grouped` and `--only
+train_step_gpu,svd,memory`, one soon after the other so that what was compiled is still there."""
 
 import argparse
 import os
@@ -19,7 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -31,8 +37,11 @@ DEADLINE_S = 520
 GRACE_S = 20
 # compute-sanitizer runs a kernel some ten times slower, and an allocator without a pool shows it each tensor's end.
 SANITIZED = ("test_fused.py", "test_one_layer and 16")
-# Triton compiles on the CPU: several processes share that, one GPU is enough for tests this small.
-MAX_WORKERS = 8
+# Triton compiles on the CPU: several processes share that, one GPU is enough for tests this small. The benchmarks that
+# compile beside the tests have the other cores.
+MAX_WORKERS = 12
+# Benchmarks with kernels enough to be worth compiling ahead.
+COMPILED = ("lora_linear", "train_step_gpu", "mlp", "qkv", "grouped")
 NEEDED = ("triton", "numpy", "transformers", "peft", "pytest", "hypothesis")
 
 
@@ -71,22 +80,22 @@ def link_package(folder: Path) -> Path:
 def parts(out: Path, commit: str | None) -> list[Part]:
     # -P keeps the current folder, the root, off sys.path.
     pytest = [sys.executable, "-P", "-m", "pytest", "-q", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    workers = ["-n", str(min(os.cpu_count() or 1, MAX_WORKERS))] if find_spec("xdist") else []
+    workers = ["-n", str(min(os.cpu_count() or 1, MAX_WORKERS)), "--dist", "worksteal"] if find_spec("xdist") else []
     # Choices for the sizes of tests are nobody's business: a cache of their own.
     testing = {"TRITON_INTERPRET": "0", "XDG_CACHE_HOME": str(ROOT / "build" / "cache-of-tests")}
-    listed = [Part("tests", 40, [*pytest, *workers, *map(str, gpu_tests())], testing)]
+    listed, last = [Part("tests", 40, [*pytest, *workers, *map(str, gpu_tests())], testing)], []
     if sanitizer := shutil.which("compute-sanitizer"):
         file, expression = SANITIZED
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *pytest, "-k", expression]
         command += ["-p", "no:xdist", str(ROOT / "tests" / file)]
-        listed.append(Part("compute-sanitizer", 10, command, testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+        last.append(Part("compute-sanitizer", 10, command, testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     benches = [("lora_linear", 30), ("train_step_gpu", 16), ("mlp", 14), ("qkv", 12), ("grouped", 8), ("svd", 8)]
     benches.append(("memory", 12))
     for name, weight in benches:
         command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out)]
         command += ["--commit", commit] if commit else []
         listed.append(Part(name, weight, command, {"XDG_CACHE_HOME": str(ROOT / "build" / "cache")}, True))
-    return listed
+    return listed + last
 
 
 class Log:
@@ -106,39 +115,68 @@ def run_part(part: Part, limit_s: float, environment: Mapping[str, str], log: Lo
     """Runs a part for at most limit_s; returns "" or what went wrong."""
     command = [*part.command, *(["--deadline", f"{max(limit_s - GRACE_S, 5):.0f}"] if part.tells_deadline else [])]
     log(f"\n=== {part.name} (at most {limit_s:.0f} s)")
-    process = subprocess.Popen(
+    process = start(command, {**environment, **part.environment}, subprocess.PIPE)
+    told = []
+
+    def read() -> None:
+        for line in process.stdout:
+            log(line.rstrip("\n"))
+            told.append("Device not supported" in line)
+
+    # Not waited for longer: a grandchild that outlives all else may keep the pipe open.
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        status = process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        stop(process)
+        return f"stopped at its limit of {limit_s:.0f} s"
+    finally:
+        reader.join(5)
+    if status and part.name == "compute-sanitizer" and any(told):
+        log("compute-sanitizer doesn't support this machine's device: not run")
+        return ""
+    return f"exit status {status}" if status else ""
+
+
+def start(command: list[str], environment: Mapping[str, str], output: int) -> subprocess.Popen:
+    return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**environment, **part.environment},
+        env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
     )
-    stopped = threading.Event()
 
-    def stop() -> None:
-        stopped.set()
+
+def stop(process: subprocess.Popen) -> None:
+    """Ends a process and its children, if there still are any."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
-    timer = threading.Timer(limit_s, stop)
-    timer.start()
-    unsupported = False
+
+@contextmanager
+def compiling(benches: Sequence[Part], environment: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block the benchmarks run for the sake of the kernels that they compile, with a table of choices of
+    their own: what is timed side by side is no choice."""
+    folder = ROOT / "build" / "warm-up"
+    shutil.rmtree(folder, ignore_errors=True)
+    environment = {**environment, "XDG_CACHE_HOME": str(folder / "cache")}
+    running = []
+    for part in benches:
+        out = part.command.index("--out") + 1
+        command = [*part.command[:out], str(folder), *part.command[out + 1 :], *("--rounds", "1")]
+        running.append(start(command, environment, subprocess.DEVNULL))
     try:
-        for line in process.stdout:
-            log(line.rstrip("\n"))
-            unsupported |= "Device not supported" in line
-        status = process.wait()
+        yield
     finally:
-        timer.cancel()
-    if stopped.is_set():
-        return f"stopped at its limit of {limit_s:.0f} s"
-    if status and part.name == "compute-sanitizer" and unsupported:
-        log("compute-sanitizer doesn't support this machine's device: not run")
-        return ""
-    return f"exit status {status}" if status else ""
+        for process in running:
+            stop(process)
 
 
 def environment_line() -> str:
@@ -178,7 +216,7 @@ def main(argv=None) -> int:
     parser.add_argument("--commit", help="what the rows call the commit, where there is no git")
     parser.add_argument("--only", default="", help="these parts, separated by commas")
     args = parser.parse_args(argv)
-    start = time.monotonic()
+    began_all = time.monotonic()
     if reason := no_gpu():
         print(f"make gpu: {reason}; nothing ran")
         return 0
@@ -201,16 +239,19 @@ def main(argv=None) -> int:
     environment = {**os.environ, "PYTHONPATH": str(path), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     outcomes = {}
     for number, part in enumerate(listed):
-        left = args.deadline - (time.monotonic() - start)
+        left = args.deadline - (time.monotonic() - began_all)
         limit = left * part.weight / sum(other.weight for other in listed[number:])
         began = time.monotonic()
-        outcomes[part.name] = run_part(part, limit, environment, log) if left > 5 else "no time left: not run"
+        benches = [other for other in listed if other.name in COMPILED] if part.name == "tests" else []
+        with compiling(benches, environment):
+            outcomes[part.name] = run_part(part, limit, environment, log) if left > 5 else "no time left: not run"
         log(f"=== {part.name}: {outcomes[part.name] or 'ok'} ({time.monotonic() - began:.0f} s)")
+    log("\n" + "\n".join(f"{name:18} {outcome or 'ok'}" for name, outcome in outcomes.items()))
+    log(f"{time.monotonic() - began_all:.0f} s in all; results in {out}")
     choices = ROOT / "build" / "cache" / "lora_fast" / "tuning.json"
     if choices.exists():
-        shutil.copyfile(choices, out / "tuning.json")
-    log("\n" + "\n".join(f"{name:18} {outcome or 'ok'}" for name, outcome in outcomes.items()))
-    log(f"{time.monotonic() - start:.0f} s in all; results in {out}")
+        log.file.write(f"\n=== what the tuner chose\n{choices.read_text(encoding='utf-8')}\n")
+    log.file.close()
     return int(any(outcomes.values()))
 
 

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from harness import NO_TIME
 from torch import Tensor
 
 from lora_fast import tuning
@@ -177,6 +178,7 @@ def _captured(arm: Arm, sets: Sequence[InputSet]) -> Callable[[], Any]:
     with torch.cuda.stream(side):  # as torch asks for: once on a side stream before the capture
         arm.step(*sets[0])
     torch.cuda.current_stream().wait_stream(side)
+    gc.collect()  # of graphs that nothing refers to any longer, and what they hold
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for inputs in sets:
@@ -280,11 +282,17 @@ def compare(
     rounds: int,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measured]:
-    """Prepares every arm, then times all of them; frozen: the weights, which no arm is charged for."""
+    """Prepares every arm, then times all of them; frozen: the weights, which no arm is charged for. Arms whose turn
+    comes when out_of_time() are left out, with NO_TIME."""
     device = sets[0].x.device
     measured = {name: Measured() for name in arms}
     truths: dict[int, list[Tensor]] = {}
-    calls = {name: _prepare(arm, sets, frozen, truths, measured[name]) for name, arm in arms.items()}
+    calls: dict[str, Callable[[], Any] | None] = {}
+    for name, arm in arms.items():
+        if any(calls.values()) and out_of_time():  # rather some arms than none: the first is the baseline
+            measured[name].error = NO_TIME
+        else:
+            calls[name] = _prepare(arm, sets, frozen, truths, measured[name])
     truths.clear()
     calls = {name: call for name, call in calls.items() if call is not None}
     for name, samples in time_rounds(calls, device, rounds, out_of_time).items():
