@@ -19,6 +19,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
+import gpu_tables
 from rich.console import Console
 
 from lora_fast.profiler import Profile, spectra
@@ -173,9 +174,31 @@ SVD_ARMS = {
 }
 
 
-def svd() -> str:
+NOT_MEASURED = (
+    "**Not yet measured on a GPU.** The kernels are tested in Triton's interpreter against float64 and compiled for "
+    "sm_80 to sm_120 and gfx942: registers, spills and shared memory are tested, time is not."
+)
+
+
+def gpu() -> str:
+    """What `make gpu` measured, on each GPU that there are results of."""
+    measured = []
+    for folder in gpu_tables.folders(RESULTS):
+        measured.append(gpu_tables.tables(folder))
+        if rows := gpu_tables.read(folder / "svd.csv"):
+            kernels = [
+                f"{row['model'].upper()}, r={row['R']}: {row['ms_p50']} ms"
+                for row in rows
+                if row["provider"] == "lora_fast kernels"
+            ]
+            alone = f"\n\nKernels alone, on the GPU's clock: {'; '.join(kernels)}." if kernels else ""
+            measured.append(f"All singular values of an adapter:\n\n{svd(folder.name)}{alone}")
+    return "\n\n".join(measured) or textwrap.fill(NOT_MEASURED, TABLE_WIDTH)
+
+
+def svd(folder: str = "cpu") -> str:
     """How long all singular values of an adapter take, from the CSV of bench_svd.py."""
-    with (RESULTS / "cpu" / "svd.csv").open(newline="", encoding="utf-8") as file:
+    with (RESULTS / folder / "svd.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     of: dict[tuple[str, ...], dict[str, dict]] = {}
     for row in rows:
@@ -192,8 +215,9 @@ def svd() -> str:
         ours = arms["lora_fast"]
         ratios = " | ".join(_times(arms.get(provider)) for provider in SVD_ARMS)
         peak = arms["lora_fast from the file"]["peak_MiB"]
+        ms = float(ours["ms_p50"])
         lines.append(
-            f"| {model.upper()}, {dtype} | {rank} | {matrices} | {float(ours['ms_p50']):,.0f} ms | {ratios} "
+            f"| {model.upper()}, {dtype} | {rank} | {matrices} | {ms:,.{0 if ms >= 10 else 2}f} ms | {ratios} "
             f"| {ours['max_error']} | {peak} |"
         )
     return "\n".join(lines)
@@ -250,6 +274,7 @@ BLOCKS = {
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
+    "gpu": gpu,
     "svd": svd,
     "noise": noise,
     "rank_search": rank_search,

@@ -24,6 +24,7 @@ import baselines  # noqa: E402
 import gpu  # noqa: E402
 import harness  # noqa: E402
 import plot  # noqa: E402
+import readme  # noqa: E402
 import split_kernels  # noqa: E402
 import timing  # noqa: E402
 from timing import Arm  # noqa: E402
@@ -499,6 +500,64 @@ def test_charts_are_drawn_from_the_rows(tmp_path):
     assert (tmp_path / "qkv.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "mlp.png").exists()
     assert plot.case_of(read(tmp_path / "qkv.csv")[2]) == "8192 × 4096 → 4096, r=16, p=0.1"
+
+
+def test_readme_shows_what_a_gpu_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "train_step_512.csv").write_text("provider\npeft\n")
+    assert readme.gpu().startswith("**Not yet measured on a GPU.**")
+    folder = tmp_path / "a-gpu"
+    base = {
+        "commit": "abc",
+        "gpu": "a GPU",
+        "torch": "2",
+        "triton": "3",
+        "peft": "0",
+        "dtype": "bf16",
+        "dropout": "0.0",
+    }
+    case = {"M": 8192, "K": 4096, "N": 4096, "R": 16, "error": ""}
+
+    def write(op, columns, *rows):
+        with harness.RowWriter(folder / f"{op}.csv", columns) as writer:
+            for row in rows:
+                writer.write({name: value for name, value in (base | row).items() if name in columns})
+
+    def timed(provider, middle, **more):
+        figures = {"ms_p50": 0.7 * middle, "ratio_to_frozen": middle, "ratio_low": middle - 0.01}
+        return case | {"provider": provider, **figures, "ratio_high": middle + 0.01, "gemm_over_cublas": "0.950"} | more
+
+    late = case | {"provider": "peft", "ratio_to_frozen": "", "error": harness.NO_TIME}
+    wrong = case | {"provider": "split", "ratio_to_frozen": "", "error": "wrong"}
+    ours = timed("lora_fast op", 1.0876)
+    write("lora_linear", harness.COLUMNS, timed("frozen", 1.0), timed("frozen again", 1.001), ours, late, wrong)
+    from bench_memory import COLUMNS as MEMORY
+    from bench_svd import COLUMNS as SVD
+    from bench_train_step_gpu import COLUMNS as STEP
+
+    others = {"ratio_to_full": 0.7, "ratio_to_full_low": 0.69, "ratio_to_full_high": 0.71, "ratio_to_peft": ""}
+    step = {"layers": 4, "seq_len": 2048, "tokens_per_s": 9876, "peak_MiB": "5.0", **others}
+    write("train_step", STEP, timed("lora_fast apply_lora", 1.04, **step))
+    sizes = {"batch_size": 1, "seq_len": 64, "checkpointing": True, "predicted_MiB": "10.0"}
+    errors = {"measured_MiB": "9.5", "error_percent": "5.26", "calibrated_error_percent": "0.00"}
+    out_of_memory = {"model": "llama-1b", **sizes, "R": "", "fits": False}
+    write("memory", MEMORY, {"model": "llama-1b", **sizes, "R": 8, "fits": True, **errors}, out_of_memory)
+    spectra = {"model": "7b", "matrices": 224, "R": 16, "ratio_to_lora_fast": 1.0, "peak_MiB": 3, "max_error": "1e-12"}
+    providers = ("lora_fast", "lora_fast from the file", "lora_fast kernels")
+    write("svd", SVD, *({"provider": name, "ms_p50": 0.412, **spectra} for name in providers))
+    shown = readme.gpu()
+    assert shown.startswith("**Measured on one a GPU**, torch 2, triton 3, peft 0, bf16, commit abc.")
+    for line in (
+        "| 8192 × 4096 → 4096, r=16 | 0.700 | 1.001 [0.991, 1.011] | 1.088 [1.078, 1.098] |  | failed | 0.950 |",
+        "| 4 layers, 2048 tokens, r=16 | lora_fast apply_lora | 0.7 | 9876 | 1.040 [1.030, 1.050] "
+        "| 0.700 [0.690, 0.710] |  | 5.0 |",
+        "| llama-1b, 1 × 64, checkpointing | r=8 | 10.0 | 9.5 | +5.3% | +0.0% |",
+        "| llama-1b, 1 × 64, checkpointing | full | 10.0 | out of memory |  |  |",
+        "Kernels alone, on the GPU's clock: 7B, r=16: 0.412 ms.",
+    ):
+        assert line in shown.splitlines(), line
+    assert "| 7B, bf16 | 16 | 224 | 0.41 ms |" in shown
 
 
 def test_without_rows_nothing_is_drawn(tmp_path, capsys):
