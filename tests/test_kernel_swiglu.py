@@ -230,6 +230,24 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(swiglu.swiglu_shrink(rows, u, a)[1], expected[0][1])
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="takes memory that only a CPU hands out page by page")
+def test_outputs_beyond_32_bits():
+    """Rows 2²⁶ elements long, of which one strip is computed: the last rows start beyond 2³¹."""
+    M, N, columns = 40, 1 << 26, 64
+    dh, g, u = backward_inputs(M, columns, (8, None, None), torch.float16)[:3]
+    expected = swiglu.swiglu_grad(dh, g, u)
+    dg, du = (torch.empty(M * N, dtype=torch.float16) for _ in "gu")
+    swiglu._backward_kernel[(1, 1)](
+        dh, g, u, None, None, None, None,
+        dg, du, None, None, None, None,
+        M, N, 0, 0, 0, 0, M,
+        columns, columns, columns, 0, 0, 0,
+        BM=16, BN=columns, DOWN=0, GATE=0, UP=0, ALIGN=1, MASKED=False, WRITE_H=False,
+    )  # fmt: skip
+    for result, truth in zip((dg, du), expected):
+        assert torch.equal(result.view(M, N)[:, :columns], truth)
+
+
 @pytest.mark.parametrize(("M", "N"), [(1, 1), (2048, 4096), (2048, 14336), (8192, 14336), (100_000, 28672)])
 def test_parts_keep_a_large_gpu_busy(M, N):
     for tile, strips, blocks in (
