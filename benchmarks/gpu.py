@@ -227,7 +227,7 @@ def main(argv=None) -> int:
     import torch
 
     out = Path(args.out).resolve() if args.out else harness.results_folder(torch.device("cuda", 0))
-    listed = parts(out, args.commit)
+    listed = every = parts(out, args.commit)
     if args.only:
         wanted = args.only.split(",")
         if unknown := set(wanted) - {part.name for part in listed}:
@@ -242,7 +242,7 @@ def main(argv=None) -> int:
         left = args.deadline - (time.monotonic() - began_all)
         limit = left * part.weight / sum(other.weight for other in listed[number:])
         began = time.monotonic()
-        benches = [other for other in listed if other.name in COMPILED] if part.name == "tests" else []
+        benches = [other for other in every if other.name in COMPILED] if part.name == "tests" else []
         with compiling(benches, environment):
             outcomes[part.name] = run_part(part, limit, environment, log) if left > 5 else "no time left: not run"
         log(f"=== {part.name}: {outcomes[part.name] or 'ok'} ({time.monotonic() - began:.0f} s)")
