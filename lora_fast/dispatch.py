@@ -118,10 +118,10 @@ def row_count(shape) -> int:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on this device, None where it is off or unknown (the meta device has none)."""
+    """Autocast's dtype on this device, None where it is off. The meta device has none, and is named here because
+    torch.amp.is_autocast_available breaks the compiler's graph before PyTorch 2.12."""
     kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
