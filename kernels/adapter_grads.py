@@ -30,7 +30,8 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import spread_bytes
-from lora_fast.kernels.partials import sum_apart, sum_partials
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.partials import Sum, add_up
 
 
 class Tile(NamedTuple):
@@ -60,10 +61,10 @@ def _has_wgmma(capability: tuple[int, int]) -> bool:
 
 
 def _padded(R: int) -> int:
-    return max(triton.next_power_of_2(R), 16)
+    return max(next_power_of_2(R), 16)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def pick_s_and_b_tile(M: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | None:
     """The tile with the fewest partial sums for dy (M, N) and rank R; None where none fits into a program (beyond R =
     64, by the chip)."""
@@ -73,7 +74,7 @@ def pick_s_and_b_tile(M: int, N: int, R: int, dtype: torch.dtype, capability: tu
         stage_bytes, b_bytes = rows * (columns + ranks) * size, columns * ranks * size
         stages = stages_that_fit(4, stage_bytes, capability, other_bytes=b_bytes)
         if columns * ranks <= sums and stages:
-            splits = max(1, min(MULTIPROCESSORS // triton.cdiv(N, columns), triton.cdiv(M, rows)))
+            splits = max(1, min(MULTIPROCESSORS // cdiv(N, columns), cdiv(M, rows)))
             tiles.append(Tile(rows, columns, ranks, splits, 8, stages))
     return min(tiles, key=lambda tile: partial_bytes(M, N, R, tile), default=None)
 
@@ -92,11 +93,12 @@ def _rows_and_sums(dtype: torch.dtype, capability: tuple[int, int]) -> tuple[tup
 
 def partial_bytes(M: int, N: int, R: int, tile: Tile) -> int:
     """Bytes of partial sums of dS and dB, in fp32, written and read."""
-    strips = triton.cdiv(N, tile.columns)
+    strips = cdiv(N, tile.columns)
     _, splits = _split_rows(M, tile)
     return 8 * R * ((strips * M if strips > 1 else 0) + (splits * N if splits > 1 else 0))
 
 
+@functools.lru_cache(maxsize=1024)
 def pick_a_tile(
     M: int, K: int, ranks: tuple[int, ...], masked: bool, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
@@ -110,7 +112,7 @@ def pick_a_tile(
         tile = tile._replace(columns=tile.columns // 2)
     while not (stages := _stages(tile, len(ranks), dtype, capability)):
         tile = tile._replace(rows=tile.rows // 2)
-    programs = triton.cdiv(K, tile.columns) * triton.cdiv(max(ranks), tile.ranks)
+    programs = cdiv(K, tile.columns) * cdiv(max(ranks), tile.ranks)
     # Rounded down, so that all run at once; with masks, a second program on each multiprocessor covers waiting.
     splits = MULTIPROCESSORS * (2 if masked else 1) // programs
     return tile._replace(num_stages=stages, splits=max(1, min(splits, M // 256)))
@@ -125,7 +127,7 @@ def _stages(tile: Tile, adapters: int, dtype: torch.dtype, capability: tuple[int
 def _grad_s_and_b_kernel(
     dy_ptr, b_ptr, s_ptr, ds_ptr, db_ptr, scale,
     M, N, R, group_rows,
-    stride_ym, stride_bn, stride_br, stride_sm,
+    stride_ym, stride_bn, stride_br, stride_sm, stride_ds,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0)
@@ -148,7 +150,7 @@ def _grad_s_and_b_kernel(
         s = tl.load(s_ptr + row[:, None] * stride_sm + r[None, :], mask=inside, other=0.0)  # (BM, BR)
         ds = tl.dot(dy, b, input_precision="ieee")
         db = tl.dot(tl.trans(dy), s, db, input_precision="ieee")
-        tl.store(ds_ptr + row[:, None] * R + r[None, :], ds.to(ds_ptr.dtype.element_ty), mask=inside)
+        tl.store(ds_ptr + row[:, None] * stride_ds + r[None, :], ds.to(ds_ptr.dtype.element_ty), mask=inside)
 
     tl.store(db_ptr + columns_64 * R + r[None, :], db * scale, mask=inside_b)
 
@@ -223,8 +225,8 @@ def _grad_a_kernel(
 
 def _split_rows(M: int, tile: Tile) -> tuple[int, int]:
     """Rows of each split, whole tiles, and the number of splits that then have any."""
-    rows = triton.cdiv(triton.cdiv(M, tile.rows), tile.splits) * tile.rows
-    return rows, triton.cdiv(M, rows)
+    rows = cdiv(cdiv(M, tile.rows), tile.splits) * tile.rows
+    return rows, cdiv(M, rows)
 
 
 def grad_s_and_b(
@@ -233,30 +235,40 @@ def grad_s_and_b(
     s: Tensor,
     scale: float,
     *,
+    ds: Tensor | None = None,
+    later: list[Sum] | None = None,
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dy (M, N), S (M, R) with contiguous rows, b (N, R) of any strides → dS (M, R) in their dtype, dB (N, R) fp32.
 
-    R: at most what pick_s_and_b_tile finds a tile for."""
+    R: at most what pick_s_and_b_tile finds a tile for. ds: where dS goes, with contiguous rows (columns of the dS of
+    several layers, say). later: a list; what is still to be added up is put there for the caller's `add_up`."""
     (M, N), R = dy.shape, s.shape[1]
+    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device) if ds is None else ds
     if M == 0:
-        return dy.new_empty(0, R), torch.zeros((N, R), dtype=torch.float32, device=dy.device)
+        return ds, torch.zeros((N, R), dtype=torch.float32, device=dy.device)
     tile = tile or pick_s_and_b_tile(M, N, R, dy.dtype, capability or capability_of(dy))
-    ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device)
     db = torch.empty((N, R), dtype=torch.float32, device=dy.device)
-    strips = triton.cdiv(N, tile.columns)
+    strips = cdiv(N, tile.columns)
     group_rows, groups = _split_rows(M, tile)
     ds_target = ds if strips == 1 else torch.empty((strips, M, R), dtype=torch.float32, device=dy.device)
     db_target = db if groups == 1 else torch.empty((groups, N, R), dtype=torch.float32, device=dy.device)
-    _grad_s_and_b_kernel[(strips, groups)](
-        dy, b, s, ds_target, db_target, scale,
-        M, N, R, group_rows,
-        dy.stride(0), b.stride(0), b.stride(1), s.stride(0),
+    launch(
+        _grad_s_and_b_kernel, (strips, groups),
+        (dy, b, s, ds_target, db_target),
+        (scale, M, N, R, group_rows, dy.stride(0), *b.stride(), s.stride(0), ds_target.stride(-2)),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return (ds if strips == 1 else sum_partials(ds_target, ds)), (db if groups == 1 else sum_partials(db_target, db))
+    sums = [Sum(ds_target, ds)] if strips > 1 else []
+    if groups > 1:
+        sums.append(Sum(db_target, db))
+    if later is None:
+        add_up(sums)
+    else:
+        later += sums
+    return ds, db
 
 
 def grad_a(
@@ -282,14 +294,15 @@ def grad_a(
     split_rows, splits = _split_rows(M, tile)
     is_whole = splits == 1 and len(das) == 1
     target = das[0] if is_whole else torch.empty((splits, Rt, K), dtype=torch.float32, device=x.device)
-    blocks_r = triton.cdiv(max(ranks), tile.ranks)
-    _grad_a_kernel[(triton.cdiv(K, tile.columns) * blocks_r, splits)](
-        ds, x, mask, target,
-        M, K, *ranks, *[0] * (3 - len(ranks)), (K + 7) // 8, blocks_r, split_rows,
-        ds.stride(0), x.stride(0),
+    blocks_r = cdiv(max(ranks), tile.ranks)
+    launch(
+        _grad_a_kernel, (cdiv(K, tile.columns) * blocks_r, splits),
+        (ds, x, mask, target),
+        (M, K, *ranks, *[0] * (3 - len(ranks)), (K + 7) // 8, blocks_r, split_rows, ds.stride(0), x.stride(0)),
         ADAPTERS=len(ranks), MASKED=mask is not None, BM=tile.rows, BK=tile.columns, BR=tile.ranks,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if not is_whole:
-        sum_apart(target, das)
+        parts = [target] if len(das) == 1 else target.split([dA.shape[0] for dA in das], dim=1)
+        add_up([Sum(part, dA) for part, dA in zip(parts, das)])
     return das

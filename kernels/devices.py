@@ -1,5 +1,7 @@
 """What the choice of a tile needs to know of a chip."""
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -20,8 +22,13 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     """The compute capability of the tensor's GPU, AMD for any of AMD's; (0, 0) off a GPU, in Triton's interpreter."""
     if not tensor.is_cuda:
         return 0, 0
+    return _capability(tensor.get_device())
+
+
+@functools.cache  # asked at each launch; PyTorch takes 2 µs for the answer
+def _capability(device: int) -> tuple[int, int]:
     # AMD's numbers mean something else: gfx90a would pass for a Hopper.
-    return AMD if torch.version.hip else torch.cuda.get_device_capability(tensor.device)
+    return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def shared_memory(capability: tuple[int, int]) -> int:

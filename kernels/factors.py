@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_fast.kernels.launch import cdiv, launch
+
 BLOCK = 1024
 
 
@@ -41,7 +43,7 @@ def cast_factors(
         sources += [factor.contiguous() for factor in (*lora_As, *lora_Bs)]
         targets += [*a.split(ranks), *bs]
         factors += [1.0] * len(ranks) + [float(scale) for scale in scales]
-    sizes = [source.numel() for source in sources]
-    grid = sum(triton.cdiv(size, BLOCK) for size in sizes)
-    _cast_kernel[(grid,)](tuple(sources), tuple(targets), tuple(sizes), tuple(factors), BLOCK=BLOCK, num_warps=4)
+    sizes = tuple(source.numel() for source in sources)
+    grid = (sum(cdiv(size, BLOCK) for size in sizes),)
+    launch(_cast_kernel, grid, (tuple(sources), tuple(targets)), (sizes, tuple(factors)), BLOCK=BLOCK, num_warps=4)
     return results

@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels.devices import AMD, capability_of
 from lora_fast.kernels.dropout import spread_bytes
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,7 @@ def candidates(
     return tuple(tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
 
 
+@functools.lru_cache(maxsize=1024)
 def pick_tile(
     M: int,
     N: int,
@@ -150,7 +152,7 @@ def pick_tile(
     """The tile with the least modelled time: rounds of tiles over the SMs, times a tile's time per step of the sum."""
 
     def cost(tile: Tile) -> int:
-        rounds = triton.cdiv(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), SMS[architecture(capability)])
+        rounds = cdiv(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), SMS[architecture(capability)])
         # Arithmetic goes with the area, loads with the edges; on an H100 an element of the edge, out of L2 at 42 GB/s
         # an SM and ns, costs as much as 180 multiply-adds at 3.7 TFLOP/s an SM.
         return rounds * (tile.block_m * tile.block_n + 180 * (tile.block_m + tile.block_n))
@@ -241,17 +243,16 @@ def _store(y, acc, row, column, M, N, DESCRIPTORS: tl.constexpr, STORES: tl.cons
 def gemm_lora_kernel(
     x0, x1, x2,  # up to three x (M, K) and w (K, N): descriptors or pointers (triton 3.6 takes no tuple of descriptors)
     w0, w1, w2,
-    sizes,  # for each pair K, stride_xm, stride_wk, stride_wn
     s,  # (M, ΣR)
     b,  # (ΣR, N)
-    update_strides,  # stride_sm, stride_br, stride_bn
-    ranks,  # how ΣR is divided among the masks; the whole without masks
     masks,  # of uint8 (M, stride_mask), a bit for each column of y
-    stride_mask,
     bias,  # (N,) or None
     accumulate,  # as y, or None
-    stride_accumulate,
     y,  # (M, N), contiguous
+    sizes,  # for each pair K, stride_xm, stride_wk, stride_wn
+    ranks,  # how ΣR is divided among the masks; the whole without masks
+    update_strides,  # stride_sm, stride_br, stride_bn
+    stride_mask, stride_accumulate,
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr, STORES: tl.constexpr,
@@ -317,6 +318,7 @@ def gemm_lora(
     mask: Tensor | None = None,
     accumulate: Tensor | None = None,
     tile: Tile | None = None,
+    aligned: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Tensor:
     """x (M, K), w (K, N), s (M, R), b (R, N), bias (N,), mask uint8 (M, ⌈N / 8⌉), accumulate (M, N) → y (M, N), new.
@@ -332,6 +334,7 @@ def gemm_lora(
         bias=bias,
         accumulate=accumulate,
         tile=tile,
+        aligned=aligned,
         capability=capability,
     )
 
@@ -347,57 +350,56 @@ def gemm_lora_sum(
     bias: Tensor | None = None,
     accumulate: Tensor | None = None,
     tile: Tile | None = None,
+    aligned: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Tensor:
     """y = Σᵢ xᵢ wᵢ + Σⱼ maskⱼ ∘ (sⱼ bⱼ) + bias + accumulate in one launch: xᵢ (M, Kᵢ), wᵢ (Kᵢ, N), i < 3 → y (M, N).
 
     s (M, ΣR) and b (ΣR, N) hold the adapters side by side. With masks (one each, or none at all), `ranks` says where
-    one ends and the next begins; without, they are one product."""
+    one ends and the next begins; without, they are one product. aligned: what `are_aligned(xs, ws, capability)` says,
+    where the caller has asked already."""
     M, N = s.shape[0], b.shape[1]
     y = torch.empty((M, N), dtype=s.dtype, device=s.device)
     if y.numel() == 0:
         return y
     capability = capability or capability_of(s)
-    w_is_nk = _is_nk(ws)
-    descriptors = uses_descriptors(capability)
-    aligned = bool(xs) and are_aligned(xs, ws, capability)
-    aligned = aligned and (accumulate is None or is_aligned(accumulate, descriptors))
-    descriptors = aligned and descriptors
+    w_is_nk, can_describe = _is_nk(ws), uses_descriptors(capability)
+    if aligned is None:
+        aligned = bool(xs) and are_aligned(xs, ws, capability)
+    aligned = aligned and (accumulate is None or is_aligned(accumulate, can_describe))
+    descriptors = aligned and can_describe
     tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
-
-    def operand(tensor: Tensor | None, *block: int) -> Tensor | TensorDescriptor | None:
-        return TensorDescriptor.from_tensor(tensor, list(block)) if descriptors and tensor is not None else tensor
-
-    ranks = tuple(ranks) if masks and ranks else (s.shape[1],)
+    x_operands, w_operands, y_operand, added = xs, ws, y, accumulate
+    if descriptors:
+        x_block, w_block = [tile.block_m, tile.block_k], [tile.block_k, tile.block_n]
+        x_operands = [TensorDescriptor.from_tensor(x, x_block) for x in xs]
+        if w_is_nk:
+            w_operands = [TensorDescriptor.from_tensor(w.t(), w_block[::-1]) for w in ws]
+        else:
+            w_operands = [TensorDescriptor.from_tensor(w, w_block) for w in ws]
+        y_operand = TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n // tile.stores])
+        if accumulate is not None:
+            added = TensorDescriptor.from_tensor(accumulate, [tile.block_m, tile.block_n])
     nothing = [None] * (3 - len(xs))
-    x_operands = [operand(x, tile.block_m, tile.block_k) for x in xs]
-    if descriptors and w_is_nk:
-        w_operands = [operand(w.t(), tile.block_n, tile.block_k) for w in ws]
-    else:
-        w_operands = [operand(w, tile.block_k, tile.block_n) for w in ws]
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)
-    gemm_lora_kernel[(min(tiles, _sms(s.device)) if tile.persistent else tiles,)](
-        *x_operands,
-        *nothing,
-        *w_operands,
-        *nothing,
-        tuple((x.shape[1], x.stride(0), w.stride(0), w.stride(1)) for x, w in zip(xs, ws)),
-        s,
-        b,
-        (s.stride(0), b.stride(0), b.stride(1)),
-        ranks,
-        tuple(masks),
-        masks[0].stride(0) if masks else 0,
-        bias,
-        operand(accumulate, tile.block_m, tile.block_n),
-        0 if accumulate is None else accumulate.stride(0),
-        operand(y, tile.block_m, tile.block_n // tile.stores),
-        M,
-        N,
+    ranks = tuple(ranks) if masks and ranks else (s.shape[1],)
+    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
+    launch(
+        gemm_lora_kernel,
+        (min(tiles, _sms(s.device)) if tile.persistent else tiles,),
+        (*x_operands, *nothing, *w_operands, *nothing, s, b, tuple(masks), bias, added, y_operand),
+        (
+            tuple((x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)),
+            ranks,
+            (s.stride(0), *b.stride()),
+            masks[0].stride(0) if masks else 0,
+            0 if accumulate is None else accumulate.stride(0),
+            M,
+            N,
+        ),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BLOCK_R=min(max(triton.next_power_of_2(max(ranks)), 16), BLOCK_R),
+        BLOCK_R=min(max(next_power_of_2(max(ranks)), 16), BLOCK_R),
         GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors,
         W_IS_NK=w_is_nk,
@@ -412,15 +414,15 @@ def gemm_lora_sum(
 def _is_nk(ws: Sequence[Tensor]) -> bool:
     """Whether every w (K, N) is the transpose of a matrix with contiguous rows. One flag serves all w: of mixed layouts
     only pointers know what to do."""
-    return all(w.stride(0) == 1 for w in ws)
+    return all([w.stride(0) == 1 for w in ws])
 
 
 def are_aligned(xs: Sequence[Tensor], ws: Sequence[Tensor], capability: tuple[int, int]) -> bool:
     """Whether xs (M, Kᵢ), ws (Kᵢ, N) and a new y (M, N) can be read and written 16 bytes at a time on this GPU."""
     descriptors, w_is_nk = uses_descriptors(capability), _is_nk(ws)
-    rows = (*xs, *(w.t() if w_is_nk else w for w in ws))
-    fits = ws[0].shape[1] % _row_step(xs[0].dtype, descriptors) == 0
-    return fits and all(is_aligned(tensor, descriptors) for tensor in rows)
+    if ws[0].shape[1] % _row_step(xs[0].dtype, descriptors):
+        return False
+    return all([is_aligned(tensor, descriptors) for tensor in (*xs, *([w.t() for w in ws] if w_is_nk else ws))])
 
 
 def _row_step(dtype: torch.dtype, descriptors: bool) -> int:
@@ -432,11 +434,11 @@ def _row_step(dtype: torch.dtype, descriptors: bool) -> int:
 def is_aligned(tensor: Tensor, descriptors: bool = False) -> bool:
     """Whether rows are contiguous, at multiples of 16 bytes and as long as `_row_step` wants, none overlapping (CUDA
     asks for strides of a row at least; of an expanded dy they are 0)."""
-    step, columns = _row_step(tensor.dtype, descriptors), tensor.shape[1]
-    if tensor.numel() == 0 or tensor.stride(1) != 1 or tensor.stride(0) < columns or tensor.data_ptr() % 16:
+    step, (rows, columns), (stride, within) = _row_step(tensor.dtype, descriptors), tensor.shape, tensor.stride()
+    if rows == 0 or columns == 0 or within != 1 or stride < columns or tensor.data_ptr() % 16:
         return False
     # A descriptor knows where a row ends; a pointer's loads are cut off by the number of columns.
-    return tensor.stride(0) % step == 0 and (descriptors or columns % step == 0)
+    return stride % step == 0 and (descriptors or columns % step == 0)
 
 
 @functools.cache

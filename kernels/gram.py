@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, capability_of, fp64_dot_options
+from lora_fast.kernels.launch import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -51,7 +52,7 @@ class Grams(NamedTuple):
         matrices, R = self.first.numel() - 1, self.R
         out = torch.empty((matrices, R, R), dtype=torch.float64, device=self.partials.device)
         if matrices:
-            _sum_parts_kernel[(matrices, triton.cdiv(R * R, SUM_BLOCK))](
+            _sum_parts_kernel[(matrices, cdiv(R * R, SUM_BLOCK))](
                 self.partials, self.first, out, R,
                 RP=self.partials.shape[-1], BLOCK=SUM_BLOCK, num_warps=4,
             )  # fmt: skip
@@ -70,7 +71,7 @@ RANKS, LONG, ANY = (tl.constexpr(kind) for kind in range(3))
 
 def pick_tile(R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
     """The tile for factors of rank R."""
-    RP = max(16, triton.next_power_of_2(R))
+    RP = max(16, next_power_of_2(R))
     ranks = min(RP, BLOCK_R)
     chunk, size = 64 * RP, dtype.itemsize
     if capability == AMD:  # 16 bytes for each thread, 64 to a warp; in plain registers more columns would spill
@@ -221,7 +222,7 @@ def grams(
     tail = buffer[table.numel() :].view(torch.int32)
     first, owner = tail[: matrices + 1], tail[matrices + 1 : matrices + 1 + count]
 
-    RP = max(16, triton.next_power_of_2(R))
+    RP = max(16, next_power_of_2(R))
     blocks = RP // tile.ranks
     partials = torch.empty((count, RP, RP), dtype=torch.float64, device=device)
     _gram_kernel[(count * (blocks * (blocks + 1) // 2),)](

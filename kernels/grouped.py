@@ -45,6 +45,7 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 # An adapter with more rows than this has its dA and dB summed by several programs, into partial sums that a second
 # launch adds up in order. One adapter alone gets 128 programs at M = 8192 and K = 4096, and 4 partial sums to add.
@@ -176,7 +177,7 @@ def _pipelined(tile: Tile, stage_elements: int, dtype: torch.dtype, capability: 
 
 
 def _padded_rank(width: int, largest: int) -> int:
-    return min(max(triton.next_power_of_2(width), 16), largest)
+    return min(max(next_power_of_2(width), 16), largest)
 
 
 def pick_project_tile(block_rows: int, width: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile:
@@ -487,12 +488,13 @@ def _project(x, factor, table, seed, dropout_p, tile, capability):
         return s, mask
     tile = tile or pick_project_tile(table.block_rows, table.width, x.dtype, capability or capability_of(x))
     pieces = table.block_rows // tile.rows
-    grid = (len(table.blocks) * pieces * triton.cdiv(table.width, tile.ranks),)
-    _project_kernel[grid](
-        x, factor, s, mask, seed, table.blocks,
-        x.shape[1], table.width, 0 if mask is None else mask.shape[2], threshold(dropout_p),
-        x.stride(0), factor.stride(0), factor.stride(1), s.stride(0),
-        tile.rows, tile.columns, tile.ranks, pieces, seed is not None,
+    grid = (len(table.blocks) * pieces * cdiv(table.width, tile.ranks),)
+    launch(
+        _project_kernel, grid,
+        (x, factor, s, mask, seed, table.blocks),
+        (x.shape[1], table.width, 0 if mask is None else mask.shape[2], threshold(dropout_p),
+         x.stride(0), *factor.stride(), s.stride(0)),
+        ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks, PIECES=pieces, DROPOUT=seed is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return s, mask
@@ -507,12 +509,14 @@ def _expand(y, s, factor, table, mask, out, tile, capability):
         return out
     tile = tile or pick_expand_tile(table.block_rows, table.width, s.dtype, capability or capability_of(s))
     pieces = table.block_rows // tile.rows
-    grid = (len(table.blocks) * pieces * triton.cdiv(columns, tile.columns),)
-    _expand_kernel[grid](
-        y, s, factor, mask, out, table.blocks,
-        columns, 0 if mask is None else mask.shape[-1],
-        0 if y is None else y.stride(0), s.stride(0), factor.stride(0), factor.stride(1), out.stride(0),
-        tile.rows, tile.columns, tile.ranks, pieces, y is not None, out is y, mask is not None,
+    grid = (len(table.blocks) * pieces * cdiv(columns, tile.columns),)
+    launch(
+        _expand_kernel, grid,
+        (y, s, factor, mask, out, table.blocks),
+        (columns, 0 if mask is None else mask.shape[-1],
+         0 if y is None else y.stride(0), s.stride(0), *factor.stride(), out.stride(0)),
+        ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks, PIECES=pieces,
+        HAS_Y=y is not None, IN_PLACE=out is y, HAS_MASK=mask is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
@@ -528,21 +532,23 @@ def _outer(x, s, table, mask, scales, out, stride_or, stride_ok, tile, capabilit
     partial = chunks > adapters
     sums = x.new_empty(chunks, table.width, columns, dtype=torch.float32) if partial else out
     stride_oc, stride_pr, stride_pk = sums.stride() if partial else (0, stride_or, stride_ok)
-    tiles = triton.cdiv(columns, tile.columns) * triton.cdiv(table.width, tile.ranks)
-    _outer_kernel[(chunks * tiles,)](
-        x, s, mask, None if partial else scales, sums, table.order, table.chunks, table.adapters,
-        columns, table.width, 0 if mask is None else mask.shape[-1],
-        x.stride(0), s.stride(0), stride_oc, stride_pr, stride_pk,
-        tile.rows, tile.columns, tile.ranks, mask is not None, scales is not None and not partial, partial,
+    tiles = cdiv(columns, tile.columns) * cdiv(table.width, tile.ranks)
+    launch(
+        _outer_kernel, (chunks * tiles,),
+        (x, s, mask, None if partial else scales, sums, table.order, table.chunks, table.adapters),
+        (columns, table.width, 0 if mask is None else mask.shape[-1],
+         x.stride(0), s.stride(0), stride_oc, stride_pr, stride_pk),
+        ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks,
+        HAS_MASK=mask is not None, HAS_SCALES=scales is not None and not partial, PARTIAL=partial,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if partial:
-        grid = (adapters * triton.cdiv(columns, 128) * triton.cdiv(table.width, 16),)
-        _add_chunks_kernel[grid](
-            sums, scales, out, table.adapters,
-            columns, table.width,
-            sums.stride(0), sums.stride(1), stride_or, stride_ok,
-            16, 128, scales is not None,
+        grid = (adapters * cdiv(columns, 128) * cdiv(table.width, 16),)
+        launch(
+            _add_chunks_kernel, grid,
+            (sums, scales, out, table.adapters),
+            (columns, table.width, sums.stride(0), sums.stride(1), stride_or, stride_ok),
+            RANKS=16, COLUMNS=128, HAS_SCALES=scales is not None,
             num_warps=4,
         )  # fmt: skip
     return out
@@ -658,12 +664,13 @@ def grouped_gemm(
     tile = tile or pick_gemm_tile(table.block_rows, table.width, x.dtype, capability or capability_of(x))
     pieces = table.block_rows // tile.rows
     row_tiles = len(table.blocks) * pieces
-    _gemm_kernel[(row_tiles * triton.cdiv(N, tile.columns),)](
-        x, weight, bias, s, b_all, mask, y, table.blocks,
-        row_tiles, N, K, 0 if mask is None else mask.shape[-1],
-        x.stride(0), weight.stride(0), weight.stride(1), s.stride(0), b_all.stride(1), b_all.stride(0), y.stride(0),
-        tile.rows, tile.columns, tile.depth, tile.ranks, pieces,
-        8, bias is not None, mask is not None,
+    launch(
+        _gemm_kernel, (row_tiles * cdiv(N, tile.columns),),
+        (x, weight, bias, s, b_all, mask, y, table.blocks),
+        (row_tiles, N, K, 0 if mask is None else mask.shape[-1],
+         x.stride(0), *weight.stride(), s.stride(0), b_all.stride(1), b_all.stride(0), y.stride(0)),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, RANKS=tile.ranks, PIECES=pieces,
+        GROUP=8, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

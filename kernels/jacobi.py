@@ -42,6 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.gram import Grams
+from lora_fast.kernels.launch import next_power_of_2
 
 # Padded rank → warps: a thread holds eight numbers of a matrix. 64 × 64 take as many threads as a program may have at
 # 128 registers each; of larger matrices two no longer fit.
@@ -326,7 +327,7 @@ def svd_of_grams(grams: Grams, R: int, scalings: Tensor, *, vectors: bool, max_s
         _jacobi_kernel[(n,)](
             core, weights, scale, rank, kappas,
             S, kappa, status, sweeps,
-            n, R, triton.next_power_of_2(R), max_sweeps, VECTORS=vectors, **settings,
+            n, R, next_power_of_2(R), max_sweeps, VECTORS=vectors, **settings,
         )  # fmt: skip
         if vectors:
             _map_kernel[(n, 2)](

@@ -105,10 +105,14 @@ def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
     return torch.add(base, s @ b.t()).to(base.dtype)
 
 
-def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """dy (M, N), b (N, R) with s' in it, s (M, R) → dS = dy b (M, R) in dy's dtype, dB = s' · dyᵀ s (N, R), unless s is
-    None."""
-    return dy @ b, None if s is None else grad_b(dy, s, scale)
+def grad_s_and_b(
+    dys: Sequence[Tensor], bs: Sequence[Tensor], ss: Sequence[Tensor] | None, scales: Sequence[float]
+) -> tuple[Tensor, list[Tensor] | None]:
+    """dy_g (M, N_g), b_g (N_g, R_g) with s'_g in it, s_g (M, R_g) → dS (M, ΣR) with dS_g = dy_g b_g side by side, in
+    dy's dtype; every dB_g = s'_g · dy_gᵀ s_g (N_g, R_g), None where ss is None."""
+    parts = [dy @ b for dy, b in zip(dys, bs)]
+    dBs = None if ss is None else [grad_b(dy, s, scale) for dy, s, scale in zip(dys, ss, scales)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), dBs
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:

@@ -12,6 +12,7 @@ x ∘ m exists in registers only. Ranks beyond one block (128 without dropout; 1
 adapters with it) go to neighbouring programs, which read the same tile of x at about the same time, through L2, and
 redraw the same masks."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
-from lora_fast.kernels.partials import sum_partials
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.partials import Sum, add_up
 
 
 class Tile(NamedTuple):
@@ -48,6 +50,7 @@ DROPOUT = {1: Tile(64, 128, 128, 0, 4, 4), 2: Tile(64, 64, 64, 0, 8, 4), 3: Tile
 FP32 = Tile(32, 32, 32, 0, 4, 2)
 
 
+@functools.lru_cache(maxsize=1024)
 def pick_tile(
     M: int, K: int, ranks: tuple[int, ...], dropout: bool, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
@@ -58,7 +61,7 @@ def pick_tile(
         tile = DROPOUT[len(ranks)]
     else:
         tile = PLAIN if M > 16 else FEW_ROWS
-    tile = tile._replace(ranks=min(max(triton.next_power_of_2(max(ranks)), 16), tile.ranks))
+    tile = tile._replace(ranks=min(max(next_power_of_2(max(ranks)), 16), tile.ranks))
     # Without wgmma (before Hopper, on AMD) the tile of a passes through registers as well.
     wgmma = capability[0] in (9, 10) and capability != AMD
     budget = 8192 if wgmma else 4096
@@ -68,7 +71,7 @@ def pick_tile(
         tile = tile._replace(columns=tile.columns // 2)
     while not (stages := _stages(tile, len(ranks), dtype, capability)):
         tile = tile._replace(columns=tile.columns // 2)
-    programs = triton.cdiv(M, tile.rows) * triton.cdiv(max(ranks), tile.ranks)
+    programs = cdiv(M, tile.rows) * cdiv(max(ranks), tile.ranks)
     # Rounded down, so that all run at once; drawing needs a second program on each multiprocessor to cover waiting.
     splits = MULTIPROCESSORS * (2 if dropout else 1) // max(programs, 1)
     splits = max(1, min(splits, K // 256))
@@ -181,16 +184,18 @@ def shrink(
         return s, mask
     tile = tile or pick_tile(M, K, ranks, seed is not None, x.dtype, capability or capability_of(x))
     # Whole tiles to a split, so that a byte of a mask never belongs to two programs.
-    k_split = triton.cdiv(triton.cdiv(K, tile.columns), tile.splits) * tile.columns
-    splits = triton.cdiv(K, k_split)
+    k_split = cdiv(cdiv(K, tile.columns), tile.splits) * tile.columns
+    splits = cdiv(K, k_split)
     target = s if splits == 1 else torch.empty((splits, M, Rt), dtype=torch.float32, device=x.device)
-    blocks_r = triton.cdiv(max(ranks), tile.ranks)
-    grid = (triton.cdiv(M, tile.rows) * blocks_r, splits)
-    _shrink_kernel[grid](
-        x, a, target, mask, seed,
-        M, K, *ranks, *[0] * (3 - len(ranks)), blocks_r, k_split, threshold(dropout_p),
-        x.stride(0), a.stride(0), a.stride(1),
+    blocks_r = cdiv(max(ranks), tile.ranks)
+    grid = (cdiv(M, tile.rows) * blocks_r, splits)
+    launch(
+        _shrink_kernel, grid,
+        (x, a, target, mask, seed),
+        (M, K, *ranks, *[0] * (3 - len(ranks)), blocks_r, k_split, threshold(dropout_p), x.stride(0), *a.stride()),
         ADAPTERS=len(ranks), DROPOUT=seed is not None, BM=tile.rows, BK=tile.columns, BR=tile.ranks,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return (s if splits == 1 else sum_partials(target, s)), mask
+    if splits > 1:
+        add_up([Sum(target, s)])
+    return s, mask

@@ -16,6 +16,7 @@ and du written), no more than without adapters; with dropout M N / 8 in each. Th
 of its S, and for each part of the work (below) fp32 partial sums, written and read once. Separate kernels would read h
 again in forward, and h, dg and du in backward: e M N and 3 e M N more."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ from torch import Tensor
 from lora_fast.kernels.adapter_grads import grad_a
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
-from lora_fast.kernels.partials import sum_partials
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.partials import Sum, add_up
 from lora_fast.kernels.shrink import shrink
 
 
@@ -67,7 +69,7 @@ MAX_GRID = 65535
 
 def padded(R: int) -> int:
     """R as a dimension of a block: a power of two, at least the 16 that a tensor core takes; 0 stays 0."""
-    return max(16, triton.next_power_of_2(R)) if R else 0
+    return max(16, next_power_of_2(R)) if R else 0
 
 
 def _has_wide_products(capability: tuple[int, int]) -> bool:
@@ -113,6 +115,7 @@ def backward_limit(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     return 128 if dtype != torch.float32 and _has_wide_products(capability) else 64
 
 
+@functools.lru_cache(maxsize=1024)
 def count_parts(strips: int, blocks: int, warps: int) -> int:
     """Into how many parts a strip of `blocks` rounds is cut: the fewest within a fifth of a perfectly even load."""
     slots = MULTIPROCESSORS * RESIDENT_WARPS // warps
@@ -266,7 +269,7 @@ def _forward(g, u, a, seed, dropout_p, tile, capability):
     """h (M, N), S (M, R) or None, mask or None."""
     M, N = g.shape
     R = 0 if a is None else a.shape[0]
-    mask_width = triton.cdiv(N, 8)
+    mask_width = cdiv(N, 8)
     dropout = R > 0 and seed is not None
     h = torch.empty((M, N), dtype=g.dtype, device=g.device)
     s = torch.empty((M, R), dtype=g.dtype, device=g.device) if R else None
@@ -274,21 +277,21 @@ def _forward(g, u, a, seed, dropout_p, tile, capability):
     if M == 0:
         return h, s, mask
     tile = tile or forward_tile(R, g.dtype, capability or capability_of(g))
-    strips, blocks = triton.cdiv(M, tile.rows), triton.cdiv(N, tile.columns)
+    strips, blocks = cdiv(M, tile.rows), cdiv(N, tile.columns)
     parts = count_parts(strips, blocks, tile.warps) if R else min(blocks, MAX_GRID)
-    part_blocks = triton.cdiv(blocks, parts)
-    parts = triton.cdiv(blocks, part_blocks)
+    part_blocks = cdiv(blocks, parts)
+    parts = cdiv(blocks, part_blocks)
     partials = torch.empty((parts, M, R), dtype=torch.float32, device=g.device) if R else None
-    _forward_kernel[(strips, parts)](
-        g, u, a, h, partials, mask, seed,
-        M, N, R, mask_width, part_blocks * tile.columns,
-        g.stride(0), u.stride(0), a.stride(0) if R else 0, a.stride(1) if R else 0,
-        threshold(dropout_p),
+    launch(
+        _forward_kernel, (strips, parts),
+        (g, u, a, h, partials, mask, seed),
+        (M, N, R, mask_width, part_blocks * tile.columns,
+         g.stride(0), u.stride(0), *(a.stride() if R else (0, 0)), threshold(dropout_p)),
         BM=tile.rows, BN=tile.columns, RP=padded(R), DROPOUT=dropout,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if R:
-        sum_partials(partials, s)
+        add_up([Sum(partials, s)])
     return h, s, mask
 
 
@@ -354,19 +357,21 @@ def swiglu_backward(
     h = torch.empty_like(dg) if ds_down is not None and inputs[0] is None else None
     partials = _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability)
 
-    def summed(partials, scale=1.0):
-        grad = torch.empty(partials.shape[1:], dtype=torch.float32, device=g.device)
-        return sum_partials(partials, grad, scale) if M else grad.zero_()
-
-    dA_down = dB_gate = dB_up = None
+    # In one launch, of the parts that the kernel made.
+    grads = [None if p is None else torch.empty(p.shape[1:], dtype=torch.float32, device=g.device) for p in partials]
+    sums = [(p, grad, scale) for p, grad, scale in zip(partials, grads, (1.0, scale_gate, scale_up)) if p is not None]
+    if M:
+        add_up([Sum(*each) for each in sums])
+    else:
+        for _, grad, _ in sums:
+            grad.zero_()
+    dA_down, dB_gate, dB_up = grads
     if h is not None:
         (dA_down,) = grad_a(ds_down, h, mask=mask, capability=capability)
-    elif ds_down is not None:
-        dA_down = summed(partials[0])
-    if s_gate is not None:
-        dB_gate = summed(partials[1], scale_gate) if ranks[1] else _grad_b(dg, s_gate, scale_gate)
-    if s_up is not None:
-        dB_up = summed(partials[2], scale_up) if ranks[2] else _grad_b(du, s_up, scale_up)
+    if s_gate is not None and dB_gate is None:
+        dB_gate = _grad_b(dg, s_gate, scale_gate)
+    if s_up is not None and dB_up is None:
+        dB_up = _grad_b(du, s_up, scale_up)
     return dg, du, dA_down, dB_gate, dB_up
 
 
@@ -374,10 +379,10 @@ def _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability)
     """Fills dg, du and, if given, h; returns the partial sums of dA_down, dB_gate and dB_up, None for rank 0."""
     M, N = g.shape
     tile = tile or backward_tile(max(ranks), g.dtype, capability)
-    strips, blocks = triton.cdiv(N, tile.columns), triton.cdiv(M, tile.rows)
+    strips, blocks = cdiv(N, tile.columns), cdiv(M, tile.rows)
     parts = count_parts(strips, blocks, tile.warps) if any(ranks) else min(blocks, MAX_GRID)
-    part_blocks = triton.cdiv(blocks, max(parts, 1))
-    parts = triton.cdiv(blocks, max(part_blocks, 1))
+    part_blocks = cdiv(blocks, max(parts, 1))
+    parts = cdiv(blocks, max(part_blocks, 1))
     shapes = [(parts, ranks[0], N), (parts, N, ranks[1]), (parts, N, ranks[2])]
     partials = [
         torch.empty(shape, dtype=torch.float32, device=g.device) if R else None for shape, R in zip(shapes, ranks)
@@ -386,11 +391,10 @@ def _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability)
         return partials
     strides = [0 if s is None else s.stride(0) for s in inputs]
     masked = mask is not None and ranks[0] > 0
-    _backward_kernel[(strips, parts)](
-        dh, g, u, mask if masked else None, *inputs,
-        dg, du, h, *partials,
-        M, N, *ranks, triton.cdiv(N, 8), part_blocks * tile.rows,
-        dh.stride(0), g.stride(0), u.stride(0), *strides,
+    launch(
+        _backward_kernel, (strips, parts),
+        (dh, g, u, mask if masked else None, *inputs, dg, du, h, *partials),
+        (M, N, *ranks, cdiv(N, 8), part_blocks * tile.rows, dh.stride(0), g.stride(0), u.stride(0), *strides),
         BM=tile.rows, BN=tile.columns, DOWN=padded(ranks[0]), GATE=padded(ranks[1]), UP=padded(ranks[2]),
         ALIGN=math.gcd(16, *ranks, *strides), MASKED=masked, WRITE_H=h is not None,
         num_warps=tile.warps, num_stages=tile.stages,

@@ -6,8 +6,8 @@ dx) once more; "cublas, update first", which writes the update and lets cuBLAS a
 bytes, but the update is read inside a long product that leaves memory idle, and y is rounded once instead of twice. For
 dS and dB one read of dy, with partial sums, or two."""
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,8 +19,11 @@ from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
 from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, is_aligned, pick_tile
+from lora_fast.kernels.partials import Sum, add_up
+from lora_fast.tuning import size_class
 
 UPDATE_FIRST = "cublas, update first"
+ONE_READ, TWO_READS = "triton, one read of dy", "two reads of dy"
 # Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
 TRIED_TILES = 3
 # Partial sums of dS and dB, in bytes of dY, from which on one read of dY isn't timed against two.
@@ -55,44 +58,47 @@ def layout(xs: Sequence[Tensor], weights: Sequence[Tensor], ws: Sequence[Tensor]
     }
 
 
-@lru_cache(maxsize=256)
-def _tiles(
-    M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], pairs: int, masks: int, aligned: bool
-) -> dict[str, Tile]:
-    """{name: tile}: the one that the model of `pick_tile` prefers, then a few others for the tuner to try."""
+@lru_cache(maxsize=1024)
+def _routes(
+    others: tuple[str, ...],
+    M: int,
+    N: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    pairs: int,
+    masks: int,
+    aligned: bool,
+) -> dict[str, Tile | None]:
+    """{name: tile} of all routes: the `others`, then the tile that the model of `pick_tile` prefers and a few more for
+    the tuner to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
     kind = {"pairs": pairs, "masks": masks, "aligned": aligned}
     best = pick_tile(M, N, dtype, capability, **kind)
-    others = [tile for tile in candidates(dtype, capability, **kind) if tile != best]
-    return {
+    more = [tile for tile in candidates(dtype, capability, **kind) if tile != best]
+    tiles = {
         f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}": t
-        for t in (best, *others[:TRIED_TILES])
+        for t in (best, *more[:TRIED_TILES])
     }
-
-
-def _fused_routes(
-    call: Callable[[Tile], Tensor], like: Tensor, N: int, pairs: int, masks: int, aligned: bool
-) -> dict[str, Callable[[], Tensor]]:
-    tiles = _tiles(like.shape[0], N, like.dtype, capability_of(like), pairs, masks, aligned)
-    return {name: partial(call, tile) for name, tile in tiles.items()}
+    return dict.fromkeys(others) | tiles
 
 
 def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x = _contiguous_rows(x)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.contiguous()
-    (M, K), (N, R) = x.shape, b.shape
+    w, b_t, (M, K), (N, R) = weight.t(), b.t(), x.shape, b.shape
+    lies = layout([x], [weight], [w])
+    aligned = lies["aligned"]
+    routes = _routes(("cublas", UPDATE_FIRST), size_class(M), N, x.dtype, capability_of(x), 1, 0, aligned)
 
-    def fused(tile: Tile) -> Tensor:
-        return gemm_lora(x, weight.t(), s, b.t(), bias=bias, tile=tile)
+    def call(name: str) -> Tensor:
+        if name == "cublas":
+            return reference.linear_lora(x, weight, s, b, bias)
+        if name == UPDATE_FIRST:
+            y = s @ b_t if bias is None else torch.addmm(bias.to(x.dtype), s, b_t)
+            return y.addmm_(x, w)
+        return gemm_lora(x, w, s, b_t, bias=bias, tile=routes[name], aligned=aligned)
 
-    def update_first():
-        y = s @ b.t() if bias is None else torch.addmm(bias.to(x.dtype), s, b.t())
-        return y.addmm_(x, weight.t())
-
-    lies = layout([x], [weight], [weight.t()])
-    routes = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias), UPDATE_FIRST: update_first}
-    routes |= _fused_routes(fused, x, N, 1, 0, lies["aligned"])
-    sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
-    return tuning.run("linear_lora", sizes | lies, x.device, routes)
+    sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None, **lies}
+    return tuning.run("linear_lora", sizes, x.device, tuple(routes), call)
 
 
 def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
@@ -101,29 +107,44 @@ def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
     return gemm_lora(None, None, s, b.t(), accumulate=_contiguous_rows(base))
 
 
-def grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    if s is None:  # lora_B is frozen: one product, as any other
-        return dy @ b, None
-    dy, (M, N), R = _contiguous_rows(dy), dy.shape, b.shape[1]
+def grad_s_and_b(
+    dys: Sequence[Tensor], bs: Sequence[Tensor], ss: Sequence[Tensor] | None, scales: Sequence[float]
+) -> tuple[Tensor, list[Tensor] | None]:
+    dys, ranks = [_contiguous_rows(dy) for dy in dys], [b.shape[1] for b in bs]
+    if len(dys) == 1:
+        parts = [ds := torch.empty((dys[0].shape[0], ranks[0]), dtype=dys[0].dtype, device=dys[0].device)]
+    else:
+        ds = torch.empty((dys[0].shape[0], sum(ranks)), dtype=dys[0].dtype, device=dys[0].device)
+        parts = ds.split(ranks, dim=1)
+    if ss is None:  # every lora_B is frozen
+        for dy, b, part in zip(dys, bs, parts):
+            torch.mm(dy, b, out=part)
+        return ds, None
+    later: list[Sum] = []  # what all layers have to add up: in one launch
+    dBs = [_grad_s_and_b(*each, later) for each in zip(dys, bs, ss, scales, parts)]
+    add_up(later)
+    return ds, dBs
 
-    def two_reads():
-        return dy @ b, (dy.t() @ s).float() * scale
 
-    def one_read():
-        return adapter_grads.grad_s_and_b(dy, b, s, scale, tile=tile)
+def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, later: list[Sum]) -> Tensor:
+    """dB of one layer; dS goes to `ds`, both complete once `later` is added up."""
+    (M, N), R = dy.shape, b.shape[1]
 
-    if M == 0:
-        return two_reads()
-    tile = adapter_grads.pick_s_and_b_tile(M, N, R, dy.dtype, capability_of(dy))
+    def call(name: str, later: list[Sum] | None = None) -> Tensor:
+        if name == ONE_READ:
+            return adapter_grads.grad_s_and_b(dy, b, s, scale, ds=ds, later=later, tile=tile)[1]
+        torch.mm(dy, b, out=ds)
+        return reference.grad_b(dy, s, scale)
+
+    tile = adapter_grads.pick_s_and_b_tile(M, N, R, dy.dtype, capability_of(dy)) if M else None
     # What one read of dy takes in place of a second: bytes of partial sums, some of which stay in L2.
     partial = 0 if tile is None else adapter_grads.partial_bytes(M, N, R, tile)
-    if tile is None or partial >= MOST_PARTIAL * M * N * dy.itemsize:
-        return two_reads()
-    routes = {"triton, one read of dy": one_read, "two reads of dy": two_reads}
-    if partial >= M * N * dy.itemsize:
-        routes = dict(reversed(routes.items()))
+    read = M * N * dy.itemsize
+    if tile is None or partial >= MOST_PARTIAL * read:
+        return call(TWO_READS)
+    names = (ONE_READ, TWO_READS) if partial < read else (TWO_READS, ONE_READ)
     sizes = {"M": M, "N": N, "R": R, "dtype": dy.dtype, "aligned": is_aligned(dy)}
-    return tuning.run("grad_s_and_b", sizes, dy.device, routes)
+    return call(tuning.choose("grad_s_and_b", sizes, dy.device, names, call), later)
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
@@ -156,25 +177,27 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     if not pairs:
         return gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
 
-    def update_first():
-        dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
-        for dy, weight in pairs:
-            dx.addmm_(dy, weight)
-        return dx
-
-    def base_first():
-        return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
-
-    def fused(tile: Tile) -> Tensor:
-        return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=tile)
-
     (M, _), (R, K) = ds.shape, a.shape
-    Ns = [dy.shape[1] for dy in xs]
     lies = layout(xs, ws, ws)
-    routes = {"cublas": base_first} if mask is None else {}  # what a mask drops can't be added to a finished product
-    routes |= {UPDATE_FIRST: update_first} | _fused_routes(fused, ds, K, len(xs), len(masks), lies["aligned"])
-    sizes = {"M": M, "N": "+".join(map(str, Ns)), "K": K, "R": R, "dtype": ds.dtype, "masks": len(masks)}
-    return tuning.run("grad_x", sizes | lies, ds.device, routes)
+    aligned = lies["aligned"]
+    # What a mask drops can't be added to a finished product.
+    others = ("cublas", UPDATE_FIRST) if mask is None else (UPDATE_FIRST,)
+    kind = capability_of(ds), len(xs), len(masks), aligned
+    routes = _routes(others, size_class(M), K, ds.dtype, *kind)
+
+    def call(name: str) -> Tensor:
+        if name == "cublas":
+            return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
+        if name == UPDATE_FIRST:
+            dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+            for dy, weight in pairs:
+                dx.addmm_(dy, weight)
+            return dx
+        return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=routes[name], aligned=aligned)
+
+    Ns = "+".join([str(dy.shape[1]) for dy in xs])
+    sizes = {"M": M, "N": Ns, "K": K, "R": R, "dtype": ds.dtype, "masks": len(masks), **lies}
+    return tuning.run("grad_x", sizes, ds.device, tuple(routes), call)
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

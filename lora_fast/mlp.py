@@ -84,13 +84,13 @@ def _backward(
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
     dy = flatten(dy).to(x.dtype)
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
-    ds_down, dB_down = steps.grad_s_and_b(dy, b_down, s_down, scales[2])
+    ds_down, (dB_down,) = steps.grad_s_and_b([dy], [b_down], [s_down], scales[2:])
     dh, _ = steps.grad_x_and_a([dy], weights[2:], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
     s_gate, s_up = s.split(ranks[:2], dim=1)
     dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
         dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
     )
-    ds = torch.cat([dg @ bs[0], du @ bs[1]], dim=1)
+    ds, _ = steps.grad_s_and_b([dg, du], bs, None, scales)
     dx, dAs = steps.grad_x_and_a([dg, du], weights[:2], ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
     dx = dx.view(x.shape) if needs_dx else x.new_empty(0)
     if not needs_factors:

@@ -102,17 +102,15 @@ def _linears_backward(
             mask = torch.stack([mask[i] for i in used])  # an index would be copied to the GPU, which no capture allows
     dys = [flatten(dy).to(x.dtype) for dy in dys]
     ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
-    dx, dAs, dBs, dss = None, [None] * count, [None] * count, []
-    for i, dy, b, s_g, scale, lora_B in zip(used, dys, bs, s_parts, scales, lora_Bs):
-        if needs_dx or needs_dA:
-            ds, dB = steps.grad_s_and_b(dy, b, s_g if needs_dB else None, scale)
-            dss.append(ds)
-        else:
-            dB = steps.grad_b(dy, s_g, scale)
-        if needs_dB:
+    dx, dAs, dBs, found_dBs = None, [None] * count, [None] * count, None
+    if needs_dx or needs_dA:
+        ds, found_dBs = steps.grad_s_and_b(dys, bs, s_parts if needs_dB else None, scales)
+    elif needs_dB:
+        found_dBs = [steps.grad_b(dy, s_g, scale) for dy, s_g, scale in zip(dys, s_parts, scales)]
+    if needs_dB:
+        for i, dB, lora_B in zip(used, found_dBs, lora_Bs):
             dBs[i] = dB.to(lora_B.dtype)
-    if dss:
-        ds = dss[0] if len(dss) == 1 else torch.cat(dss, dim=1)
+    if needs_dx or needs_dA:
         found, found_dAs = steps.grad_x_and_a(dys, weights, ds, a, rows, ranks, mask, needs_dx, needs_dA)
         if needs_dx:
             dx = found.view(x.shape)

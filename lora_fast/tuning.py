@@ -17,9 +17,9 @@ every step of a training near the limit."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ from lora_fast.config import warn
 
 SCHEMA_VERSION = 2
 _choices: dict[tuple[str, str], str] = {}
+# The same by the sizes as they come, which are looked up in a fraction of the time that it takes to write them down as
+# `_choices` has them. Batches of ever new lengths would fill the memory: beyond so many all are forgotten.
+MOST_RECENT = 8192
+_recent: dict[tuple, str] = {}
 _forced: str | None = None
 
 
@@ -130,37 +134,62 @@ def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return ms
 
 
-def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: Mapping[str, Callable[[], Any]]) -> Any:
-    """The result of the candidate that is fastest for these sizes; every candidate computes the same.
+def run(
+    step: str, sizes: Mapping[str, Any], device: torch.device, names: Sequence[str], call: Callable[[str], Any]
+) -> Any:
+    """The result of the candidate that is fastest for these sizes; every candidate computes the same."""
+    return call(choose(step, sizes, device, names, call))
 
-    candidates: {name: call}, the safest first. sizes: what the choice depends on, M by its next power of two, dtype
-    with what torch lets cuBLAS make of fp32."""
+
+def choose(
+    step: str, sizes: Mapping[str, Any], device: torch.device, names: Sequence[str], call: Callable[[str], Any]
+) -> str:
+    """The name of the candidate that is fastest for these sizes.
+
+    names: of the candidates, the safest first. call(name): runs one. sizes: what the choice depends on, M by its next
+    power of two, dtype with what torch lets cuBLAS make of fp32."""
     if _forced is not None:
-        name = next((name for name in candidates if name.startswith(_forced)), None)
+        name = next((name for name in names if name.startswith(_forced)), None)
         if name is not None:
-            return candidates[name]()
-    if device.type != "cuda" or len(candidates) == 1:
-        return next(iter(candidates.values()))()
+            return name
+    if device.type != "cuda" or len(names) == 1:
+        return names[0]
+    place = (step, device.index, *sizes.values())
+    if torch.float32 in place:
+        place = (*place, torch.backends.cuda.matmul.fp32_precision)
+    name = _recent.get(place)
+    return name if name in names else _look_up_or_time(step, sizes, device, names, call, place)
+
+
+def _look_up_or_time(step, sizes, device, names, call, place) -> str:
+    """The candidate for these sizes, from the tables or by timing it; kept in `_recent` at `place`."""
     gpu = torch.cuda.get_device_name(device)
     key = f"{step} " + " ".join(f"{name}={_told(name, value)}" for name, value in sizes.items())
     name = _choices.get((gpu, key)) or _known().get((gpu, key))
-    if name not in candidates:
+    if name not in names:
         if not _may_time():
-            return next(iter(candidates.values()))()
+            return names[0]
         try:
-            ms = _time(candidates)
+            ms = _time({name: partial(call, name) for name in names})
         except torch.OutOfMemoryError:
-            name = next(iter(candidates))  # runs below: in here the exception still holds what was allocated
+            name = names[0]  # runs after this: in here the exception still holds what was allocated
         else:
             name = min(ms, key=ms.get)
             _remember(gpu, key, name, ms)
-    _choices[gpu, key] = name
-    return candidates[name]()
+    if len(_recent) >= MOST_RECENT:
+        _recent.clear()
+    _choices[gpu, key] = _recent[place] = name
+    return name
+
+
+def size_class(M: int) -> int:
+    """The next power of two: M's share in a choice."""
+    return 1 << max(M - 1, 0).bit_length()
 
 
 def _told(name: str, value: Any) -> Any:
     if name == "M":
-        return 1 << max(value - 1, 0).bit_length()
+        return size_class(value)
     if value is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return f"{value} by TF32"  # eight times as fast by cuBLAS; the kernels stay with fp32
     return value
