@@ -19,7 +19,6 @@ the dA of several adapters are taken apart; each block of columns also reads all
 one block (128; with masks 128, 64 and 32 each for one, two and three adapters) go to neighbouring programs, which share
 x through L2."""
 
-import functools
 import itertools
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import spread_bytes
-from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 from lora_fast.kernels.partials import Sum, add_up
 
 
@@ -64,7 +63,7 @@ def _padded(R: int) -> int:
     return max(next_power_of_2(R), 16)
 
 
-@functools.lru_cache(maxsize=1024)
+@plan
 def pick_s_and_b_tile(M: int, N: int, R: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tile | None:
     """The tile with the fewest partial sums for dy (M, N) and rank R; None where none fits into a program (beyond R =
     64, by the chip)."""
@@ -98,7 +97,6 @@ def partial_bytes(M: int, N: int, R: int, tile: Tile) -> int:
     return 8 * R * ((strips * M if strips > 1 else 0) + (splits * N if splits > 1 else 0))
 
 
-@functools.lru_cache(maxsize=1024)
 def pick_a_tile(
     M: int, K: int, ranks: tuple[int, ...], masked: bool, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
@@ -229,6 +227,38 @@ def _split_rows(M: int, tile: Tile) -> tuple[int, int]:
     return rows, cdiv(M, rows)
 
 
+@plan
+def _s_and_b_plan(
+    M: int,
+    N: int,
+    R: int,
+    scale: float,
+    strides: tuple[int, ...],  # of a row of dy, of b, of a row of s
+    stride_ds: int,
+    dtype: torch.dtype,
+    tile: Tile | None,
+    capability: tuple[int, int],
+) -> tuple[int, int, Launch]:
+    """Strips and groups, each with a partial sum of its own, and the launch."""
+    tile = tile or pick_s_and_b_tile(M, N, R, dtype, capability)
+    strips = cdiv(N, tile.columns)
+    group_rows, groups = _split_rows(M, tile)
+    return (
+        strips,
+        groups,
+        Launch(
+            _grad_s_and_b_kernel,
+            (strips, groups),
+            (scale, M, N, R, group_rows, *strides, stride_ds if strips == 1 else R),
+            BM=tile.rows,
+            BN=tile.columns,
+            BR=tile.ranks,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        ),
+    )
+
+
 def grad_s_and_b(
     dy: Tensor,
     b: Tensor,
@@ -248,27 +278,50 @@ def grad_s_and_b(
     ds = torch.empty((M, R), dtype=dy.dtype, device=dy.device) if ds is None else ds
     if M == 0:
         return ds, torch.zeros((N, R), dtype=torch.float32, device=dy.device)
-    tile = tile or pick_s_and_b_tile(M, N, R, dy.dtype, capability or capability_of(dy))
-    db = torch.empty((N, R), dtype=torch.float32, device=dy.device)
-    strips = cdiv(N, tile.columns)
-    group_rows, groups = _split_rows(M, tile)
+    strides = (dy.stride(0), *b.stride(), s.stride(0))
+    kind = dy.dtype, tile, capability or capability_of(dy)
+    strips, groups, launch = _s_and_b_plan(M, N, R, scale, strides, ds.stride(0), *kind)
+    dB = torch.empty((N, R), dtype=torch.float32, device=dy.device)
     ds_target = ds if strips == 1 else torch.empty((strips, M, R), dtype=torch.float32, device=dy.device)
-    db_target = db if groups == 1 else torch.empty((groups, N, R), dtype=torch.float32, device=dy.device)
-    launch(
-        _grad_s_and_b_kernel, (strips, groups),
-        (dy, b, s, ds_target, db_target),
-        (scale, M, N, R, group_rows, dy.stride(0), *b.stride(), s.stride(0), ds_target.stride(-2)),
-        BM=tile.rows, BN=tile.columns, BR=tile.ranks,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    db_target = dB if groups == 1 else torch.empty((groups, N, R), dtype=torch.float32, device=dy.device)
+    launch(dy, b, s, ds_target, db_target)
     sums = [Sum(ds_target, ds)] if strips > 1 else []
     if groups > 1:
-        sums.append(Sum(db_target, db))
+        sums.append(Sum(db_target, dB))
     if later is None:
         add_up(sums)
     else:
         later += sums
-    return ds, db
+    return ds, dB
+
+
+@plan
+def _a_plan(
+    M: int,
+    K: int,
+    ranks: tuple[int, ...],
+    masked: bool,
+    strides: tuple[int, int],  # of a row of ds, of x
+    dtype: torch.dtype,
+    tile: Tile | None,
+    capability: tuple[int, int],
+) -> tuple[int, Launch]:
+    """Into how many parts M is split, and the launch."""
+    tile = tile or pick_a_tile(M, K, ranks, masked, dtype, capability)
+    split_rows, splits = _split_rows(M, tile)
+    blocks_r = cdiv(max(ranks), tile.ranks)
+    return splits, Launch(
+        _grad_a_kernel,
+        (cdiv(K, tile.columns) * blocks_r, splits),
+        (M, K, *ranks, *[0] * (3 - len(ranks)), (K + 7) // 8, blocks_r, split_rows, *strides),
+        ADAPTERS=len(ranks),
+        MASKED=masked,
+        BM=tile.rows,
+        BK=tile.columns,
+        BR=tile.ranks,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def grad_a(
@@ -286,23 +339,18 @@ def grad_a(
     ranks: of the adapters stacked in dS, with masks three at most; one adapter if None."""
     (M, K), Rt = x.shape, ds.shape[1]
     ranks = (Rt,) if ranks is None else tuple(ranks)
+    make = torch.empty if M else torch.zeros
+    dAs = [make((R, K), dtype=torch.float32, device=x.device) for R in ranks]
     if M == 0:
-        return [torch.zeros((R, K), dtype=torch.float32, device=x.device) for R in ranks]
-    das = [torch.empty((R, K), dtype=torch.float32, device=x.device) for R in ranks]
-    ranks = (Rt,) if mask is None else ranks  # without masks stacked adapters are one
-    tile = tile or pick_a_tile(M, K, ranks, mask is not None, x.dtype, capability or capability_of(x))
-    split_rows, splits = _split_rows(M, tile)
-    is_whole = splits == 1 and len(das) == 1
-    target = das[0] if is_whole else torch.empty((splits, Rt, K), dtype=torch.float32, device=x.device)
-    blocks_r = cdiv(max(ranks), tile.ranks)
-    launch(
-        _grad_a_kernel, (cdiv(K, tile.columns) * blocks_r, splits),
-        (ds, x, mask, target),
-        (M, K, *ranks, *[0] * (3 - len(ranks)), (K + 7) // 8, blocks_r, split_rows, ds.stride(0), x.stride(0)),
-        ADAPTERS=len(ranks), MASKED=mask is not None, BM=tile.rows, BK=tile.columns, BR=tile.ranks,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if not is_whole:
-        parts = [target] if len(das) == 1 else target.split([dA.shape[0] for dA in das], dim=1)
-        add_up([Sum(part, dA) for part, dA in zip(parts, das)])
-    return das
+        return dAs
+    together = ranks if mask is not None else (Rt,)  # without masks stacked adapters are one
+    kind = x.dtype, tile, capability or capability_of(x)
+    splits, launch = _a_plan(M, K, together, mask is not None, (ds.stride(0), x.stride(0)), *kind)
+    if splits == 1 and len(dAs) == 1:
+        launch(ds, x, mask, dAs[0])
+        return dAs
+    target = torch.empty((splits, Rt, K), dtype=torch.float32, device=x.device)
+    launch(ds, x, mask, target)
+    parts = [target] if len(dAs) == 1 else target.split_with_sizes(ranks, dim=1)
+    add_up([Sum(part, dA) for part, dA in zip(parts, dAs)])
+    return dAs

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.launch import cdiv, launch
+from lora_fast.kernels.launch import Launch, cdiv, plan
 
 BLOCK = 1024
 
@@ -29,6 +29,12 @@ def _cast_kernel(sources, targets, sizes, scales, BLOCK: tl.constexpr):
         first += blocks
 
 
+@plan
+def _cast(sizes: tuple[int, ...], scales: tuple[float, ...]) -> Launch:
+    grid = (sum(cdiv(size, BLOCK) for size in sizes),)
+    return Launch(_cast_kernel, grid, (sizes, scales), BLOCK=BLOCK, num_warps=4)
+
+
 def cast_factors(
     groups: Sequence[tuple[Sequence[Tensor], Sequence[Tensor], Sequence[float]]], dtype: torch.dtype
 ) -> list[tuple[Tensor, list[Tensor]]]:
@@ -37,13 +43,11 @@ def cast_factors(
     results, sources, targets, factors = [], [], [], []
     for lora_As, lora_Bs, scales in groups:
         ranks = [lora_A.shape[0] for lora_A in lora_As]
-        a = lora_As[0].new_empty(sum(ranks), lora_As[0].shape[1], dtype=dtype)
-        bs = [b.new_empty(b.shape, dtype=dtype) for b in lora_Bs]
+        a = torch.empty((sum(ranks), lora_As[0].shape[1]), dtype=dtype, device=lora_As[0].device)
+        bs = [torch.empty(b.shape, dtype=dtype, device=b.device) for b in lora_Bs]
         results.append((a, bs))
         sources += [factor.contiguous() for factor in (*lora_As, *lora_Bs)]
-        targets += [*a.split(ranks), *bs]
-        factors += [1.0] * len(ranks) + [float(scale) for scale in scales]
-    sizes = tuple(source.numel() for source in sources)
-    grid = (sum(cdiv(size, BLOCK) for size in sizes),)
-    launch(_cast_kernel, grid, (tuple(sources), tuple(targets)), (sizes, tuple(factors)), BLOCK=BLOCK, num_warps=4)
+        targets += [a, *bs] if len(ranks) == 1 else [*a.split_with_sizes(ranks), *bs]
+        factors += [1.0] * len(ranks) + list(scales)
+    _cast(tuple([source.numel() for source in sources]), tuple(factors))(tuple(sources), tuple(targets))
     return results

@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels.devices import AMD, capability_of
 from lora_fast.kernels.dropout import spread_bytes
-from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 
 # --- Tiles ------------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,6 @@ def candidates(
     return tuple(tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
 
 
-@functools.lru_cache(maxsize=1024)
 def pick_tile(
     M: int,
     N: int,
@@ -363,39 +362,58 @@ def gemm_lora_sum(
     if y.numel() == 0:
         return y
     capability = capability or capability_of(s)
-    w_is_nk, can_describe = _is_nk(ws), uses_descriptors(capability)
+    w_is_nk = _is_nk(ws)
     if aligned is None:
         aligned = bool(xs) and are_aligned(xs, ws, capability)
-    aligned = aligned and (accumulate is None or is_aligned(accumulate, can_describe))
-    descriptors = aligned and can_describe
-    tile = tile or pick_tile(M, N, s.dtype, capability, pairs=len(xs), masks=len(masks), aligned=aligned)
-    x_operands, w_operands, y_operand, added = xs, ws, y, accumulate
-    if descriptors:
-        x_block, w_block = [tile.block_m, tile.block_k], [tile.block_k, tile.block_n]
-        x_operands = [TensorDescriptor.from_tensor(x, x_block) for x in xs]
-        if w_is_nk:
-            w_operands = [TensorDescriptor.from_tensor(w.t(), w_block[::-1]) for w in ws]
-        else:
-            w_operands = [TensorDescriptor.from_tensor(w, w_block) for w in ws]
-        y_operand = TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n // tile.stores])
-        if accumulate is not None:
-            added = TensorDescriptor.from_tensor(accumulate, [tile.block_m, tile.block_n])
-    nothing = [None] * (3 - len(xs))
+    descriptors = aligned and uses_descriptors(capability)
+    if accumulate is not None and not is_aligned(accumulate, descriptors):
+        aligned = descriptors = False
     ranks = tuple(ranks) if masks and ranks else (s.shape[1],)
+    numbers = (
+        tuple([(x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)]),
+        ranks,
+        (s.stride(0), *b.stride()),
+        masks[0].stride(0) if masks else 0,
+        0 if accumulate is None else accumulate.stride(0),
+        M,
+        N,
+    )
+    kind = s.dtype, capability, len(masks), aligned, descriptors, w_is_nk
+    tile, launch = _plan(numbers, *kind, tile, _sms(s.device))
+    nothing = [None] * (3 - len(xs))
+    if not descriptors:
+        launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, accumulate, y)
+        return y
+    describe = TensorDescriptor.from_tensor
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    x_operands = [describe(x, [m, k]) for x in xs]
+    w_operands = [describe(w.t(), [n, k]) if w_is_nk else describe(w, [k, n]) for w in ws]
+    added = None if accumulate is None else describe(accumulate, [m, n])
+    stored = describe(y, [m, n // tile.stores])
+    launch(*x_operands, *nothing, *w_operands, *nothing, s, b, tuple(masks), bias, added, stored)
+    return y
+
+
+@plan
+def _plan(
+    numbers: tuple,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    masks: int,
+    aligned: bool,
+    descriptors: bool,
+    w_is_nk: bool,
+    tile: Tile | None,
+    sms: int,
+) -> tuple[Tile, Launch]:
+    """The tile, picked where none is given, and the launch with these `numbers`, the kernel's from `sizes` on."""
+    sizes, ranks, *_, M, N = numbers
+    tile = tile or pick_tile(M, N, dtype, capability, pairs=len(sizes), masks=masks, aligned=aligned)
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    launch(
+    return tile, Launch(
         gemm_lora_kernel,
-        (min(tiles, _sms(s.device)) if tile.persistent else tiles,),
-        (*x_operands, *nothing, *w_operands, *nothing, s, b, tuple(masks), bias, added, y_operand),
-        (
-            tuple((x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)),
-            ranks,
-            (s.stride(0), *b.stride()),
-            masks[0].stride(0) if masks else 0,
-            0 if accumulate is None else accumulate.stride(0),
-            M,
-            N,
-        ),
+        (min(tiles, sms) if tile.persistent else tiles,),
+        numbers,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -408,7 +426,6 @@ def gemm_lora_sum(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return y
 
 
 def _is_nk(ws: Sequence[Tensor]) -> bool:

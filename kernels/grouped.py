@@ -491,12 +491,11 @@ def _project(x, factor, table, seed, dropout_p, tile, capability):
     grid = (len(table.blocks) * pieces * cdiv(table.width, tile.ranks),)
     launch(
         _project_kernel, grid,
-        (x, factor, s, mask, seed, table.blocks),
         (x.shape[1], table.width, 0 if mask is None else mask.shape[2], threshold(dropout_p),
          x.stride(0), *factor.stride(), s.stride(0)),
         ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks, PIECES=pieces, DROPOUT=seed is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        num_warps=tile.num_warps, num_stages=tile.num_stages
+    )(x, factor, s, mask, seed, table.blocks)  # fmt: skip
     return s, mask
 
 
@@ -512,13 +511,12 @@ def _expand(y, s, factor, table, mask, out, tile, capability):
     grid = (len(table.blocks) * pieces * cdiv(columns, tile.columns),)
     launch(
         _expand_kernel, grid,
-        (y, s, factor, mask, out, table.blocks),
         (columns, 0 if mask is None else mask.shape[-1],
          0 if y is None else y.stride(0), s.stride(0), *factor.stride(), out.stride(0)),
         ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks, PIECES=pieces,
         HAS_Y=y is not None, IN_PLACE=out is y, HAS_MASK=mask is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        num_warps=tile.num_warps, num_stages=tile.num_stages
+    )(y, s, factor, mask, out, table.blocks)  # fmt: skip
     return out
 
 
@@ -535,22 +533,20 @@ def _outer(x, s, table, mask, scales, out, stride_or, stride_ok, tile, capabilit
     tiles = cdiv(columns, tile.columns) * cdiv(table.width, tile.ranks)
     launch(
         _outer_kernel, (chunks * tiles,),
-        (x, s, mask, None if partial else scales, sums, table.order, table.chunks, table.adapters),
         (columns, table.width, 0 if mask is None else mask.shape[-1],
          x.stride(0), s.stride(0), stride_oc, stride_pr, stride_pk),
         ROWS=tile.rows, COLUMNS=tile.columns, RANKS=tile.ranks,
         HAS_MASK=mask is not None, HAS_SCALES=scales is not None and not partial, PARTIAL=partial,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        num_warps=tile.num_warps, num_stages=tile.num_stages
+    )(x, s, mask, None if partial else scales, sums, table.order, table.chunks, table.adapters)  # fmt: skip
     if partial:
         grid = (adapters * cdiv(columns, 128) * cdiv(table.width, 16),)
         launch(
             _add_chunks_kernel, grid,
-            (sums, scales, out, table.adapters),
             (columns, table.width, sums.stride(0), sums.stride(1), stride_or, stride_ok),
             RANKS=16, COLUMNS=128, HAS_SCALES=scales is not None,
-            num_warps=4,
-        )  # fmt: skip
+            num_warps=4
+        )(sums, scales, out, table.adapters)  # fmt: skip
     return out
 
 
@@ -666,11 +662,10 @@ def grouped_gemm(
     row_tiles = len(table.blocks) * pieces
     launch(
         _gemm_kernel, (row_tiles * cdiv(N, tile.columns),),
-        (x, weight, bias, s, b_all, mask, y, table.blocks),
         (row_tiles, N, K, 0 if mask is None else mask.shape[-1],
          x.stride(0), *weight.stride(), s.stride(0), b_all.stride(1), b_all.stride(0), y.stride(0)),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, RANKS=tile.ranks, PIECES=pieces,
         GROUP=8, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+        num_warps=tile.num_warps, num_stages=tile.num_stages
+    )(x, weight, bias, s, b_all, mask, y, table.blocks)  # fmt: skip
     return y

@@ -1,15 +1,17 @@
-"""Launches a kernel as `kernel[grid](…)` does, in a fraction of the host's time.
+"""Launches kernels as `kernel[grid](…)` does, in a fraction of the host's time.
 
 To find the compiled kernel of a call Triton looks at every argument, describes all of them in a string and looks that
-up: 10 to 25 µs a launch, as long as a small kernel runs, and a training step has a dozen launches for every layer. Here
-it is looked up by the arguments themselves, in a fraction of that time. What Triton compiles depends on the dtypes of
-tensors and whether 16 divides their addresses, on whether numbers are 1, divisible by 16 or beyond 32 bits, on
-constants, and on the GPU. The key holds all of it, numbers and addresses finer than need be; a call whose key was not
-seen before goes Triton's way.
+up: 10 to 25 µs a launch, as long as a small kernel runs, and a training step has a dozen launches for every layer. What
+it compiles depends on numbers (whether one is 1, divisible by 16 or beyond 32 bits), on constants, on the dtypes of
+tensors and whether 16 divides their addresses, and on the GPU. Here a `Launch` holds all that a call has beside its
+tensors, made once for the sizes at hand, and looks its compiled kernel up by what is left: dtypes, addresses, GPU. What
+it has not met yet goes Triton's way.
 
-On AMD's GPUs the size of a tensor's memory counts too: there every launch goes Triton's way, as it does while somebody
-wants to see launches (Triton's hooks, which its profiler uses)."""
+So does every launch on AMD's GPUs, where the size of a tensor's memory counts too, and every launch while somebody
+wants to see them (Triton's hooks, which its profiler uses)."""
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,12 +21,6 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-# Batches of ever new lengths would fill the memory with keys: beyond so many all are forgotten.
-MOST_KEYS = 8192
-# {key: (kernel, compiled kernel, its function, its settings, constants)}. With the kernel itself kept, no other can
-# come to have its id.
-_compiled: dict[tuple, tuple[JITFunction, CompiledKernel, Any, Any, tuple]] = {}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -37,8 +33,55 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def plan(function: Callable) -> Callable:
+    """Remembers what `function` makes of sizes, so that a launcher works it out once: of 4096 calls, so that batches of
+    ever new lengths don't fill the memory."""
+    return lru_cache(maxsize=4096)(function)
+
+
+class Launch:
+    """kernel[grid](*operands, *numbers, **constants) but for the operands, with which it is called: tensors, tensor
+    descriptors, tuples of tensors, or None.
+
+    The kernel's parameters are operands, numbers (or tuples of them) and constants, in this order; grid has one or two
+    dimensions; num_warps and the like are among the last of the constants."""
+
+    __slots__ = ("_compiled", "constants", "grid", "kernel", "numbers")
+
+    def __init__(self, kernel: JITFunction, grid: tuple[int, ...], numbers: tuple, **constants: Any) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self._compiled: dict[tuple, tuple[CompiledKernel, Any, Any, tuple]] = {}
+
+    def __call__(self, *operands: Any) -> None:
+        # Not in the interpreter, nor where launches are only recorded, for a GPU that isn't there.
+        if type(self.kernel) is not JITFunction or not torch.cuda.is_initialized() or torch.version.hip:
+            self.kernel[self.grid](*operands, *self.numbers, **self.constants)
+            return
+        device = torch.cuda.current_device()
+        key = (device, *[_kind(operand) for operand in operands])
+        found = self._compiled.get(key)
+        if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            self._find(key, operands)
+            return
+        compiled, function, settings, rest = found
+        x, y = self.grid if len(self.grid) == 2 else (self.grid[0], 1)
+        stream = driver.active.get_current_stream(device)
+        compiled.run(x, y, 1, stream, function, settings, None, None, None, *operands, *rest)
+
+    def _find(self, key: tuple, operands: tuple) -> None:
+        compiled = self.kernel[self.grid](*operands, *self.numbers, **self.constants)
+        if isinstance(compiled, CompiledKernel):
+            names = [parameter.name for parameter in self.kernel.params][len(operands) + len(self.numbers) :]
+            rest = *self.numbers, *(self.constants[name] for name in names)
+            self._compiled[key] = compiled, compiled.function, compiled.packed_metadata, rest
+
+
+# launch(kernel, grid, numbers, **constants)(*operands), where no plan keeps the Launch.
+launch = plan(Launch)
+
+
 def _kind(operand: Any) -> Any:
-    """What the compiled kernel depends on of a tensor, a descriptor, a tuple of them, or None."""
+    """What the compiled kernel depends on of an operand; of an address, finer than need be, what 16 leaves of it."""
     if operand is None:
         return None
     if isinstance(operand, Tensor):
@@ -46,30 +89,3 @@ def _kind(operand: Any) -> Any:
     if type(operand) is TensorDescriptor:  # its base is aligned; sizes and strides are numbers to the kernel
         return operand.base.dtype, *operand.block_shape
     return tuple(map(_kind, operand))
-
-
-def launch(kernel: JITFunction, grid: tuple[int, ...], operands: tuple, numbers: tuple, **constants: Any) -> None:
-    """kernel[grid](*operands, *numbers, **constants), for a grid of one or two dimensions and a kernel whose parameters
-    are, in this order, tensors (descriptors, tuples of tensors, None), numbers (tuples of numbers), and constants, with
-    num_warps and the like among the last."""
-    # Not in the interpreter, nor where launches are only recorded, for a GPU that isn't there.
-    direct = type(kernel) is JITFunction and torch.cuda.is_initialized() and not torch.version.hip
-    if not direct:
-        kernel[grid](*operands, *numbers, **constants)
-        return
-    device = torch.cuda.current_device()
-    key = (id(kernel), device, numbers, tuple(map(_kind, operands)), tuple(constants.values()))
-    found = _compiled.get(key)
-    if found is not None and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
-        _, compiled, function, settings, last = found
-        x, y = grid if len(grid) == 2 else (grid[0], 1)
-        stream = driver.active.get_current_stream(device)
-        compiled.run(x, y, 1, stream, function, settings, None, None, None, *operands, *numbers, *last)
-        return
-    compiled = kernel[grid](*operands, *numbers, **constants)
-    if isinstance(compiled, CompiledKernel):
-        if len(_compiled) >= MOST_KEYS:
-            _compiled.clear()
-        names = [parameter.name for parameter in kernel.params][len(operands) + len(numbers) :]
-        last = tuple(constants[name] for name in names)
-        _compiled[key] = kernel, compiled, compiled.function, compiled.packed_metadata, last

@@ -12,7 +12,6 @@ x ∘ m exists in registers only. Ranks beyond one block (128 without dropout; 1
 adapters with it) go to neighbouring programs, which read the same tile of x at about the same time, through L2, and
 redraw the same masks."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of, stages_that_fit
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
-from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 from lora_fast.kernels.partials import Sum, add_up
 
 
@@ -50,7 +49,6 @@ DROPOUT = {1: Tile(64, 128, 128, 0, 4, 4), 2: Tile(64, 64, 64, 0, 8, 4), 3: Tile
 FP32 = Tile(32, 32, 32, 0, 4, 2)
 
 
-@functools.lru_cache(maxsize=1024)
 def pick_tile(
     M: int, K: int, ranks: tuple[int, ...], dropout: bool, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Tile:
@@ -158,6 +156,37 @@ def _shrink_kernel(
         _store_s(s_ptr, acc2, rank0 + rank1, rank2, block_r, row, M, Rt, BR)
 
 
+@plan
+def _plan(
+    M: int,
+    K: int,
+    strides: tuple[int, int, int],  # of a row of x, of a
+    ranks: tuple[int, ...],
+    drop_below: int | None,
+    dtype: torch.dtype,
+    tile: Tile | None,
+    capability: tuple[int, int],
+) -> tuple[int, Launch]:
+    """Into how many parts K is split, and the launch."""
+    tile = tile or pick_tile(M, K, ranks, drop_below is not None, dtype, capability)
+    # Whole tiles to a split, so that a byte of a mask never belongs to two programs.
+    k_split = cdiv(cdiv(K, tile.columns), tile.splits) * tile.columns
+    splits = cdiv(K, k_split)
+    blocks_r = cdiv(max(ranks), tile.ranks)
+    return splits, Launch(
+        _shrink_kernel,
+        (cdiv(M, tile.rows) * blocks_r, splits),
+        (M, K, *ranks, *[0] * (3 - len(ranks)), blocks_r, k_split, drop_below or 0, *strides),
+        ADAPTERS=len(ranks),
+        DROPOUT=drop_below is not None,
+        BM=tile.rows,
+        BK=tile.columns,
+        BR=tile.ranks,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
 def shrink(
     x: Tensor,
     a: Tensor,
@@ -173,29 +202,19 @@ def shrink(
     ranks: of the G ≤ 3 adapters stacked in a, one adapter if None. seed: int64 of one element on x's device, read by
     the kernel, so that a CUDA graph draws anew; seed, M, K and p alone decide the masks. Without it, no dropout."""
     (M, K), Rt = x.shape, a.shape[0]
-    ranks = (Rt,) if ranks is None else tuple(ranks)
     s = torch.empty((M, Rt), dtype=x.dtype, device=x.device)
-    mask = None
-    if seed is None:
+    mask = drop_below = None
+    if seed is None or ranks is None:
         ranks = (Rt,)  # without masks stacked adapters are one
-    else:
+    if seed is not None:
         mask = torch.empty((len(ranks), M, (K + 7) // 8), dtype=torch.uint8, device=x.device)
+        drop_below = threshold(dropout_p)
     if M == 0:
         return s, mask
-    tile = tile or pick_tile(M, K, ranks, seed is not None, x.dtype, capability or capability_of(x))
-    # Whole tiles to a split, so that a byte of a mask never belongs to two programs.
-    k_split = cdiv(cdiv(K, tile.columns), tile.splits) * tile.columns
-    splits = cdiv(K, k_split)
+    strides = (x.stride(0), *a.stride())
+    splits, launch = _plan(M, K, strides, ranks, drop_below, x.dtype, tile, capability or capability_of(x))
     target = s if splits == 1 else torch.empty((splits, M, Rt), dtype=torch.float32, device=x.device)
-    blocks_r = cdiv(max(ranks), tile.ranks)
-    grid = (cdiv(M, tile.rows) * blocks_r, splits)
-    launch(
-        _shrink_kernel, grid,
-        (x, a, target, mask, seed),
-        (M, K, *ranks, *[0] * (3 - len(ranks)), blocks_r, k_split, threshold(dropout_p), x.stride(0), *a.stride()),
-        ADAPTERS=len(ranks), DROPOUT=seed is not None, BM=tile.rows, BK=tile.columns, BR=tile.ranks,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    launch(x, a, target, mask, seed)
     if splits > 1:
         add_up([Sum(target, s)])
     return s, mask

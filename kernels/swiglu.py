@@ -16,7 +16,6 @@ and du written), no more than without adapters; with dropout M N / 8 in each. Th
 of its S, and for each part of the work (below) fp32 partial sums, written and read once. Separate kernels would read h
 again in forward, and h, dg and du in backward: e M N and 3 e M N more."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from lora_fast.kernels.adapter_grads import grad_a
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
-from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
+from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 from lora_fast.kernels.partials import Sum, add_up
 from lora_fast.kernels.shrink import shrink
 
@@ -115,7 +114,6 @@ def backward_limit(dtype: torch.dtype, capability: tuple[int, int]) -> int:
     return 128 if dtype != torch.float32 and _has_wide_products(capability) else 64
 
 
-@functools.lru_cache(maxsize=1024)
 def count_parts(strips: int, blocks: int, warps: int) -> int:
     """Into how many parts a strip of `blocks` rounds is cut: the fewest within a fifth of a perfectly even load."""
     slots = MULTIPROCESSORS * RESIDENT_WARPS // warps
@@ -265,31 +263,43 @@ def _backward_kernel(
         tl.store(db_up_at, db_up, mask=n_ok & (r_up[None, :] < R_up))
 
 
-def _forward(g, u, a, seed, dropout_p, tile, capability):
-    """h (M, N), S (M, R) or None, mask or None."""
-    M, N = g.shape
-    R = 0 if a is None else a.shape[0]
-    mask_width = cdiv(N, 8)
-    dropout = R > 0 and seed is not None
-    h = torch.empty((M, N), dtype=g.dtype, device=g.device)
-    s = torch.empty((M, R), dtype=g.dtype, device=g.device) if R else None
-    mask = torch.empty((1, M, mask_width), dtype=torch.uint8, device=g.device) if dropout else None
-    if M == 0:
-        return h, s, mask
-    tile = tile or forward_tile(R, g.dtype, capability or capability_of(g))
+@plan
+def _forward_plan(M, N, R, strides, drop_below, dtype, tile, capability) -> tuple[int, Launch]:
+    """Into how many parts N is cut, and the launch. strides: of a row of g, of u; of a, or 0, 0."""
+    tile = tile or forward_tile(R, dtype, capability)
     strips, blocks = cdiv(M, tile.rows), cdiv(N, tile.columns)
     parts = count_parts(strips, blocks, tile.warps) if R else min(blocks, MAX_GRID)
     part_blocks = cdiv(blocks, parts)
     parts = cdiv(blocks, part_blocks)
+    return parts, Launch(
+        _forward_kernel,
+        (strips, parts),
+        (M, N, R, cdiv(N, 8), part_blocks * tile.columns, *strides, drop_below or 0),
+        BM=tile.rows,
+        BN=tile.columns,
+        RP=padded(R),
+        DROPOUT=drop_below is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _forward(g, u, a, seed, dropout_p, tile, capability):
+    """h (M, N), S (M, R) or None, mask or None."""
+    M, N = g.shape
+    R = 0 if a is None else a.shape[0]
+    h = torch.empty((M, N), dtype=g.dtype, device=g.device)
+    s = torch.empty((M, R), dtype=g.dtype, device=g.device) if R else None
+    mask = drop_below = None
+    if R and seed is not None:
+        mask = torch.empty((1, M, cdiv(N, 8)), dtype=torch.uint8, device=g.device)
+        drop_below = threshold(dropout_p)
+    if M == 0:
+        return h, s, mask
+    strides = (g.stride(0), u.stride(0), *(a.stride() if R else (0, 0)))
+    parts, launch = _forward_plan(M, N, R, strides, drop_below, g.dtype, tile, capability or capability_of(g))
     partials = torch.empty((parts, M, R), dtype=torch.float32, device=g.device) if R else None
-    launch(
-        _forward_kernel, (strips, parts),
-        (g, u, a, h, partials, mask, seed),
-        (M, N, R, mask_width, part_blocks * tile.columns,
-         g.stride(0), u.stride(0), *(a.stride() if R else (0, 0)), threshold(dropout_p)),
-        BM=tile.rows, BN=tile.columns, RP=padded(R), DROPOUT=dropout,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    launch(g, u, a, h, partials, mask, seed)
     if R:
         add_up([Sum(partials, s)])
     return h, s, mask
@@ -375,30 +385,43 @@ def swiglu_backward(
     return dg, du, dA_down, dB_gate, dB_up
 
 
-def _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability):
-    """Fills dg, du and, if given, h; returns the partial sums of dA_down, dB_gate and dB_up, None for rank 0."""
-    M, N = g.shape
-    tile = tile or backward_tile(max(ranks), g.dtype, capability)
+@plan
+def _backward_plan(M, N, ranks, strides, masked, write_h, dtype, tile, capability) -> tuple[int, Launch | None]:
+    """Into how many parts M is cut, and the launch, None for M = 0. strides: of a row of dh, g, u; of dS, S, S or 0."""
+    tile = tile or backward_tile(max(ranks), dtype, capability)
     strips, blocks = cdiv(N, tile.columns), cdiv(M, tile.rows)
     parts = count_parts(strips, blocks, tile.warps) if any(ranks) else min(blocks, MAX_GRID)
     part_blocks = cdiv(blocks, max(parts, 1))
     parts = cdiv(blocks, max(part_blocks, 1))
-    shapes = [(parts, ranks[0], N), (parts, N, ranks[1]), (parts, N, ranks[2])]
+    return parts, None if M == 0 else Launch(
+        _backward_kernel,
+        (strips, parts),
+        (M, N, *ranks, cdiv(N, 8), part_blocks * tile.rows, *strides),
+        BM=tile.rows,
+        BN=tile.columns,
+        DOWN=padded(ranks[0]),
+        GATE=padded(ranks[1]),
+        UP=padded(ranks[2]),
+        ALIGN=math.gcd(16, *ranks, *strides[3:]),
+        MASKED=masked,
+        WRITE_H=write_h,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability):
+    """Fills dg, du and, if given, h; returns the partial sums of dA_down, dB_gate and dB_up, None for rank 0."""
+    M, N = g.shape
+    masked = mask is not None and ranks[0] > 0
+    strides = (dh.stride(0), g.stride(0), u.stride(0), *[0 if s is None else s.stride(0) for s in inputs])
+    parts, launch = _backward_plan(M, N, tuple(ranks), strides, masked, h is not None, g.dtype, tile, capability)
+    shapes = (parts, ranks[0], N), (parts, N, ranks[1]), (parts, N, ranks[2])
     partials = [
         torch.empty(shape, dtype=torch.float32, device=g.device) if R else None for shape, R in zip(shapes, ranks)
     ]
-    if M == 0:
-        return partials
-    strides = [0 if s is None else s.stride(0) for s in inputs]
-    masked = mask is not None and ranks[0] > 0
-    launch(
-        _backward_kernel, (strips, parts),
-        (dh, g, u, mask if masked else None, *inputs, dg, du, h, *partials),
-        (M, N, *ranks, cdiv(N, 8), part_blocks * tile.rows, dh.stride(0), g.stride(0), u.stride(0), *strides),
-        BM=tile.rows, BN=tile.columns, DOWN=padded(ranks[0]), GATE=padded(ranks[1]), UP=padded(ranks[2]),
-        ALIGN=math.gcd(16, *ranks, *strides), MASKED=masked, WRITE_H=h is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    if launch is not None:
+        launch(dh, g, u, mask if masked else None, *inputs, dg, du, h, *partials)
     return partials
 
 
