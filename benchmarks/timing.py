@@ -124,21 +124,14 @@ def peak_MiB(call: Callable[[], Any], device: torch.device) -> float | None:
 def routes_of(call: Callable[[], Any]) -> str:
     """Runs a call and says which candidate each step of it that had a choice took: "grad_x N=4096: cublas; …"."""
     taken: dict[str, str] = {}
-    run = tuning.run
+    choose = tuning.choose
 
-    def recording(step, sizes, device, candidates):
-        label = f"{step} N={sizes.get('N')} K={sizes.get('K')}"
+    def recording(step, sizes, device, names, call):
+        name = taken[f"{step} N={sizes.get('N')} K={sizes.get('K')}"] = choose(step, sizes, device, names, call)
+        return name
 
-        def told(name, candidate):
-            def tell():
-                taken[label] = name  # the last one told is the one whose result is used
-                return candidate()
-
-            return tell
-
-        return run(step, sizes, device, {name: told(name, candidate) for name, candidate in candidates.items()})
-
-    with mock.patch.object(tuning, "run", recording):
+    # With nothing kept from earlier calls, every choice is asked for.
+    with mock.patch.object(tuning, "choose", recording), mock.patch.object(tuning, "_recent", {}):
         call()
     return "; ".join(f"{label}: {name}" for label, name in taken.items())
 

@@ -317,7 +317,6 @@ def gemm_lora(
     mask: Tensor | None = None,
     accumulate: Tensor | None = None,
     tile: Tile | None = None,
-    aligned: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Tensor:
     """x (M, K), w (K, N), s (M, R), b (R, N), bias (N,), mask uint8 (M, ⌈N / 8⌉), accumulate (M, N) → y (M, N), new.
@@ -333,7 +332,6 @@ def gemm_lora(
         bias=bias,
         accumulate=accumulate,
         tile=tile,
-        aligned=aligned,
         capability=capability,
     )
 
@@ -349,49 +347,82 @@ def gemm_lora_sum(
     bias: Tensor | None = None,
     accumulate: Tensor | None = None,
     tile: Tile | None = None,
-    aligned: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Tensor:
     """y = Σᵢ xᵢ wᵢ + Σⱼ maskⱼ ∘ (sⱼ bⱼ) + bias + accumulate in one launch: xᵢ (M, Kᵢ), wᵢ (Kᵢ, N), i < 3 → y (M, N).
 
     s (M, ΣR) and b (ΣR, N) hold the adapters side by side. With masks (one each, or none at all), `ranks` says where
-    one ends and the next begins; without, they are one product. aligned: what `are_aligned(xs, ws, capability)` says,
-    where the caller has asked already."""
-    M, N = s.shape[0], b.shape[1]
-    y = torch.empty((M, N), dtype=s.dtype, device=s.device)
-    if y.numel() == 0:
+    one ends and the next begins; without, they are one product."""
+    if s.shape[0] == 0 or b.shape[1] == 0:
+        return s.new_empty(s.shape[0], b.shape[1])
+    prepared = prepare(xs, ws, s, b, ranks=ranks, masks=masks, accumulate=accumulate, tile=tile, capability=capability)
+    return prepared.run(xs, ws, s, b, masks, bias, accumulate)
+
+
+class Prepared(NamedTuple):
+    """A call of gemm_lora_sum but for the numbers in its tensors; any whose dtypes, sizes, strides and alignment to 16
+    bytes are the same may run by it."""
+
+    tile: Tile
+    launch: Launch
+    descriptors: bool
+    w_is_nk: bool
+
+    def run(
+        self,
+        xs: Sequence[Tensor],
+        ws: Sequence[Tensor],
+        s: Tensor,
+        b: Tensor,
+        masks: Sequence[Tensor] = (),
+        bias: Tensor | None = None,
+        accumulate: Tensor | None = None,
+    ) -> Tensor:
+        y = torch.empty((s.shape[0], b.shape[1]), dtype=s.dtype, device=s.device)
+        nothing = [None] * (3 - len(xs))
+        if not self.descriptors:
+            self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, accumulate, y)
+            return y
+        describe, tile = TensorDescriptor.from_tensor, self.tile
+        m, n, k = tile.block_m, tile.block_n, tile.block_k
+        xs = [describe(x, [m, k]) for x in xs]
+        ws = [describe(w.t(), [n, k]) if self.w_is_nk else describe(w, [k, n]) for w in ws]
+        added = None if accumulate is None else describe(accumulate, [m, n])
+        stored = describe(y, [m, n // tile.stores])
+        self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, added, stored)
         return y
+
+
+def prepare(
+    xs: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    s: Tensor,
+    b: Tensor,
+    *,
+    ranks: Sequence[int] | None = None,
+    masks: Sequence[Tensor] = (),
+    accumulate: Tensor | None = None,
+    tile: Tile | None = None,
+    capability: tuple[int, int] | None = None,
+) -> Prepared:
+    """All of gemm_lora_sum that needs no numbers: worth keeping where the same call comes again and again."""
     capability = capability or capability_of(s)
     w_is_nk = _is_nk(ws)
-    if aligned is None:
-        aligned = bool(xs) and are_aligned(xs, ws, capability)
+    aligned = bool(xs) and are_aligned(xs, ws, capability)
     descriptors = aligned and uses_descriptors(capability)
     if accumulate is not None and not is_aligned(accumulate, descriptors):
         aligned = descriptors = False
-    ranks = tuple(ranks) if masks and ranks else (s.shape[1],)
     numbers = (
-        tuple([(x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)]),
-        ranks,
+        tuple((x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)),
+        tuple(ranks) if masks and ranks else (s.shape[1],),
         (s.stride(0), *b.stride()),
         masks[0].stride(0) if masks else 0,
         0 if accumulate is None else accumulate.stride(0),
-        M,
-        N,
+        s.shape[0],
+        b.shape[1],
     )
     kind = s.dtype, capability, len(masks), aligned, descriptors, w_is_nk
-    tile, launch = _plan(numbers, *kind, tile, _sms(s.device))
-    nothing = [None] * (3 - len(xs))
-    if not descriptors:
-        launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, accumulate, y)
-        return y
-    describe = TensorDescriptor.from_tensor
-    m, n, k = tile.block_m, tile.block_n, tile.block_k
-    x_operands = [describe(x, [m, k]) for x in xs]
-    w_operands = [describe(w.t(), [n, k]) if w_is_nk else describe(w, [k, n]) for w in ws]
-    added = None if accumulate is None else describe(accumulate, [m, n])
-    stored = describe(y, [m, n // tile.stores])
-    launch(*x_operands, *nothing, *w_operands, *nothing, s, b, tuple(masks), bias, added, stored)
-    return y
+    return Prepared(*_plan(numbers, *kind, tile, _sms(s.device)), descriptors, w_is_nk)
 
 
 @plan

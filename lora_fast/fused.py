@@ -6,7 +6,7 @@ dx) once more; "cublas, update first", which writes the update and lets cuBLAS a
 bytes, but the update is read inside a long product that leaves memory idle, and y is rounded once instead of twice. For
 dS and dB one read of dy, with partial sums, or two."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,17 @@ from lora_fast.kernels import adapter_grads, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
-from lora_fast.kernels.gemm_lora import Tile, are_aligned, candidates, gemm_lora, gemm_lora_sum, is_aligned, pick_tile
+from lora_fast.kernels.gemm_lora import (
+    Prepared,
+    Tile,
+    are_aligned,
+    candidates,
+    gemm_lora,
+    gemm_lora_sum,
+    is_aligned,
+    pick_tile,
+    prepare,
+)
 from lora_fast.kernels.partials import Sum, add_up
 from lora_fast.tuning import size_class
 
@@ -81,24 +91,64 @@ def _routes(
     return dict.fromkeys(others) | tiles
 
 
+def _place(step: str, device: torch.device, *operands: Tensor) -> tuple:
+    """All that a choice, and what follows from it, depends on, as it comes: where tuning.py keeps it for the next call
+    like this one."""
+    tf32 = operands[0].dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
+    return step, device, tf32, *[(t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in operands]
+
+
+def _product(
+    step: str,
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    s: Tensor,
+    b: Tensor,
+    by_cublas: Mapping[str, Callable[[], Tensor]],
+    sizes: Callable[[], dict[str, Any]],
+    *,
+    ranks: Sequence[int] | None = None,
+    masks: Sequence[Tensor] = (),
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Σᵢ xᵢ wᵢ + the update + bias by the fastest route. weights (N, K): ws or their transposes; sizes: what the choice
+    depends on beside their layout."""
+    place = _place(step, s.device, *xs, *ws, s, b, *masks), bias is None
+    route = tuning.recall(place)
+    if route is None:
+        lies = layout(xs, weights, ws)
+        M, N = s.shape[0], b.shape[1]
+        kind = capability_of(s), len(xs), len(masks), lies["aligned"]
+        tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
+
+        def prepared(name: str) -> Prepared:
+            return prepare(xs, ws, s, b, ranks=ranks, masks=masks, tile=tiles[name])
+
+        def call(name: str) -> Tensor:
+            return by_cublas[name]() if name in by_cublas else prepared(name).run(xs, ws, s, b, masks, bias)
+
+        name = tuning.choose(step, sizes() | lies, s.device, tuple(tiles), call)
+        route = tuning.keep(place, name if name in by_cublas else prepared(name))
+    return by_cublas[route]() if type(route) is str else route.run(xs, ws, s, b, masks, bias)
+
+
 def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x = _contiguous_rows(x)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.contiguous()
     w, b_t, (M, K), (N, R) = weight.t(), b.t(), x.shape, b.shape
-    lies = layout([x], [weight], [w])
-    aligned = lies["aligned"]
-    routes = _routes(("cublas", UPDATE_FIRST), size_class(M), N, x.dtype, capability_of(x), 1, 0, aligned)
 
-    def call(name: str) -> Tensor:
-        if name == "cublas":
-            return reference.linear_lora(x, weight, s, b, bias)
-        if name == UPDATE_FIRST:
-            y = s @ b_t if bias is None else torch.addmm(bias.to(x.dtype), s, b_t)
-            return y.addmm_(x, w)
-        return gemm_lora(x, w, s, b_t, bias=bias, tile=routes[name], aligned=aligned)
+    def update_first() -> Tensor:
+        y = s @ b_t if bias is None else torch.addmm(bias.to(x.dtype), s, b_t)
+        return y.addmm_(x, w)
 
-    sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None, **lies}
-    return tuning.run("linear_lora", sizes, x.device, tuple(routes), call)
+    def sizes() -> dict[str, Any]:
+        return {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
+
+    by_cublas = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias), UPDATE_FIRST: update_first}
+    if M == 0:
+        return by_cublas["cublas"]()
+    return _product("linear_lora", [x], [weight], [w], s, b_t, by_cublas, sizes, bias=bias)
 
 
 def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
@@ -136,6 +186,10 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
         torch.mm(dy, b, out=ds)
         return reference.grad_b(dy, s, scale)
 
+    place = _place("grad_s_and_b", dy.device, dy, b, s)
+    tile, name = tuning.recall(place) or (None, None)
+    if name is not None:
+        return call(name, later)
     tile = adapter_grads.pick_s_and_b_tile(M, N, R, dy.dtype, capability_of(dy)) if M else None
     # What one read of dy takes in place of a second: bytes of partial sums, some of which stay in L2.
     partial = 0 if tile is None else adapter_grads.partial_bytes(M, N, R, tile)
@@ -144,7 +198,9 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
         return call(TWO_READS)
     names = (ONE_READ, TWO_READS) if partial < read else (TWO_READS, ONE_READ)
     sizes = {"M": M, "N": N, "R": R, "dtype": dy.dtype, "aligned": is_aligned(dy)}
-    return call(tuning.choose("grad_s_and_b", sizes, dy.device, names, call), later)
+    name = tuning.choose("grad_s_and_b", sizes, dy.device, names, call)
+    tuning.keep(place, (tile, name))
+    return call(name, later)
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
@@ -177,27 +233,25 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     if not pairs:
         return gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
 
-    (M, _), (R, K) = ds.shape, a.shape
-    lies = layout(xs, ws, ws)
-    aligned = lies["aligned"]
+    def base_first() -> Tensor:
+        return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
+
+    def update_first() -> Tensor:
+        dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+        for dy, weight in pairs:
+            dx.addmm_(dy, weight)
+        return dx
+
+    def sizes() -> dict[str, Any]:
+        Ns = "+".join(str(dy.shape[1]) for dy in xs)
+        return {"M": ds.shape[0], "N": Ns, "K": a.shape[1], "R": a.shape[0], "dtype": ds.dtype, "masks": len(masks)}
+
     # What a mask drops can't be added to a finished product.
-    others = ("cublas", UPDATE_FIRST) if mask is None else (UPDATE_FIRST,)
-    kind = capability_of(ds), len(xs), len(masks), aligned
-    routes = _routes(others, size_class(M), K, ds.dtype, *kind)
-
-    def call(name: str) -> Tensor:
-        if name == "cublas":
-            return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
-        if name == UPDATE_FIRST:
-            dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
-            for dy, weight in pairs:
-                dx.addmm_(dy, weight)
-            return dx
-        return gemm_lora_sum(xs, ws, ds, a, ranks=ranks, masks=masks, tile=routes[name], aligned=aligned)
-
-    Ns = "+".join([str(dy.shape[1]) for dy in xs])
-    sizes = {"M": M, "N": Ns, "K": K, "R": R, "dtype": ds.dtype, "masks": len(masks), **lies}
-    return tuning.run("grad_x", sizes, ds.device, tuple(routes), call)
+    by_cublas = {"cublas": base_first} if mask is None else {}
+    by_cublas[UPDATE_FIRST] = update_first
+    if ds.shape[0] == 0:
+        return update_first()
+    return _product("grad_x", xs, ws, ws, ds, a, by_cublas, sizes, ranks=ranks, masks=masks)
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

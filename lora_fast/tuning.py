@@ -30,10 +30,11 @@ from lora_fast.config import warn
 
 SCHEMA_VERSION = 2
 _choices: dict[tuple[str, str], str] = {}
-# The same by the sizes as they come, which are looked up in a fraction of the time that it takes to write them down as
-# `_choices` has them. Batches of ever new lengths would fill the memory: beyond so many all are forgotten.
+# What follows from choices, by all that they depend on as it comes: looked up in a fraction of the time that it takes
+# to write that down as `_choices` has it. Batches of ever new lengths would fill the memory: beyond so many all are
+# forgotten.
 MOST_RECENT = 8192
-_recent: dict[tuple, str] = {}
+_recent: dict[tuple, Any] = {}
 _forced: str | None = None
 
 
@@ -134,17 +135,15 @@ def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return ms
 
 
-def run(
-    step: str, sizes: Mapping[str, Any], device: torch.device, names: Sequence[str], call: Callable[[str], Any]
-) -> Any:
-    """The result of the candidate that is fastest for these sizes; every candidate computes the same."""
-    return call(choose(step, sizes, device, names, call))
+def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: Mapping[str, Callable[[], Any]]) -> Any:
+    """The result of the candidate that `choose` names."""
+    return candidates[choose(step, sizes, device, tuple(candidates), lambda name: candidates[name]())]()
 
 
 def choose(
     step: str, sizes: Mapping[str, Any], device: torch.device, names: Sequence[str], call: Callable[[str], Any]
 ) -> str:
-    """The name of the candidate that is fastest for these sizes.
+    """The name of the candidate that is fastest for these sizes; every candidate computes the same.
 
     names: of the candidates, the safest first. call(name): runs one. sizes: what the choice depends on, M by its next
     power of two, dtype with what torch lets cuBLAS make of fp32."""
@@ -154,15 +153,6 @@ def choose(
             return name
     if device.type != "cuda" or len(names) == 1:
         return names[0]
-    place = (step, device.index, *sizes.values())
-    if torch.float32 in place:
-        place = (*place, torch.backends.cuda.matmul.fp32_precision)
-    name = _recent.get(place)
-    return name if name in names else _look_up_or_time(step, sizes, device, names, call, place)
-
-
-def _look_up_or_time(step, sizes, device, names, call, place) -> str:
-    """The candidate for these sizes, from the tables or by timing it; kept in `_recent` at `place`."""
     gpu = torch.cuda.get_device_name(device)
     key = f"{step} " + " ".join(f"{name}={_told(name, value)}" for name, value in sizes.items())
     name = _choices.get((gpu, key)) or _known().get((gpu, key))
@@ -176,10 +166,23 @@ def _look_up_or_time(step, sizes, device, names, call, place) -> str:
         else:
             name = min(ms, key=ms.get)
             _remember(gpu, key, name, ms)
+    _choices[gpu, key] = name
+    return name
+
+
+def recall(place: tuple) -> Any:
+    """What was kept for calls of this kind, None where nothing was."""
+    return _recent.get((_forced, place))
+
+
+def keep(place: tuple, value: Any) -> Any:
+    """Keeps, for calls of this kind, what follows from a choice, and returns it."""
+    if torch.cuda.is_initialized() and not _may_time():
+        return value  # what was chosen in a capture may have been for want of timing
     if len(_recent) >= MOST_RECENT:
         _recent.clear()
-    _choices[gpu, key] = _recent[place] = name
-    return name
+    _recent[_forced, place] = value
+    return value
 
 
 def size_class(M: int) -> int:

@@ -218,7 +218,7 @@ def choices_asked():
         return choose(step, sizes, device, names, call)
 
     choose = tuning.choose
-    with mock.patch.object(tuning, "choose", asking):
+    with mock.patch.object(tuning, "choose", asking), mock.patch.object(tuning, "_recent", {}):
         yield asked
 
 

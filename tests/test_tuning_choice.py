@@ -46,113 +46,113 @@ def rows_kept(versions=None) -> dict:
 
 
 def candidates(ran=None, names=("cublas", "triton a", "triton b")):
-    """Names, and a call that gives its name, which it also appends to `ran`."""
+    """Each gives its name, which it also appends to `ran`."""
 
     def call(name):
         if ran is not None:
             ran.append(name)
         return name
 
-    return names, call
+    return {name: lambda name=name: call(name) for name in names}
 
 
 def test_the_fastest_is_timed_once_and_kept_for_all_processes(ms, monkeypatch):
     ran = []
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "triton b"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "triton b"
     assert ran == ["cublas", "triton a", "triton b", "triton b"]  # three timed, one run
     for sizes in (SIZES, SIZES | {"M": 65}, SIZES | {"M": 128}):  # all up to the same power of two
-        assert tuning.run("linear_lora", sizes, GPU, *candidates(ran)) == "triton b"
+        assert tuning.run("linear_lora", sizes, GPU, candidates(ran)) == "triton b"
     assert len(ran) == 7 and tuning.choices() == {KEY: "triton b"}
     row = rows_kept()[KEY]
     assert row == {"choice": "triton b", "ms": {"cublas": 3.0, "triton a": 2.0, "triton b": 1.0}}
     new_process(monkeypatch)
     ms["triton b"] = 9.0
     ran.clear()
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "triton b" and ran == ["triton b"]
-    assert tuning.run("linear_lora", SIZES | {"M": 129}, GPU, *candidates()) == "triton a"  # another bucket: timed
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "triton b" and ran == ["triton b"]
+    assert tuning.run("linear_lora", SIZES | {"M": 129}, GPU, candidates()) == "triton a"  # another bucket: timed
     assert len(rows_kept()) == 2
 
 
 def test_other_versions_time_again_and_leave_each_other_their_rows(ms, monkeypatch):
-    tuning.run("linear_lora", SIZES, GPU, *candidates())
+    tuning.run("linear_lora", SIZES, GPU, candidates())
     running = tuning.versions()
     new_process(monkeypatch)
     monkeypatch.setattr(tuning, "versions", lambda: "torch 9, triton 9")
     ms["triton a"] = 0.5
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton a"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
     assert rows_kept()[KEY]["choice"] == "triton a" and rows_kept(running)[KEY]["choice"] == "triton b"
     new_process(monkeypatch)
     monkeypatch.setattr(tuning, "versions", lambda: running)
     ran = []
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "triton b" and ran == ["triton b"]
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "triton b" and ran == ["triton b"]
 
 
 def test_fp32_by_tf32_is_another_choice(ms):
     sizes = SIZES | {"dtype": torch.float32}
-    assert tuning.run("linear_lora", sizes, GPU, *candidates()) == "triton b"
+    assert tuning.run("linear_lora", sizes, GPU, candidates()) == "triton b"
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
         ms["cublas"] = 0.1
-        assert tuning.run("linear_lora", sizes, GPU, *candidates()) == "cublas"
-        assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "cublas"  # bf16, timed now
+        assert tuning.run("linear_lora", sizes, GPU, candidates()) == "cublas"
+        assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "cublas"  # bf16, timed now
         assert len(tuning.choices()) == 3
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert tuning.run("linear_lora", sizes, GPU, *candidates()) == "triton b"
+    assert tuning.run("linear_lora", sizes, GPU, candidates()) == "triton b"
 
 
 def test_a_choice_that_is_no_candidate_any_more_is_made_again(ms, monkeypatch):
-    tuning.run("linear_lora", SIZES, GPU, *candidates())
+    tuning.run("linear_lora", SIZES, GPU, candidates())
     new_process(monkeypatch)
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(names=("cublas", "triton a"))) == "triton a"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(names=("cublas", "triton a"))) == "triton a"
 
 
 def test_a_home_that_cannot_be_written_costs_nothing_but_the_memory(ms, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton b"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton b"
     assert tuning.choices() == {KEY: "triton b"}
 
 
 def test_a_tile_that_does_not_fit_is_left_out(ms):
     ms["triton b"] = OutOfResources(300_000, 232_448, "shared memory")
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton a"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
 
 
 def test_while_a_graph_is_captured_the_first_runs_and_nothing_is_kept(ms, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     ran = []
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "cublas" and ran == ["cublas"]
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "cublas" and ran == ["cublas"]
     assert not tuning.choices() and not tuning.cache_file().exists()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton b"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton b"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton b"  # what was tuned before is captured
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton b"  # what was tuned before is captured
 
 
 def test_where_memory_is_short_the_first_runs_and_is_not_timed_again_in_this_process(ms, monkeypatch):
     """A training step near the limit would else fail to time, and empty torch's cache, in every layer of every step."""
     ms["triton a"] = torch.OutOfMemoryError("of a test")
     ran = []
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "cublas"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "cublas"
     assert ran == ["cublas", "triton a", "cublas"]
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates(ran)) == "cublas" and len(ran) == 4
+    assert tuning.run("linear_lora", SIZES, GPU, candidates(ran)) == "cublas" and len(ran) == 4
     assert not tuning.cache_file().exists()
     new_process(monkeypatch)
     ms["triton a"] = 0.5
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton a"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
 
 
 def test_only_holds_inside_its_block(ms):
     with tuning.only("triton"):
-        assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton a"
+        assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
         with tuning.only("cublas"):
-            assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "cublas"
-        assert tuning.run("linear_lora", SIZES, GPU, *candidates(names=("cublas",))) == "cublas"  # no such candidate
+            assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "cublas"
+        assert tuning.run("linear_lora", SIZES, GPU, candidates(names=("cublas",))) == "cublas"  # no such candidate
     assert not tuning.choices()
-    assert tuning.run("linear_lora", SIZES, GPU, *candidates()) == "triton b"
+    assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton b"
 
 
 def test_off_a_gpu_the_first_runs(ms):
-    assert tuning.run("linear_lora", SIZES, torch.device("cpu"), *candidates()) == "cublas" and not tuning.choices()
+    assert tuning.run("linear_lora", SIZES, torch.device("cpu"), candidates()) == "cublas" and not tuning.choices()
