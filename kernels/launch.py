@@ -46,34 +46,29 @@ class Launch:
     The kernel's parameters are operands, numbers (or tuples of them) and constants, in this order; grid has one or two
     dimensions; num_warps and the like are among the last of the constants."""
 
-    __slots__ = ("_compiled", "constants", "grid", "kernel", "numbers")
+    __slots__ = ("_compiled", "_xy", "constants", "grid", "kernel", "numbers")
 
     def __init__(self, kernel: JITFunction, grid: tuple[int, ...], numbers: tuple, **constants: Any) -> None:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
-        self._compiled: dict[tuple, tuple[CompiledKernel, Any, Any, tuple]] = {}
+        self._xy = grid if len(grid) == 2 else (*grid, 1)
+        self._compiled: dict[tuple, tuple[Callable, Any, Any, tuple]] = {}
 
     def __call__(self, *operands: Any) -> None:
-        # Not in the interpreter, nor where launches are only recorded, for a GPU that isn't there.
-        if type(self.kernel) is not JITFunction or not torch.cuda.is_initialized() or torch.version.hip:
-            self.kernel[self.grid](*operands, *self.numbers, **self.constants)
-            return
-        device = torch.cuda.current_device()
-        key = (device, *[_kind(operand) for operand in operands])
-        found = self._compiled.get(key)
-        if found is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            self._find(key, operands)
-            return
-        compiled, function, settings, rest = found
-        x, y = self.grid if len(self.grid) == 2 else (self.grid[0], 1)
-        stream = driver.active.get_current_stream(device)
-        compiled.run(x, y, 1, stream, function, settings, None, None, None, *operands, *rest)
-
-    def _find(self, key: tuple, operands: tuple) -> None:
+        if self._compiled and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
+            device = torch.cuda.current_device()
+            found = self._compiled.get((device, *map(_kind, operands)))
+            if found is not None:
+                run, function, settings, rest = found
+                stream = driver.active.get_current_stream(device)
+                run(*self._xy, 1, stream, function, settings, None, None, None, *operands, *rest)
+                return
         compiled = self.kernel[self.grid](*operands, *self.numbers, **self.constants)
-        if isinstance(compiled, CompiledKernel):
+        # None in the interpreter, and where launches are only recorded, for a GPU that isn't there.
+        if isinstance(compiled, CompiledKernel) and not torch.version.hip:
             names = [parameter.name for parameter in self.kernel.params][len(operands) + len(self.numbers) :]
             rest = *self.numbers, *(self.constants[name] for name in names)
-            self._compiled[key] = compiled, compiled.function, compiled.packed_metadata, rest
+            key = (torch.cuda.current_device(), *map(_kind, operands))
+            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
 
 
 # launch(kernel, grid, numbers, **constants)(*operands), where no plan keeps the Launch.

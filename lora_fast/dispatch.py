@@ -56,15 +56,18 @@ def on_own_device(op: Callable) -> Callable:
     return run
 
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+
 def flatten(x: Tensor) -> Tensor:
     """(..., K) → (M, K)."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """y in this shape and no view of anything: models may change a layer's output in place, which autograd refuses on a
     view that a function returns."""
-    return torch.ops.aten._unsafe_view(y, shape)
+    return y if len(shape) == 2 else _unsafe_view(y, shape)
 
 
 def scales_of(scalings: Sequence[float], dropout_p: float) -> list[float]:
@@ -78,7 +81,9 @@ def ranks_of(lora_As: Sequence[Tensor]) -> list[int]:
 
 def owned(part: Tensor, dtype: torch.dtype) -> Tensor:
     """`part` in `dtype`, copied where it shares its memory: no two results of an op may."""
-    return part.to(dtype, copy=part.untyped_storage().nbytes() != part.nbytes)
+    if part.dtype != dtype:
+        return part.to(dtype)
+    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
 
 def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor, Tensor | None]:
