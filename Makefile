@@ -25,9 +25,10 @@ test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 process
 	$(BIN)/ruff check .
 	$(BIN)/pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's on the CPU, into benchmarks/results/cpu (keep the machine quiet)
+bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's, and what launches cost, into benchmarks/results/cpu (keep the machine quiet)
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_train_step.py --batch-size 4 --seq-len 512 --dtypes bf16 --rounds 10
+	$(BIN)/python benchmarks/bench_host.py
 
 # Nothing is installed: with the .venv where there is one, else with a $(PYTHON) that has torch, triton, peft and pytest.
 gpu: ## on a CUDA GPU: its tests, then the benchmarks, within 9 minutes, into benchmarks/results (ARGS="--deadline 500")

@@ -6,15 +6,16 @@ Needs torch, triton, transformers, peft, pytest, hypothesis and numpy in this Py
 installed lora-fast: the three source folders are made importable as the one package by links under build/path. (The
 repository's root must not be on sys.path; CONTRIBUTING.md says why.)
 
-Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: a CSV per benchmark, and gpu.log, whose last part
-is what the tuner chose, as lora_fast/tuned.json has it; eight files. The parts share the deadline by weight, and what
-one leaves over goes to those after it. A part that fails, or is stopped at its limit, doesn't stop the others; the exit
-status is 1 then. On a machine without a CUDA GPU nothing runs, and the exit status is 0.
+Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: a CSV per benchmark, and gpu.log, whose last parts
+are the rows of bench_host.py and what the tuner chose, as lora_fast/tuned.json has it; eight files. The parts share the
+deadline by weight, and what one leaves over goes to those after it. A part that fails, or is stopped at its limit,
+doesn't stop the others; the exit status is 1 then. On a machine without a CUDA GPU nothing runs, and the exit status is
+0.
 
 Triton compiles on the CPU: while the tests run, the benchmarks run beside them on other cores, unmeasured, so that
 their kernels are compiled when they are measured. Where more than nine minutes can be had, several calls give more
 rows, each into a folder of its own: `--only tests`, `--only lora_linear,mlp,qkv,grouped` and `--only
-train_step_gpu,svd,memory`, one soon after the other so that what was compiled is still there."""
+train_step_gpu,svd,memory,host`, one soon after the other so that what was compiled is still there."""
 
 import argparse
 import os
@@ -90,9 +91,10 @@ def parts(out: Path, commit: str | None) -> list[Part]:
         command += ["-p", "no:xdist", str(ROOT / "tests" / file)]
         last.append(Part("compute-sanitizer", 10, command, testing | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     benches = [("lora_linear", 30), ("train_step_gpu", 16), ("mlp", 14), ("qkv", 12), ("grouped", 8), ("svd", 8)]
-    benches.append(("memory", 12))
+    benches += [("memory", 12), ("host", 4)]
     for name, weight in benches:
-        command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(out)]
+        rows = ROOT / "build" / "host" if name == "host" else out
+        command = [sys.executable, str(ROOT / "benchmarks" / f"bench_{name}.py"), "--out", str(rows)]
         command += ["--commit", commit] if commit else []
         listed.append(Part(name, weight, command, {"XDG_CACHE_HOME": str(ROOT / "build" / "cache")}, True))
     return listed + last
@@ -248,9 +250,12 @@ def main(argv=None) -> int:
         log(f"=== {part.name}: {outcomes[part.name] or 'ok'} ({time.monotonic() - began:.0f} s)")
     log("\n" + "\n".join(f"{name:18} {outcome or 'ok'}" for name, outcome in outcomes.items()))
     log(f"{time.monotonic() - began_all:.0f} s in all; results in {out}")
-    choices = ROOT / "build" / "cache" / "lora_fast" / "tuning.json"
-    if choices.exists():
-        log.file.write(f"\n=== what the tuner chose\n{choices.read_text(encoding='utf-8')}\n")
+    for title, path in (
+        ("host.csv", ROOT / "build" / "host" / "host.csv"),
+        ("what the tuner chose", ROOT / "build" / "cache" / "lora_fast" / "tuning.json"),
+    ):
+        if path.exists():
+            log.file.write(f"\n=== {title}\n{path.read_text(encoding='utf-8')}\n")
     log.file.close()
     return int(any(outcomes.values()))
 

@@ -155,6 +155,43 @@ def traffic() -> str:
     return "\n".join(lines)
 
 
+HOST_OPS = {"linear": "linear", "qkv": "q, k, v", "swiglu_mlp": "SwiGLU MLP"}
+HOST_ARMS = {
+    "frozen": "frozen",
+    "peft": "PEFT, fp32 adapters",
+    "peft bf16 adapters": "PEFT, bf16 adapters",
+    "lora_fast apply_lora": "lora_fast",
+}
+
+
+def host() -> str:
+    """What a step costs the host, from the CSV files of bench_host.py: of every GPU, else before no driver."""
+    files = sorted(path for path in RESULTS.glob("*/host.csv") if path.parent.name != "cpu")
+    return "\n\n".join(map(_host, files or [RESULTS / "cpu" / "host.csv"]))
+
+
+def _host(path: Path) -> str:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    of: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        of.setdefault((row["op"], row["dropout"]), {})[row["provider"]] = row
+    first, where = rows[0], "before a driver that does nothing" if rows[0]["driver"] == "none" else "before CUDA"
+    lines = [
+        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}, {where}; µs of a forward and backward, "
+        f"medians of {first['rounds']} rounds; [ ] is the 95% interval of the paired ratio.",
+        "",
+        f"| bf16, r={first['R']} | {' | '.join(HOST_ARMS.values())} | its Triton launches | of PEFT's, fp32 adapters |",
+        "|---" * (len(HOST_ARMS) + 3) + "|",
+    ]
+    for (op, dropout), arms in of.items():
+        ours = arms["lora_fast apply_lora"]
+        cells = [f"{float(arms[name]['host_us']):.0f}" for name in HOST_ARMS]
+        ratio = f"{float(ours['ratio_to_peft']):.2f} [{float(ours['ratio_low']):.2f}, {float(ours['ratio_high']):.2f}]"
+        lines.append(f"| {HOST_OPS[op]}, p={float(dropout):g} | {' | '.join(cells)} | {ours['launches']} | {ratio} |")
+    return "\n".join(lines)
+
+
 def _passes(rows: list[dict]) -> str:
     """Passes over X and Y of forward and backward together, as "2 X + Y"."""
     if not rows:
@@ -274,6 +311,7 @@ BLOCKS = {
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
+    "host": host,
     "gpu": gpu,
     "svd": svd,
     "noise": noise,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.devices import AMD, capability_of, fp64_dot_options
-from lora_fast.kernels.launch import cdiv, next_power_of_2
+from lora_fast.kernels.launch import cdiv, launch, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -52,10 +52,10 @@ class Grams(NamedTuple):
         matrices, R = self.first.numel() - 1, self.R
         out = torch.empty((matrices, R, R), dtype=torch.float64, device=self.partials.device)
         if matrices:
-            _sum_parts_kernel[(matrices, cdiv(R * R, SUM_BLOCK))](
-                self.partials, self.first, out, R,
+            launch(
+                _sum_parts_kernel, (matrices, cdiv(R * R, SUM_BLOCK)), (R,),
                 RP=self.partials.shape[-1], BLOCK=SUM_BLOCK, num_warps=4,
-            )  # fmt: skip
+            )(self.partials, self.first, out)  # fmt: skip
         return out
 
 
@@ -225,10 +225,10 @@ def grams(
     RP = max(16, next_power_of_2(R))
     blocks = RP // tile.ranks
     partials = torch.empty((count, RP, RP), dtype=torch.float64, device=device)
-    _gram_kernel[(count * (blocks * (blocks + 1) // 2),)](
-        buffer, first, owner, partials, R,
+    launch(
+        _gram_kernel, (count * (blocks * (blocks + 1) // 2),), (R,),
         ELEMENT=ELEMENTS[dtype], RP=RP, BR=tile.ranks, BL=tile.columns,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         **fp64_dot_options(capability),
-    )  # fmt: skip
+    )(buffer, first, owner, partials)  # fmt: skip
     return Grams(partials, first, R)

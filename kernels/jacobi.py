@@ -42,7 +42,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_fast.kernels.gram import Grams
-from lora_fast.kernels.launch import next_power_of_2
+from lora_fast.kernels.launch import launch, next_power_of_2
 
 # Padded rank → warps: a thread holds eight numbers of a matrix. 64 × 64 take as many threads as a program may have at
 # 128 registers each; of larger matrices two no longer fit.
@@ -319,21 +319,18 @@ def svd_of_grams(grams: Grams, R: int, scalings: Tensor, *, vectors: bool, max_s
     maps, orthogonality = (empty(2, n, R, R), empty(2, n)) if vectors else (None, None)
     if n:
         settings = {"RP": RP, "num_warps": WARPS[RP]}
-        _cholesky_kernel[(n, 2)](
+        launch(_cholesky_kernel, (n, 2), (n, R), VECTORS=vectors, **settings)(
             grams.partials, grams.first, scalings,
             core, maps, weights, rank, kappas, scale, norms,
-            n, R, VECTORS=vectors, **settings,
         )  # fmt: skip
-        _jacobi_kernel[(n,)](
+        launch(_jacobi_kernel, (n,), (n, R, next_power_of_2(R), max_sweeps), VECTORS=vectors, **settings)(
             core, weights, scale, rank, kappas,
             S, kappa, status, sweeps,
-            n, R, next_power_of_2(R), max_sweeps, VECTORS=vectors, **settings,
         )  # fmt: skip
         if vectors:
-            _map_kernel[(n, 2)](
+            launch(_map_kernel, (n, 2), (n, R), **settings)(
                 grams.partials, grams.first, core, S,
                 maps, orthogonality,
-                n, R, **settings,
             )  # fmt: skip
     X, Y = maps if vectors else (None, None)
     return CoreSvd(S, X, Y, kappa, norms, orthogonality.amax(0) if vectors else None, status, sweeps)

@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.interpreter import GridExecutor
 from triton.runtime.jit import JITFunction
 
@@ -76,6 +77,9 @@ def count_launches() -> Iterator[Counter]:
     """Yields a Counter {kernel's name: launches inside the block}, in the interpreter and on a GPU."""
     launches: Counter = Counter()
 
+    def watch(metadata) -> None:
+        """While Triton has a hook every launch goes Triton's way, which is where they are counted."""
+
     def counting(method, name_of):
         def counted(self, *args, **kwargs):
             launches[name_of(self)] += 1
@@ -87,4 +91,8 @@ def count_launches() -> Iterator[Counter]:
         mock.patch.object(GridExecutor, "__call__", counting(GridExecutor.__call__, lambda self: self.fn.__name__)),
         mock.patch.object(JITFunction, "run", counting(JITFunction.run, lambda self: self.fn.__name__)),
     ):
-        yield launches
+        knobs.runtime.launch_enter_hook.add(watch)
+        try:
+            yield launches
+        finally:
+            knobs.runtime.launch_enter_hook.remove(watch)

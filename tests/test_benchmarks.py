@@ -121,6 +121,23 @@ def test_the_memory_benchmark_runs_and_writes_its_rows(tmp_path):
         assert held == pytest.approx(float(row["predicted_MiB"]), abs=0.4)
 
 
+def test_the_host_benchmark_runs_and_writes_its_rows(tmp_path, compile_environment, pytestconfig):
+    """In a process of its own: it compiles kernels, and without a GPU pretends that there is one."""
+    compile_environment["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
+    command = [sys.executable, FOLDER / "bench_host.py", "--ops", "linear", "--rounds", "6", "--out", tmp_path]
+    done = subprocess.run([*command, "--commit", "abc"], env=compile_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    rows = read(tmp_path / "host.csv")
+    assert [row["dropout"] for row in rows] == ["0.0"] * 5 + ["0.1"] * 5
+    for row in rows:
+        assert float(row["host_us"]) > 0 and row["commit"] == "abc" and row["rounds"] == "6"
+        assert float(row["ratio_low"]) <= float(row["ratio_to_peft"]) <= float(row["ratio_high"])
+        # Casts twice, S and its parts, dS and dB and their parts, dA and its parts, y and dx.
+        assert row["launches"] == ("10" if row["provider"] == "lora_fast apply_lora" else "")
+        assert row["driver"] == ("none" if DEVICE.type == "cpu" else "CUDA")
+    assert {row["ratio_to_peft"] for row in rows if row["provider"] == "peft"} == {"1.000"}
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is about processors")
 def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
     import bench_noise
@@ -469,10 +486,11 @@ def test_what_make_gpu_runs(tmp_path, monkeypatch):
         "grouped",
         "svd",
         "memory",
+        "host",
         "compute-sanitizer",
     ]
-    # Eight result files are what one call may bring back: those and the log.
-    assert sum("--out" in part.command for part in listed) + 1 == 8
+    # Eight result files are what one call may bring back: those and the log, which has the rows of "host" too.
+    assert sum(str(tmp_path) in part.command for part in listed) + 1 == 8
     assert set(gpu.COMPILED) <= set(names)
     assert all(Path(word).exists() for part in listed for word in part.command if str(ROOT) in word)
     files = {Path(word).name for word in listed[0].command if word.endswith(".py")}

@@ -33,10 +33,19 @@ def test_kernels_fit(file, compile_environment, processes, tmp_path, pytestconfi
 
 
 def test_every_file_with_kernels_is_compiled():
-    """A launch is written kernel[grid](…)."""
+    """What is launched is called …_kernel."""
     folder = Path(lora_fast.kernels.__file__).parent
-    launching = {path.stem for path in folder.glob("*.py") if re.search(r"^\s*\w+\[.*\]\($", path.read_text(), re.M)}
+    launching = {path.stem for path in folder.glob("*.py") if re.search(r"^def \w+_kernel\(", path.read_text(), re.M)}
     assert launching - set(offline.CASES) <= {"partials"}, "partials is launched by the others"
+    assert set(offline.CASES) < launching | {"partials"}
+
+
+def test_what_is_launched_is_what_triton_would_launch(compile_environment):
+    """tests/launches.py, in a process of its own without the interpreter."""
+    script = Path(offline.__file__).with_name("launches.py")
+    done = subprocess.run([sys.executable, script], env=compile_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert all(f"{file}: " in done.stdout for file in offline.CASES) and "random sizes" in done.stdout, done.stdout
 
 
 def row_of(**changed) -> dict:
