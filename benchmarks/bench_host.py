@@ -91,7 +91,7 @@ def step_of(module: nn.Module, sizes: Sizes, device: torch.device) -> Callable[[
 
 
 def arms_of(op: str, dropout: float, device: torch.device) -> dict[str, Callable[[], None]]:
-    from modules import injected, peft_model
+    from modules import accelerated, injected, peft_model
 
     others = LARGE if device.type == "cuda" else SMALL
 
@@ -106,6 +106,7 @@ def arms_of(op: str, dropout: float, device: torch.device) -> dict[str, Callable
         PEFT: made(others, peft_model),
         "peft bf16 adapters": made(others, partial(peft_model, fp32_adapters=False)),
         "lora_fast apply_lora": made(LARGE, injected),
+        "lora_fast accelerate_peft": made(LARGE, accelerated),
     }
 
 

@@ -161,6 +161,7 @@ HOST_ARMS = {
     "peft": "PEFT, fp32 adapters",
     "peft bf16 adapters": "PEFT, bf16 adapters",
     "lora_fast apply_lora": "lora_fast",
+    "lora_fast accelerate_peft": "PEFT, accelerated",
 }
 
 

@@ -56,7 +56,7 @@ class Launch:
     def __call__(self, *operands: Any) -> None:
         if self._compiled and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
             device = torch.cuda.current_device()
-            found = self._compiled.get((device, *map(_kind, operands)))
+            found = self._compiled.get((device, *[_kind(operand) for operand in operands]))
             if found is not None:
                 run, function, settings, rest = found
                 stream = driver.active.get_current_stream(device)
@@ -67,7 +67,7 @@ class Launch:
         if isinstance(compiled, CompiledKernel) and not torch.version.hip:
             names = [parameter.name for parameter in self.kernel.params][len(operands) + len(self.numbers) :]
             rest = *self.numbers, *(self.constants[name] for name in names)
-            key = (torch.cuda.current_device(), *map(_kind, operands))
+            key = (torch.cuda.current_device(), *[_kind(operand) for operand in operands])
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
 
 
@@ -77,10 +77,10 @@ launch = plan(Launch)
 
 def _kind(operand: Any) -> Any:
     """What the compiled kernel depends on of an operand; of an address, finer than need be, what 16 leaves of it."""
-    if operand is None:
-        return None
     if isinstance(operand, Tensor):
         return operand.dtype, operand.data_ptr() & 15
+    if operand is None:
+        return None
     if type(operand) is TensorDescriptor:  # its base is aligned; sizes and strides are numbers to the kernel
         return operand.base.dtype, *operand.block_shape
     return tuple(map(_kind, operand))

@@ -147,13 +147,16 @@ def _batch_svds(
     finite = torch.isfinite(total)
     short = torch.tensor([min(a.shape[1], b.shape[0]) < R for a, b in zip(lora_As, lora_Bs)])
     again = finite & (~(bounds <= _REFINE_ABOVE) | short)
+    # Of all matrices at once: of hundreds, op by op, this would take longer than their SVDs on a GPU.
+    values, *maps = (
+        [None] * len(lora_As) if t is None else t.unbind() for t in _clean(core.S, total[:, None], core.X, core.Y)
+    )
     results: list[UpdateSvd | None] = [None] * len(lora_As)
-    for index in (~again).nonzero().flatten().tolist():
-        if finite[index]:
-            certificate = bounds[index].item() + exactness
-            maps = (None, None) if core.X is None else (core.X[index], core.Y[index])
-            results[index] = _finished(core.S[index], total[index], core.kappa[index].item(), certificate, "ok", *maps)
-        else:
+    columns = (again.tolist(), finite.tolist(), core.kappa.tolist(), bounds.tolist(), values, *maps)
+    for index, (is_flagged, is_finite, kappa, bound, S, left, right) in enumerate(zip(*columns)):
+        if is_finite and not is_flagged:
+            results[index] = UpdateSvd(S, kappa, bound + exactness, "ok", left, right)
+        elif not is_flagged:
             p = min(R, lora_As[index].shape[1], lora_Bs[index].shape[0])
             nan = torch.full((p,), torch.nan, dtype=torch.float64)
             results[index] = UpdateSvd(nan, math.nan, math.inf, "not finite")
@@ -203,14 +206,18 @@ def _refined(lora_As, lora_Bs, scales, total, kappa, indices, vectors):
                 spread = (total[index] / values[0]).item() if values.any() else 1.0
                 certificate = 2 * _LAPACK * max(1.0, spread)
                 maps = (None, None) if u is None else (u[place].cpu(), vh[place].mT.cpu())
-                yield index, _finished(values, total[index], kappa[index].item(), certificate, "refined", *maps)
+                S, *maps = _clean(values, total[index], *maps)
+                yield index, UpdateSvd(S, kappa[index].item(), certificate, "refined", *maps)
 
 
-def _finished(S: Tensor, total: Tensor, kappa: float, certificate: float, status: str, left, right) -> UpdateSvd:
+def _clean(
+    S: Tensor, total: Tensor, left: Tensor | None, right: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """S (…, p) and maps (…, R, p) with exact zeros in the place of what rounding makes of them; total: of _ZERO."""
     S = torch.where(_ZERO * total < S, S, 0.0)
     if left is not None:
-        left, right = (torch.where(S > 0, core, 0.0) for core in (left, right))
-    return UpdateSvd(S, kappa, certificate, status, left, right)
+        left, right = (torch.where((S > 0).unsqueeze(-2), core, 0.0) for core in (left, right))
+    return S, left, right
 
 
 def _flat(lora_A: Tensor, lora_B: Tensor) -> tuple[list[Tensor], list[Tensor]]:

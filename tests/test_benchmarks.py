@@ -128,12 +128,12 @@ def test_the_host_benchmark_runs_and_writes_its_rows(tmp_path, compile_environme
     done = subprocess.run([*command, "--commit", "abc"], env=compile_environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     rows = read(tmp_path / "host.csv")
-    assert [row["dropout"] for row in rows] == ["0.0"] * 5 + ["0.1"] * 5
+    assert [row["dropout"] for row in rows] == ["0.0"] * 6 + ["0.1"] * 6
     for row in rows:
         assert float(row["host_us"]) > 0 and row["commit"] == "abc" and row["rounds"] == "6"
         assert float(row["ratio_low"]) <= float(row["ratio_to_peft"]) <= float(row["ratio_high"])
         # Casts twice, S and its parts, dS and dB and their parts, dA and its parts, y and dx.
-        assert row["launches"] == ("10" if row["provider"] == "lora_fast apply_lora" else "")
+        assert row["launches"] == ("10" if row["provider"].startswith("lora_fast") else "")
         assert row["driver"] == ("none" if DEVICE.type == "cpu" else "CUDA")
     assert {row["ratio_to_peft"] for row in rows if row["provider"] == "peft"} == {"1.000"}
 
