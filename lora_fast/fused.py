@@ -165,7 +165,7 @@ def grad_s_and_b(
         parts = [ds := torch.empty((dys[0].shape[0], ranks[0]), dtype=dys[0].dtype, device=dys[0].device)]
     else:
         ds = torch.empty((dys[0].shape[0], sum(ranks)), dtype=dys[0].dtype, device=dys[0].device)
-        parts = ds.split(ranks, dim=1)
+        parts = ds.split_with_sizes(ranks, 1)
     if ss is None:  # every lora_B is frozen
         for dy, b, part in zip(dys, bs, parts):
             torch.mm(dy, b, out=part)

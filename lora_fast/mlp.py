@@ -64,7 +64,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     seed = None if seeds is None else seeds[:1]
     s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
-    s_gate, s_up = s.split(ranks[:2], dim=1)
+    s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
     g = steps.linear_lora(rows, weights[0], s_gate, bs[0], biases[0])
     u = steps.linear_lora(rows, weights[1], s_up, bs[1], biases[1])
     if seeds is None:
@@ -86,7 +86,7 @@ def _backward(
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     ds_down, (dB_down,) = steps.grad_s_and_b([dy], [b_down], [s_down], scales[2:])
     dh, _ = steps.grad_x_and_a([dy], weights[2:], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
-    s_gate, s_up = s.split(ranks[:2], dim=1)
+    s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
     dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
         dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
     )

@@ -61,7 +61,7 @@ library.define(
 
 def _columns(s: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
     """S_g (M, R_g) of each layer of a group."""
-    return (s,) if len(ranks) == 1 else s.split(ranks, dim=1)
+    return (s,) if len(ranks) == 1 else s.split_with_sizes(ranks, 1)
 
 
 @on_own_device

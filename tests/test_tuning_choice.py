@@ -156,3 +156,25 @@ def test_only_holds_inside_its_block(ms):
 
 def test_off_a_gpu_the_first_runs(ms):
     assert tuning.run("linear_lora", SIZES, torch.device("cpu"), candidates()) == "cublas" and not tuning.choices()
+
+
+def test_what_follows_from_a_choice_is_kept_for_like_calls(ms, monkeypatch):
+    place = ("linear_lora", GPU, 100)
+    assert tuning.recall(place) is None
+    assert tuning.keep(place, "a tile") == tuning.recall(place) == "a tile" and tuning.recall((*place, 1)) is None
+    with tuning.only("cublas"):  # another choice, with places of its own
+        assert tuning.recall(place) is None
+        tuning.keep(place, "cublas")
+    assert tuning.recall(place) == "a tile"
+    monkeypatch.setattr(tuning, "MOST_RECENT", 2)
+    tuning.keep(("grad_x",), "another")  # too many: all are forgotten but the last
+    assert tuning.recall(place) is None and tuning.recall(("grad_x",)) == "another"
+
+
+def test_what_was_chosen_in_a_capture_is_not_kept(ms, monkeypatch):
+    """There the first candidate runs, whatever is fastest."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.keep(("linear_lora",), "cublas") == "cublas" and tuning.recall(("linear_lora",)) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.keep(("linear_lora",), "cublas") == tuning.recall(("linear_lora",)) == "cublas"
