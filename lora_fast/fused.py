@@ -114,7 +114,8 @@ def _product(
 ) -> Tensor:
     """Σᵢ xᵢ wᵢ + the update + bias by the fastest route. weights (N, K): ws or their transposes; sizes: what the choice
     depends on beside their layout."""
-    place = _place(step, s.device, *xs, *ws, s, b, *masks), bias is None
+    # How the ranks are divided counts where each part has a mask of its own.
+    place = _place(step, s.device, *xs, *ws, s, b, *masks), bias is None, tuple(ranks) if masks else None
     route = tuning.recall(place)
     if route is None:
         lies = layout(xs, weights, ws)
@@ -146,7 +147,7 @@ def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | 
         return {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
 
     by_cublas = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias), UPDATE_FIRST: update_first}
-    if M == 0:
+    if M == 0 or N == 0:
         return by_cublas["cublas"]()
     return _product("linear_lora", [x], [weight], [w], s, b_t, by_cublas, sizes, bias=bias)
 
@@ -249,7 +250,7 @@ def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
     # What a mask drops can't be added to a finished product.
     by_cublas = {"cublas": base_first} if mask is None else {}
     by_cublas[UPDATE_FIRST] = update_first
-    if ds.shape[0] == 0:
+    if ds.shape[0] == 0 or a.shape[1] == 0:
         return update_first()
     return _product("grad_x", xs, ws, ws, ds, a, by_cublas, sizes, ranks=ranks, masks=masks)
 

@@ -278,6 +278,26 @@ def test_ds_and_db_by_one_read_of_dy_or_two(M, N, R, expected):
         torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_what_is_kept_for_one_group_is_not_taken_for_another(p):
+    """Groups alike in every size but how the ranks are divided, and one whose weights lie otherwise, in turns."""
+    x, dys = random(9, 32, seed=1).requires_grad_(), [random(9, 16, seed=2), random(9, 16, seed=3)]
+    mask = torch.stack([reference.pack_mask(random(9, 32, seed=60 + i) > -0.5) for i in range(2)]) if p else None
+    groups = [layers([16, 16], 32, ranks, torch.float32) for ranks in ((5, 3), (3, 5), (4, 4))]
+    weights, *rest = groups[0]
+    groups.append(([weight.t().contiguous().t() for weight in weights], *rest))
+    for weights, _, lora_As, lora_Bs in (*groups, *groups):
+
+        def ours(x, weights, lora_As, lora_Bs, biases):
+            empty = [torch.empty(0, device=x.device)] * 2
+            return OPS.linears_forward(x, weights, empty, lora_As, lora_Bs, [0.75, 0.75], mask, None, p, True)[:2]
+
+        function, leaves = eager([0.75, 0.75], mask, p), (weights, [None, None], lora_As, lora_Bs)
+        with tuning.only("triton"):
+            mine = run(ours, None, x, *leaves, dys)
+        check(mine, run(function, None, x, *leaves, dys), run(function, torch.float64, x, *leaves, dys))
+
+
 def test_weights_of_a_group_that_lie_differently_are_one_kind():
     x, dys = random(9, 32, seed=1), [random(9, 16, seed=2), random(9, 16, seed=3)]
     weights = [matrix(16, 32, layout, True, torch.float32) for layout in ("NK", "KN")]
