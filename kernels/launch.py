@@ -51,16 +51,16 @@ class Launch:
     def __init__(self, kernel: JITFunction, grid: tuple[int, ...], numbers: tuple, **constants: Any) -> None:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self._xy = grid if len(grid) == 2 else (*grid, 1)
-        self._compiled: dict[tuple, tuple[Callable, Any, Any, tuple]] = {}
+        self._compiled: dict[tuple, tuple[CompiledKernel, Any, Any, tuple]] = {}
 
     def __call__(self, *operands: Any) -> None:
-        if self._compiled and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls:
+        if self._compiled and not _watched(knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
             device = torch.cuda.current_device()
             found = self._compiled.get((device, *[_kind(operand) for operand in operands]))
             if found is not None:
-                run, function, settings, rest = found
+                compiled, function, settings, rest = found
                 stream = driver.active.get_current_stream(device)
-                run(*self._xy, 1, stream, function, settings, None, None, None, *operands, *rest)
+                compiled.run(*self._xy, 1, stream, function, settings, None, None, None, *operands, *rest)
                 return
         compiled = self.kernel[self.grid](*operands, *self.numbers, **self.constants)
         # None in the interpreter, and where launches are only recorded, for a GPU that isn't there.
@@ -68,11 +68,17 @@ class Launch:
             names = [parameter.name for parameter in self.kernel.params][len(operands) + len(self.numbers) :]
             rest = *self.numbers, *(self.constants[name] for name in names)
             key = (torch.cuda.current_device(), *[_kind(operand) for operand in operands])
-            self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+            # With the compiled kernel itself, whose end would unload the function.
+            self._compiled[key] = compiled, compiled.function, compiled.packed_metadata, rest
 
 
 # launch(kernel, grid, numbers, **constants)(*operands), where no plan keeps the Launch.
 launch = plan(Launch)
+
+
+def _watched(enter: Any, leave: Any) -> bool:
+    """Whether one of Triton's hooks is set: None, a function, or a chain of them, which may be empty."""
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
 def _kind(operand: Any) -> Any:

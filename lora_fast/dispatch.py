@@ -123,8 +123,9 @@ def row_count(shape) -> int:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on this device, None where it is off. The meta device has none, and is named here because
-    torch.amp.is_autocast_available breaks the compiler's graph before PyTorch 2.12."""
+    """Autocast's dtype on this device, None where it is off. The meta device, which models are on before their weights
+    are there, has none; it is named, since torch.amp.is_autocast_available breaks the compiler's graph before PyTorch
+    2.12."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 

@@ -169,12 +169,17 @@ def grad_s_and_b(
         parts = ds.split_with_sizes(ranks, 1)
     if ss is None:  # every lora_B is frozen
         for dy, b, part in zip(dys, bs, parts):
-            torch.mm(dy, b, out=part)
+            _into(part, dy, b)
         return ds, None
     later: list[Sum] = []  # what all layers have to add up: in one launch
     dBs = [_grad_s_and_b(*each, later) for each in zip(dys, bs, ss, scales, parts)]
     add_up(later)
     return ds, dBs
+
+
+def _into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    with torch.no_grad():  # PyTorch refuses `out` where the gradient of a gradient could be asked for; here it isn't
+        torch.mm(left, right, out=out)
 
 
 def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, later: list[Sum]) -> Tensor:
@@ -184,8 +189,8 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
     def call(name: str, later: list[Sum] | None = None) -> Tensor:
         if name == ONE_READ:
             return adapter_grads.grad_s_and_b(dy, b, s, scale, ds=ds, later=later, tile=tile)[1]
-        torch.mm(dy, b, out=ds)
-        return reference.grad_b(dy, s, scale)
+        _into(ds, dy, b)
+        return (dy.t() @ s).float().mul_(scale)  # scaled in fp32, where fp16 could overflow
 
     place = _place("grad_s_and_b", dy.device, dy, b, s)
     tile, name = tuning.recall(place) or (None, None)

@@ -147,7 +147,8 @@ def _batch_svds(
     finite = torch.isfinite(total)
     short = torch.tensor([min(a.shape[1], b.shape[0]) < R for a, b in zip(lora_As, lora_Bs)])
     again = finite & (~(bounds <= _REFINE_ABOVE) | short)
-    # Of all matrices at once: of hundreds, op by op, this would take longer than their SVDs on a GPU.
+    # Of all matrices at once: of hundreds, op by op, this would take longer than their SVDs on a GPU. Each result then
+    # gets memory of its own, that keeping one (or sending it to a process) doesn't keep all.
     values, *maps = (
         [None] * len(lora_As) if t is None else t.unbind() for t in _clean(core.S, total[:, None], core.X, core.Y)
     )
@@ -155,7 +156,8 @@ def _batch_svds(
     columns = (again.tolist(), finite.tolist(), core.kappa.tolist(), bounds.tolist(), values, *maps)
     for index, (is_flagged, is_finite, kappa, bound, S, left, right) in enumerate(zip(*columns)):
         if is_finite and not is_flagged:
-            results[index] = UpdateSvd(S, kappa, bound + exactness, "ok", left, right)
+            own = [None if t is None else t.clone() for t in (S, left, right)]
+            results[index] = UpdateSvd(own[0], kappa, bound + exactness, "ok", *own[1:])
         elif not is_flagged:
             p = min(R, lora_As[index].shape[1], lora_Bs[index].shape[0])
             nan = torch.full((p,), torch.nan, dtype=torch.float64)

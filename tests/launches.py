@@ -132,7 +132,15 @@ def drawn_calls(draw: random.Random) -> list[Callable[[], Any]]:
     dy, g, u, a_down = (matrix(*size, dtype) for size in ((M, N), (M, N), (M, N), (R, N)))
     lora_A, parts, total = matrix(R, K, torch.float32), torch.empty(3, M, N), matrix(M, N, dtype)
     seed, mask = torch.zeros(1, dtype=torch.int64), torch.empty(M, -(-N // 8), dtype=torch.uint8)
+    others = [matrix(*size, dtype) for size in ((M, N), (N, K), (M, R))]
+    masks = torch.empty(2, M, -(-K // 8), dtype=torch.uint8)
     kind = {"capability": draw.choice(((8, 0), (9, 0)))}
+
+    def two_masked_products(ranks: tuple[int, int]) -> Callable[[], Tensor]:
+        ds, both = matrix(M, sum(ranks), dtype), matrix(sum(ranks), K, dtype)
+        xs, ws = [dy, others[0]], [weight, others[1]]
+        return lambda: gemm_lora.gemm_lora_sum(xs, ws, ds, both, ranks=ranks, masks=tuple(masks), **kind)
+
     return [
         lambda: gemm_lora.gemm_lora(x, weight.t(), s, b.t(), **kind),
         lambda: gemm_lora.gemm_lora(dy, weight, s, a, **kind),
@@ -142,7 +150,10 @@ def drawn_calls(draw: random.Random) -> list[Callable[[], Any]]:
         lambda: adapter_grads.grad_s_and_b(dy, b, s, 2.0, **kind),
         lambda: adapter_grads.grad_a(s, x, **kind),
         lambda: factors.cast_factors([([lora_A], [b], [0.5])], dtype),
+        two_masked_products((5, 3)),
+        two_masked_products((3, 5)),
         lambda: partials.add_up([partials.Sum(parts, total)]),
+        lambda: partials.add_up([partials.Sum(parts, total), partials.Sum(parts, total, 2.0)]),
         lambda: swiglu.swiglu_shrink(g, u, a_down, **kind),
         lambda: swiglu.swiglu_backward(dy, g, u, s, s, None, **kind),
     ]
@@ -160,16 +171,25 @@ def drawn(rounds: int) -> int:
 
 
 def watchers_see(call: Callable[[], Any]) -> None:
-    """With a hook of Triton's, for a profiler, say, every launch goes Triton's way; without it, none."""
+    """With a hook of Triton's, for a profiler, say, every launch goes Triton's way; without one, none."""
     compare(call)
-    hook = lambda metadata: None  # noqa: E731
-    knobs.runtime.launch_enter_hook.add(hook)
-    call()
-    seen, by_triton = taken()
-    knobs.runtime.launch_enter_hook.remove(hook)
-    call()
-    after, by_triton_after = taken()
-    assert len(seen) == by_triton.total() == len(after) > 0 and not by_triton_after, (by_triton, by_triton_after)
+    hook, chain = (lambda metadata: None), knobs.runtime.launch_enter_hook
+
+    def launches() -> tuple[int, int]:
+        call()
+        seen, by_triton = taken()
+        return len(seen), by_triton.total()
+
+    chain.add(hook)
+    with_hook = launches()
+    chain.remove(hook)
+    knobs.runtime.launch_enter_hook = hook  # as one may set it too
+    with_function = launches()
+    knobs.runtime.launch_enter_hook = None
+    without = launches()
+    knobs.runtime.launch_enter_hook = chain
+    count = with_hook[0]
+    assert with_hook == with_function == (count, count) and without == launches() == (count, 0) and count, with_hook
 
 
 @triton.jit

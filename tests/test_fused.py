@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, nan_filled, random
 
-from lora_fast import LoraFastError, fused, grouped, lora_linear, lora_linears, lora_update, mlp, ops, tuning
+from lora_fast import (
+    LoraFastError,
+    fused,
+    grouped,
+    lora_linear,
+    lora_linears,
+    lora_swiglu_mlp,
+    lora_update,
+    mlp,
+    ops,
+    tuning,
+)
 from lora_fast.dispatch import on_own_device
 from lora_fast.kernels import gemm_lora, reference
 
@@ -296,6 +307,47 @@ def test_what_is_kept_for_one_group_is_not_taken_for_another(p):
         with tuning.only("triton"):
             mine = run(ours, None, x, *leaves, dys)
         check(mine, run(function, None, x, *leaves, dys), run(function, torch.float64, x, *leaves, dys))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_repeated_are_alike_to_the_bit(dtype, route):
+    """The first launch of a kind goes Triton's way and later ones by themselves; sizes that descriptors take."""
+    weights, _, lora_As, lora_Bs = layers([64, 64], 64, [16, 8], dtype, torch.float32)
+    x, dys = random(70, 64, dtype=dtype, seed=1).requires_grad_(), [random(70, 64, dtype=dtype, seed=i) for i in (2, 3)]
+    mlp_layers = list(zip([*weights, weights[0]], [*lora_As, lora_As[0]], [*lora_Bs, lora_Bs[0]], (0.75, 0.75, 0.75)))
+    leaves = [x, *lora_As, *lora_Bs]
+
+    def step():
+        ys = lora_linears(x, weights, lora_As, lora_Bs, [0.75, 0.75], backend="triton")
+        y = lora_swiglu_mlp(x, *mlp_layers, backend="triton")
+        return [*ys, *torch.autograd.grad(ys, leaves, dys), y, *torch.autograd.grad(y, leaves, dys[0])]
+
+    with tuning.only(route):
+        first, *others = [step() for _ in range(3)]
+    assert all(bool(value.any()) for value in first)
+    assert all(torch.equal(one, other) for results in others for one, other in zip(first, results))
+
+
+def test_db_by_two_reads_is_scaled_in_fp32():
+    """20 · 40 · 64 is a number in fp16, twice that is none."""
+    sizes = ((64, 16), 20.0), ((16, 8), 0.5), ((64, 8), 40.0)
+    dy, b, s = (torch.full(size, value, dtype=torch.float16, device=DEVICE) for size, value in sizes)
+    with tuning.only("two reads"):
+        _, (dB,) = fused.grad_s_and_b([dy], [b], [s], [2.0])
+    assert dB.dtype == torch.float32 and bool((dB == 102400).all())
+
+
+@pytest.mark.parametrize("needs_dB", [True, False])
+def test_the_registered_backward_takes_a_dy_that_requires_a_gradient(needs_dB):
+    """A gradient of it isn't offered, as for any op without a formula; asking for its value is no error."""
+    (weight,), _, (a,), (b,) = layers([12], 24, [5], torch.float32)
+    x, dy, s = random(9, 24, seed=1), random(9, 12, seed=2).requires_grad_(), random(9, 5, seed=3)
+    arguments = x, [weight], [a.detach()], [b.detach()], s, None, [0.75], 0.0, True, True, needs_dB, True
+    with tuning.only("two reads"):
+        dx, *_ = OPS.linears_backward([dy], *arguments)
+        exact, *_ = OPS.linears_backward([dy.detach()], *arguments[:-1], False)
+    torch.testing.assert_close(dx.detach(), exact)
 
 
 def test_weights_of_a_group_that_lie_differently_are_one_kind():

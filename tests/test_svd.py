@@ -281,6 +281,15 @@ def test_mixed_shapes_and_ranks_at_once_equal_one_at_a_time(monkeypatch):
         assert f.S.sub(values).abs().max() <= 1e-13 * values[0]
 
 
+def test_each_result_has_memory_of_its_own():
+    """Of hundreds that were computed at once one is kept, or sent to another process: not all of them with it."""
+    g = torch.Generator().manual_seed(3)
+    As, Bs = ([torch.randn(*size, generator=g) for _ in range(5)] for size in ((4, 20), (12, 4)))
+    for found in update_svds(As, Bs, [1.0] * 5, vectors=True):
+        for part in (found.S, found._left, found._right):
+            assert part.untyped_storage().nbytes() == part.nbytes
+
+
 def test_nothing_is_said_of_vectors_that_were_not_computed():
     lora_A, lora_B, _ = CASES["random, fp32"]
     with pytest.raises(LoraFastError, match="vectors=True"):
