@@ -195,8 +195,8 @@ def _host(path: Path) -> str:
         lines.append(f"| {HOST_OPS[op]}, p={float(dropout):g} | {' | '.join(cells)} | {ours['launches']} | {ratio} |")
     lines += [
         "",
-        f"So where a step waits for the host, our layers take {low:.2f} to {high:.2f} times as long as PEFT's with fp32 "
-        "adapters; where it waits for the GPU, what counts is what the kernels move.",
+        f"So where a step waits for the host, our layers take {low:.2f} to {high:.2f} times as long as PEFT's with "
+        "fp32 adapters; where it waits for the GPU, what counts is what the kernels move.",
     ]
     return "\n".join(lines)
 
