@@ -179,8 +179,11 @@ def _host(path: Path) -> str:
         of.setdefault((row["op"], row["dropout"]), {})[row["provider"]] = row
     first, where = rows[0], "before a driver that does nothing" if rows[0]["driver"] == "none" else "before CUDA"
     lines = [
-        f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}, {where}; µs of a forward and backward, "
-        f"medians of {first['rounds']} rounds; [ ] is the 95% interval of the paired ratio.",
+        textwrap.fill(
+            f"{first['gpu']}, torch {first['torch']}, triton {first['triton']}, {where}; µs of a forward and backward, "
+            f"medians of {first['rounds']} rounds; [ ] is the 95% interval of the paired ratio.",
+            TABLE_WIDTH,
+        ),
         "",
         f"| bf16, r={first['R']} | {' | '.join(HOST_ARMS.values())} | its Triton launches | of PEFT's, fp32 adapters |",
         "|---" * (len(HOST_ARMS) + 3) + "|",
@@ -195,8 +198,11 @@ def _host(path: Path) -> str:
         lines.append(f"| {HOST_OPS[op]}, p={float(dropout):g} | {' | '.join(cells)} | {ours['launches']} | {ratio} |")
     lines += [
         "",
-        f"So where a step waits for the host, our layers take {low:.2f} to {high:.2f} times as long as PEFT's with "
-        "fp32 adapters; where it waits for the GPU, what counts is what the kernels move.",
+        textwrap.fill(
+            f"So where a step waits for the host, our layers take {low:.2f} to {high:.2f} times as long as PEFT's with "
+            "fp32 adapters; where it waits for the GPU, what counts is what the kernels move.",
+            TABLE_WIDTH,
+        ),
     ]
     return "\n".join(lines)
 
