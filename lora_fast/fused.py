@@ -161,7 +161,7 @@ def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
 def grad_s_and_b(
     dys: Sequence[Tensor], bs: Sequence[Tensor], ss: Sequence[Tensor] | None, scales: Sequence[float]
 ) -> tuple[Tensor, list[Tensor] | None]:
-    dys, ranks = [_contiguous_rows(dy) for dy in dys], [b.shape[1] for b in bs]
+    ranks = [b.shape[1] for b in bs]
     if len(dys) == 1:
         parts = [ds := torch.empty((dys[0].shape[0], ranks[0]), dtype=dys[0].dtype, device=dys[0].device)]
     else:
@@ -172,7 +172,8 @@ def grad_s_and_b(
             _into(part, dy, b)
         return ds, None
     later: list[Sum] = []  # what all layers have to add up: in one launch
-    dBs = [_grad_s_and_b(*each, later) for each in zip(dys, bs, ss, scales, parts)]
+    rows = map(_contiguous_rows, dys)
+    dBs = [_grad_s_and_b(*each, later) for each in zip(rows, bs, ss, scales, parts)]
     add_up(later)
     return ds, dBs
 
@@ -190,7 +191,7 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
         if name == ONE_READ:
             return adapter_grads.grad_s_and_b(dy, b, s, scale, ds=ds, later=later, tile=tile)[1]
         _into(ds, dy, b)
-        return (dy.t() @ s).float().mul_(scale)  # scaled in fp32, where fp16 could overflow
+        return grad_b(dy, s, scale)
 
     place = _place("grad_s_and_b", dy.device, dy, b, s)
     tile, name = tuning.recall(place) or (None, None)
@@ -210,7 +211,7 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
 
 
 def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
-    return reference.grad_b(dy, s, scale)
+    return (dy.t() @ s).float().mul_(scale)  # scaled in fp32, where fp16 could overflow
 
 
 def grad_x_and_a(

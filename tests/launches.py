@@ -92,8 +92,9 @@ def compare(call: Callable[[], Any]) -> tuple[int, list[str]]:
     call()
     second, by_triton = taken()
     wrong = [f"{name} goes Triton's way again" for name in by_triton]
-    if [told(arguments[BEFORE:]) for _, arguments in first] != [told(arguments[BEFORE:]) for _, arguments in second]:
-        wrong.append("other arguments than by Triton")
+    by_ways = [[(args[:3], told(args[BEFORE:])) for _, args in launches] for launches in (first, second)]
+    if by_ways[0] != by_ways[1]:
+        wrong.append("another grid or other arguments than by Triton")
     for compiled, arguments in second:
         kernel, (x, y, z, stream, function, settings, *hooks) = compiled.kernel, arguments[:BEFORE]
         if (stream, function, settings) != (STREAM, compiled.function, compiled.packed_metadata) or any(hooks):

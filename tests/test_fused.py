@@ -335,7 +335,24 @@ def test_db_by_two_reads_is_scaled_in_fp32():
     dy, b, s = (torch.full(size, value, dtype=torch.float16, device=DEVICE) for size, value in sizes)
     with tuning.only("two reads"):
         _, (dB,) = fused.grad_s_and_b([dy], [b], [s], [2.0])
-    assert dB.dtype == torch.float32 and bool((dB == 102400).all())
+    for found in (dB, fused.grad_b(dy, s, 2.0)):
+        assert found.dtype == torch.float32 and bool((found == 102400).all())
+
+
+def test_a_product_prepared_for_an_aligned_x_is_not_taken_for_another():
+    """On Hopper the first takes descriptors, which refuse an address that 16 doesn't divide."""
+    memory, weight = random(32 * 64 + 1, seed=1), random(64, 64, seed=2, scale=0.125)
+    s, b = random(32, 16, seed=3), random(64, 16, seed=4)
+    hopper = gemm_lora.capability_of if DEVICE.type == "cuda" else lambda tensor: (9, 0)
+    with (
+        mock.patch.object(fused, "capability_of", hopper),
+        mock.patch.object(gemm_lora, "capability_of", hopper),
+        tuning.only("triton"),
+    ):
+        for x in (memory[:-1], memory[1:], memory[:-1]):
+            x = x.view(32, 64)
+            exact = x.double() @ weight.double().t() + s.double() @ b.double().t()
+            assert (fused.linear_lora(x, weight, s, b).double() - exact).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("needs_dB", [True, False])
