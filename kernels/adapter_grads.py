@@ -221,6 +221,11 @@ def _grad_a_kernel(
         _store_da(da_ptr, acc2, rank0 + rank1, rank2, block_r, columns, K, BR)
 
 
+def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
+    """dB (N, R) fp32 alone, by a matrix product: scaled in fp32, since fp16 could overflow."""
+    return (dy.t() @ s).float().mul_(scale)
+
+
 def _split_rows(M: int, tile: Tile) -> tuple[int, int]:
     """Rows of each split, whole tiles, and the number of splits that then have any."""
     rows = cdiv(cdiv(M, tile.rows), tile.splits) * tile.rows
@@ -243,20 +248,17 @@ def _s_and_b_plan(
     tile = tile or pick_s_and_b_tile(M, N, R, dtype, capability)
     strips = cdiv(N, tile.columns)
     group_rows, groups = _split_rows(M, tile)
-    return (
-        strips,
-        groups,
-        Launch(
-            _grad_s_and_b_kernel,
-            (strips, groups),
-            (scale, M, N, R, group_rows, *strides, stride_ds if strips == 1 else R),
-            BM=tile.rows,
-            BN=tile.columns,
-            BR=tile.ranks,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        ),
+    launch = Launch(
+        _grad_s_and_b_kernel,
+        (strips, groups),
+        (scale, M, N, R, group_rows, *strides, stride_ds if strips == 1 else R),
+        BM=tile.rows,
+        BN=tile.columns,
+        BR=tile.ranks,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
+    return strips, groups, launch
 
 
 def grad_s_and_b(

@@ -22,11 +22,11 @@ def capability_of(tensor: Tensor) -> tuple[int, int]:
     """The compute capability of the tensor's GPU, AMD for any of AMD's; (0, 0) off a GPU, in Triton's interpreter."""
     if not tensor.is_cuda:
         return 0, 0
-    return _capability(tensor.get_device())
+    return gpu_capability(tensor.get_device())
 
 
-@functools.cache  # asked at each launch; PyTorch takes 2 µs for the answer
-def _capability(device: int) -> tuple[int, int]:
+@functools.cache  # asked at each call, and PyTorch takes long for the answer
+def gpu_capability(device: int | None) -> tuple[int, int]:
     # AMD's numbers mean something else: gfx90a would pass for a Hopper.
     return AMD if torch.version.hip else torch.cuda.get_device_capability(device)
 

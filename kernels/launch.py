@@ -1,8 +1,8 @@
 """Launches kernels as `kernel[grid](…)` does, in a fraction of the host's time.
 
 To find the compiled kernel of a call Triton looks at every argument, describes all of them in a string and looks that
-up: 10 to 25 µs a launch, as long as a small kernel runs, and a training step has a dozen launches for every layer. What
-it compiles depends on numbers (whether one is 1, divisible by 16 or beyond 32 bits), on constants, on the dtypes of
+up, which takes as long as a small kernel runs, and a training step has a dozen launches for every layer. What it
+compiles depends on numbers (whether one is 1, divisible by 16 or beyond 32 bits), on constants, on the dtypes of
 tensors and whether 16 divides their addresses, and on the GPU. Here a `Launch` holds all that a call has beside its
 tensors, made once for the sizes at hand, and looks its compiled kernel up by what is left: dtypes, addresses, GPU. What
 it has not met yet goes Triton's way.
@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉. triton.cdiv, which kernels can call too, takes 2 µs of a host."""
+    """⌈a / b⌉. triton.cdiv, which kernels can call too, is slow on a host."""
     return -(-a // b)
 
 

@@ -3,11 +3,9 @@
 Several sums take one launch, since what they cost is mostly the launch. Reads 4 P bytes and writes one element of out
 per element; partials are read right after they were written, mostly from the L2 cache."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,30 +68,21 @@ def _sum_kernel(
 
 @plan
 def _add_up(shapes: tuple[tuple, ...]) -> Launch:
-    """shapes: of each sum (shape of the partials, stride of a part, shape of out, strides of out, scale)."""
-    sizes = tuple(math.prod(out) for _, _, out, _, _ in shapes)
-    rows = []  # width, stride; contiguous memory is one row, whatever its shape
-    for (_, _, out, strides, _), size in zip(shapes, sizes):
-        is_contiguous = strides == torch.empty(out, device="meta").stride()
-        rows.append((size, size) if is_contiguous else (out[1], strides[0]))
-    counts = tuple(shape[0] for shape, *_ in shapes)
-    widths, out_strides = zip(*rows)
-    numbers = (
-        counts,
-        tuple(stride for _, stride, *_ in shapes),
-        sizes,
-        widths,
-        out_strides,
-        tuple(s[-1] for s in shapes),
-    )
+    """shapes: of each sum the number of parts, their distance, the size of out, its rows' width and distance, the scale."""
+    counts, _, sizes, *_ = numbers = tuple(zip(*shapes))
     grid = (sum(cdiv(size, COLUMNS) for size in sizes),)
     depth = min(DEPTH, next_power_of_2(max(counts)))
     return Launch(_sum_kernel, grid, numbers, DEPTH=depth, COLUMNS=COLUMNS, num_warps=4)
+
+
+def _rows(out: Tensor) -> tuple[int, int]:
+    """Width of rows and from one to the next; contiguous memory is one row, whatever its shape."""
+    return (out.numel(), out.numel()) if out.is_contiguous() else (out.shape[1], out.stride(0))
 
 
 def add_up(sums: Sequence[Sum]) -> None:
     """Computes all sums; each of at least one element."""
     if not sums:
         return
-    shapes = tuple([(p.shape, p.stride(0), out.shape, out.stride(), scale) for p, out, scale in sums])
+    shapes = tuple([(p.shape[0], p.stride(0), out.numel(), *_rows(out), scale) for p, out, scale in sums])
     _add_up(shapes)(tuple([each.partials for each in sums]), tuple([each.out for each in sums]))

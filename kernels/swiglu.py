@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_fast.kernels.adapter_grads import grad_a
+from lora_fast.kernels.adapter_grads import grad_a, grad_b
 from lora_fast.kernels.devices import AMD, MULTIPROCESSORS, capability_of
 from lora_fast.kernels.dropout import draw_bytes, spread_bytes, threshold
 from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
@@ -369,19 +369,19 @@ def swiglu_backward(
 
     # In one launch, of the parts that the kernel made.
     grads = [None if p is None else torch.empty(p.shape[1:], dtype=torch.float32, device=g.device) for p in partials]
-    sums = [(p, grad, scale) for p, grad, scale in zip(partials, grads, (1.0, scale_gate, scale_up)) if p is not None]
+    sums = [Sum(*each) for each in zip(partials, grads, (1.0, scale_gate, scale_up)) if each[0] is not None]
     if M:
-        add_up([Sum(*each) for each in sums])
+        add_up(sums)
     else:
-        for _, grad, _ in sums:
-            grad.zero_()
+        for each in sums:
+            each.out.zero_()
     dA_down, dB_gate, dB_up = grads
     if h is not None:
         (dA_down,) = grad_a(ds_down, h, mask=mask, capability=capability)
     if s_gate is not None and dB_gate is None:
-        dB_gate = _grad_b(dg, s_gate, scale_gate)
+        dB_gate = grad_b(dg, s_gate, scale_gate)
     if s_up is not None and dB_up is None:
-        dB_up = _grad_b(du, s_up, scale_up)
+        dB_up = grad_b(du, s_up, scale_up)
     return dg, du, dA_down, dB_gate, dB_up
 
 
@@ -423,7 +423,3 @@ def _launch_backward(dh, g, u, mask, inputs, ranks, dg, du, h, tile, capability)
     if launch is not None:
         launch(dh, g, u, mask if masked else None, *inputs, dg, du, h, *partials)
     return partials
-
-
-def _grad_b(dy, s, scale):
-    return (dy.t() @ s).float().mul_(scale)

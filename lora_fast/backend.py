@@ -22,11 +22,6 @@ def _triton_reason() -> str | None:
     return None
 
 
-@cache  # asked at each call; PyTorch takes 2 µs for the answer
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
     if _triton_reason() is not None:
@@ -51,9 +46,12 @@ def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: 
             return "the tensors are on the CPU"
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes bf16 wrongly"
-    elif torch.version.hip is None and _capability(device) < (8, 0):  # AMD's numbers differ
-        major, minor = _capability(device)
-        return f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed"
+    else:
+        from lora_fast.kernels.devices import gpu_capability  # not at the top: without Triton there is none
+
+        major, minor = gpu_capability(device.index)
+        if major < 8:
+            return f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed"
     if dtype not in _DTYPES:
         return f"{op} computes in {dtype}; the kernels take bf16, fp16 and fp32"
     if rank > MAX_RANK:

@@ -7,7 +7,6 @@ bytes, but the update is read inside a long product that leaves memory idle, and
 dS and dB one read of dy, with partial sums, or two."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from lora_fast import tuning
 from lora_fast.kernels import adapter_grads, reference, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
+from lora_fast.kernels.adapter_grads import grad_b
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
 from lora_fast.kernels.gemm_lora import (
@@ -29,6 +29,7 @@ from lora_fast.kernels.gemm_lora import (
     pick_tile,
     prepare,
 )
+from lora_fast.kernels.launch import plan
 from lora_fast.kernels.partials import Sum, add_up
 from lora_fast.tuning import size_class
 
@@ -68,7 +69,7 @@ def layout(xs: Sequence[Tensor], weights: Sequence[Tensor], ws: Sequence[Tensor]
     }
 
 
-@lru_cache(maxsize=1024)
+@plan
 def _routes(
     others: tuple[str, ...],
     M: int,
@@ -208,10 +209,6 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
     name = tuning.choose("grad_s_and_b", sizes, dy.device, names, call)
     tuning.keep(place, (tile, name))
     return call(name, later)
-
-
-def grad_b(dy: Tensor, s: Tensor, scale: float) -> Tensor:
-    return (dy.t() @ s).float().mul_(scale)  # scaled in fp32, where fp16 could overflow
 
 
 def grad_x_and_a(

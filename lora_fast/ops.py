@@ -42,8 +42,7 @@ from lora_fast.dispatch import (
 )
 from lora_fast.kernels import reference
 
-# biases: one per layer, empty where there is none (or None, without the dispatcher, which has no list of some). With
-# `seed` the op draws the masks and returns them last.
+# biases: one per layer, empty where there is none. With `seed` the op draws the masks and returns them last.
 library.define(
     "linears_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
     "float[] scalings, Tensor? mask, Tensor? seed, float dropout_p, bool triton) -> Tensor[]"
@@ -72,7 +71,7 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
-        y = steps.linear_lora(rows, weight, s_g, b, bias if bias is not None and bias.numel() else None)
+        y = steps.linear_lora(rows, weight, s_g, b, bias if bias.numel() else None)
         ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
@@ -195,7 +194,7 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
 def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s) -> None:
     ctx.save_for_backward(x, s, mask, *weights, *lora_As, *lora_Bs)
     ctx.scalings, ctx.dropout_p, ctx.triton = scalings, dropout_p, triton
-    ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+    ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
 
 
@@ -390,10 +389,10 @@ def lora_linears(
         rest = lora_linears(x, *(v[KERNEL_GROUP:] for v in lists), dropout_p=p, backend=backend)
         return (*lora_linears(x, *(v[:KERNEL_GROUP] for v in lists), dropout_p=p, backend=backend), *rest)
     mask, seed = draw_masks(x, len(weights), p, triton)
+    biases = [x.new_empty(0) if bias is None else bias for bias in biases]
     scalings = [float(scaling) for scaling in scalings]
     if is_observed():
         op = torch.ops.lora_fast.linears_forward
-        biases = [x.new_empty(0) if bias is None else bias for bias in biases]
         arguments = list(weights), biases, list(lora_As), list(lora_Bs), scalings, mask, seed, p, triton
         return tuple(op(x, *arguments)[: len(weights)])
     return _LinearsFunction.apply(scalings, mask, seed, p, triton, x, *weights, *biases, *lora_As, *lora_Bs)
