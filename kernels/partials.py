@@ -68,7 +68,7 @@ def _sum_kernel(
 
 @plan
 def _add_up(shapes: tuple[tuple, ...]) -> Launch:
-    """shapes: of each sum the number of parts, their distance, the size of out, its rows' width and distance, the scale."""
+    """Of each sum the number of parts, their distance, the size of out, its rows' width and distance, the scale."""
     counts, _, sizes, *_ = numbers = tuple(zip(*shapes))
     grid = (sum(cdiv(size, COLUMNS) for size in sizes),)
     depth = min(DEPTH, next_power_of_2(max(counts)))
