@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 ROUNDS, CALLS, RANK = 30, 20, 16
+OPS = ("linear", "qkv", "swiglu_mlp")
 FROZEN, AGAIN, PEFT = "frozen", "frozen again", "peft"
 COLUMNS = (
     *harness.PROVENANCE,
@@ -45,34 +46,21 @@ class Sizes(NamedTuple):
 LARGE, SMALL = Sizes(2048, 1024, 2816), Sizes(8, 64, 128)
 
 
-class Linear(nn.Module):
-    def __init__(self, sizes: Sizes):
-        super().__init__()
-        self.o_proj = nn.Linear(sizes.K, sizes.K, bias=False)
+def module_of(op: str, sizes: Sizes, device: torch.device) -> nn.Module:
+    """The frozen layers in bf16, as the GPU's benchmarks of this op have them."""
+    from bench_lora_linear import Projection
+    from bench_mlp import llama_mlp
+    from bench_qkv import Projections
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o_proj(x)
+    def weight(N: int, K: int) -> Tensor:
+        return torch.randn(N, K, device=device).bfloat16()
 
-
-class Projections(nn.Module):
-    """As attention modules have them, so that apply_lora finds the group in the source."""
-
-    def __init__(self, sizes: Sizes):
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(sizes.K, sizes.K, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-
-
-def swiglu_mlp(sizes: Sizes) -> nn.Module:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
-    return LlamaMLP(LlamaConfig(hidden_size=sizes.K, intermediate_size=sizes.N, num_attention_heads=1))
-
-
-OPS = {"linear": Linear, "qkv": Projections, "swiglu_mlp": swiglu_mlp}
+    _, K, N = sizes
+    if op == "linear":
+        return Projection(weight(K, K))
+    if op == "qkv":
+        return Projections([weight(K, K) for _ in range(3)])
+    return llama_mlp(K, N, [weight(N, K), weight(N, K), weight(K, N)])
 
 
 def step_of(module: nn.Module, sizes: Sizes, device: torch.device) -> Callable[[], None]:
@@ -96,7 +84,7 @@ def arms_of(op: str, dropout: float, device: torch.device) -> dict[str, Callable
     others = LARGE if device.type == "cuda" else SMALL
 
     def made(sizes: Sizes, adapt: Callable[..., nn.Module] | None = None) -> Callable[[], None]:
-        module = OPS[op](sizes).to(device, torch.bfloat16).requires_grad_(False)
+        module = module_of(op, sizes, device)
         names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
         return step_of(module if adapt is None else adapt(module, names, RANK, dropout), sizes, device)
 
