@@ -93,7 +93,7 @@ def shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p) -> tuple[Tensor
 
 
 def fake_mask(x: Tensor, count: int) -> Tensor:
-    return x.new_empty(count, x.shape[:-1].numel(), (x.shape[-1] + 7) // 8, dtype=torch.uint8)
+    return x.new_empty(count, row_count(x.shape), (x.shape[-1] + 7) // 8, dtype=torch.uint8)
 
 
 torch.library.register_fake("lora_fast::dropout_mask", lambda x, p: fake_mask(x, 1)[0], lib=library)
@@ -116,6 +116,8 @@ def is_batched(gradient: Tensor | None) -> bool:
 
 
 def row_count(shape) -> int:
+    """M of a shape (..., K). In place of torch.Size.numel, which makes a plain number of a compiler's symbol, so that
+    every new length would be compiled anew."""
     rows = 1
     for size in shape[:-1]:
         rows *= size

@@ -302,7 +302,7 @@ implement("grouped_backward", _backward)
 @torch.library.register_fake("lora_fast::grouped_forward", lib=library)
 def _(x, weight, bias, lora_As, lora_Bs, scalings, segments, mask, seed, dropout_p, triton):
     y = x.new_empty(*x.shape[:-1], lora_Bs[0].shape[0])
-    s = x.new_empty(x.shape[:-1].numel(), reference.grouped_width(ranks_of(lora_As)))
+    s = x.new_empty(row_count(x.shape), reference.grouped_width(ranks_of(lora_As)))
     return [y, s] if seed is None else [y, s, fake_mask(x, 1)]
 
 

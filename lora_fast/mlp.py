@@ -105,7 +105,7 @@ implement("swiglu_mlp_backward", _backward)
 
 @torch.library.register_fake("lora_fast::swiglu_mlp_forward", lib=library)
 def _(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
-    M, ranks, intermediate = x.shape[:-1].numel(), ranks_of(lora_As), weights[0].shape[0]
+    M, ranks, intermediate = row_count(x.shape), ranks_of(lora_As), weights[0].shape[0]
     g, u = x.new_empty(M, intermediate), x.new_empty(M, intermediate)
     y = x.new_empty(*x.shape[:-1], weights[2].shape[0])
     outputs = [y, g, u, x.new_empty(M, ranks[0] + ranks[1]), x.new_empty(M, ranks[2])]

@@ -128,13 +128,13 @@ implement("linears_backward", _linears_backward)
 @torch.library.register_fake("lora_fast::linears_forward", lib=library)
 def _(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
     ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
-    s = x.new_empty(x.shape[:-1].numel(), sum(ranks_of(lora_As)))
+    s = x.new_empty(row_count(x.shape), sum(ranks_of(lora_As)))
     return [*ys, s] if seed is None else [*ys, s, fake_mask(x, len(weights))]
 
 
 @torch.library.register_fake("lora_fast::update_forward", lib=library)
 def _(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, triton):
-    y, s = base.new_empty(base.shape), x.new_empty(x.shape[:-1].numel(), lora_A.shape[0])
+    y, s = base.new_empty(base.shape), x.new_empty(row_count(x.shape), lora_A.shape[0])
     return [y, s] if seed is None else [y, s, fake_mask(x, 1)]
 
 
