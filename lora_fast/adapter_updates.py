@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lora_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from lora_fast.checkpoint_files import counting_order
-from lora_fast.config import BASE_CHANGING_INITS, LoraFastError, few
-from lora_fast.injection import lora_layers, lora_state
+from lora_fast.config import BASE_CHANGING_INITS, LoraFastError, few, plain_name
+from lora_fast.injection import inside_wrapper, lora_layers, lora_state
+from lora_fast.linear import whole
 
 # PEFT's values of init_lora_weights that leave the base weights as they are.
 _STARTS_OF_FACTORS_ALONE = frozenset({"True", "False", "gaussian", "orthogonal", "eva"})
@@ -64,8 +65,8 @@ def read_updates(adapter: str | os.PathLike | nn.Module, *, check_finite: bool) 
         raise LoraFastError(
             f"adapter is a {type(adapter).__name__}; expected a PEFT folder, or a model that carries an adapter"
         )
-    while len(adapter._modules) == 1 and (inner := adapter._modules.keys() & {"_orig_mod", "module"}):
-        adapter = adapter._modules[inner.pop()]  # compiled, or wrapped for data parallelism
+    while len(adapter._modules) == 1 and (inner := inside_wrapper(adapter)):
+        adapter = getattr(adapter, inner)
     return _from_peft(adapter) if _carries_peft(adapter) else _from_model(adapter)
 
 
@@ -114,6 +115,7 @@ def _from_model(model: nn.Module) -> AdapterUpdates:
     config = state.configs[name]
     factors, transposed = [], set()
     for path, layer in lora_layers(model).items():
+        path = plain_name(path)
         if name not in layer.adapter_specs:
             continue
         if config.init_lora_weights in BASE_CHANGING_INITS:
@@ -125,7 +127,7 @@ def _from_model(model: nn.Module) -> AdapterUpdates:
         factors.append(_factors(source, path, lora_A, lora_B, scaling))
         if layer.fan_in_fan_out:
             transposed.add(path)
-    others = [*state.copies.get(name, {}), *(state.biases if config.bias != "none" else ())]
+    others = [*map(plain_name, state.copies.get(name, {})), *(state.biases if config.bias != "none" else ())]
     return AdapterUpdates(source, factors, frozenset(transposed), _others_note(others) if others else None)
 
 
@@ -144,7 +146,7 @@ def _from_peft(model: nn.Module) -> AdapterUpdates:
     for path, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
-        path = path.removeprefix("base_model.model.")
+        path = plain_name(path).removeprefix("base_model.model.")
         if not isinstance(layer, LoraLayer) or isinstance(layer, ParamWrapper):
             raise LoraFastError(
                 f"{source}: {path} is a {type(layer).__module__}.{type(layer).__name__}; expected plain LoRA, whose "
@@ -201,7 +203,7 @@ def _factors(source: str, path: str, lora_A: Tensor | None, lora_B: Tensor | Non
     if lora_A is None or lora_B is None:
         there, gone = ("lora_A", "lora_B") if lora_B is None else ("lora_B", "lora_A")
         raise LoraFastError(f"{source}: {path} has {there} and no {gone}; the file is incomplete")
-    lora_A, lora_B = lora_A.detach(), lora_B.detach()
+    lora_A, lora_B = whole(lora_A.detach()), whole(lora_B.detach())
     for factor in (lora_A, lora_B):
         if factor.dim() < 2 or not factor.is_floating_point() or factor.is_meta:
             raise LoraFastError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast.adapter_updates import AdapterUpdates
 from lora_fast.checkpoint_files import DTYPES, Stored, stored_tensors
-from lora_fast.config import LoraFastError, few
+from lora_fast.config import LoraFastError, few, plain_name
 
 # Bytes of a panel in float64.
 _PANEL_BYTES = 1 << 26
@@ -62,7 +62,7 @@ def base_weights(base: str | os.PathLike | nn.Module, found: AdapterUpdates) -> 
     if isinstance(base, nn.Module):
         source = f"base, a {type(base).__name__}"
         stored = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            plain_name(name).removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
             for name, parameter in base.named_parameters(remove_duplicate=False)
         }
     else:

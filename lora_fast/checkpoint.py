@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, warn
-from lora_fast.injection import LoraState, check_adapter_dtype, check_injection, inject, lora_layers, lora_state
-from lora_fast.linear import LoraLayer
+from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, plain_name, warn
+from lora_fast.injection import (
+    LoraState,
+    check_adapter_dtype,
+    check_injection,
+    check_matrices,
+    inject,
+    lora_layers,
+    lora_state,
+)
+from lora_fast.linear import LoraLayer, is_sharded, whole
 from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,14 +50,18 @@ def save_adapter(
     A folder that holds an earlier adapter is replaced whole or, in a crash, not at all, and keeps its permissions; the
     current folder stays itself, and a crash may leave it without adapter_config.json, so that nothing loads it. Raises
     LoraFastError, with nothing written, where the folder holds anything else, or where portable=True can't carry the
-    adapter."""
+    adapter.
+    Of a model whose weights are sharded over processes (FSDP2's `fully_shard`) the parts are gathered: every process
+    has to call, and the first one writes."""
     state = lora_state(model)
     name = state.active if adapter_name is None else adapter_name
     if name not in state.configs:
         raise LoraFastError(f"adapter_name={name!r}; this model carries {', '.join(map(repr, state.configs))}")
     folder = Path(folder).resolve()
-    check_output_folder(folder)
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
+    layers = {plain_name(path): layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
+    check_matrices(layers)
+    run = _in_first_process if any(map(is_sharded, model.parameters())) else _here
+    run(lambda: check_output_folder(folder))
     if misread := misread_by_peft(model, layers):
         warn(
             f"PEFT takes the names of {misread[0]} ({len(misread)} modules so) for those of experts in a "
@@ -62,7 +74,32 @@ def save_adapter(
     if config.base_model_name_or_path is None:
         source = getattr(getattr(model, "config", None), "name_or_path", None) or None
         config = replace(config, base_model_name_or_path=source)
-    write_adapter(folder, config, tensors)
+    run(lambda: write_adapter(folder, config, tensors))
+
+
+def _here(action: Callable[[], None]) -> None:
+    action()
+
+
+def _in_first_process(action: Callable[[], None]) -> None:
+    """Runs `action` in the first of all processes; every one returns after it, or raises where it did."""
+    error = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            action()
+        except Exception as e:  # whatever it is, the others wait to hear of it
+            error = e
+    told = [None if error is None else str(error)]
+    torch.distributed.broadcast_object_list(told, src=0)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise LoraFastError(f"in the first process: {told[0]}")
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The tensor to write; a sharded one's whole goes to the CPU at once, so that GPUs hold one at a time."""
+    return whole(tensor.detach()).cpu() if is_sharded(tensor) else tensor
 
 
 def _as_trained(
@@ -72,14 +109,16 @@ def _as_trained(
     config = replace(config, fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()))
     tensors = {}
     for path, layer in layers.items():
-        tensors[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
-        tensors[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
+        tensors[f"{path}.lora_A.weight"] = _gathered(layer.lora_A[name].weight)
+        tensors[f"{path}.lora_B.weight"] = _gathered(layer.lora_B[name].weight)
     for path, module in state.copies.get(name, {}).items():
-        tensors |= {f"{path}.{key}": value for key, value in module.state_dict().items()}
+        tensors |= {plain_name(f"{path}.{key}"): _gathered(value) for key, value in module.state_dict().items()}
     if config.bias != "none":
         for path in state.biases:
-            owner = path.removesuffix(".bias")
-            tensors[f"{owner}.base_layer.bias" if owner in layers else path] = model.get_parameter(path)
+            plain = plain_name(path)
+            owner = plain.removesuffix(".bias")
+            key = f"{owner}.base_layer.bias" if owner in layers else plain
+            tensors[key] = _gathered(model.get_parameter(path))
     return config, tensors
 
 
@@ -118,7 +157,7 @@ def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) 
         return config
     short = replace(config, target_modules=sorted({path.rpartition(".")[2] for path in paths}))
     try:
-        exact = list(target_modules(model, short)) == paths
+        exact = list(map(plain_name, target_modules(model, short))) == paths
     except LoraFastError:  # the last segments also name modules that can't be adapted
         exact = False
     return short if exact else replace(config, target_modules=paths)
@@ -156,11 +195,9 @@ def write_adapter(folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor
         fresh.chmod(stat.S_IMODE(folder.stat().st_mode) if folder.exists() else 0o777 & ~_umask())
         for path in (*fresh.iterdir(), fresh):
             _to_disk(path)
-        if not folder.exists():
-            fresh.rename(folder)
-        elif folder.samefile(os.curdir):
+        if folder.exists() and folder.samefile(os.curdir):
             _move_files(fresh, folder)
-        else:
+        elif not _moved(fresh, folder):
             _exchange(fresh, folder)  # the old adapter is now `fresh`, and goes below
         _to_disk(folder.parent)
     finally:
@@ -179,6 +216,17 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _moved(fresh: Path, folder: Path) -> bool:
+    """Whether `fresh` could become `folder`: not where there is one, even if another process made it just now."""
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        return False
+    return True
 
 
 def _move_files(fresh: Path, folder: Path) -> None:
@@ -294,7 +342,7 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
     """{key: shape} of every tensor that the adapter of `config` must have."""
     shapes = {}
     for path, module in targets.items():
-        rank = config.rank_of(path)
+        path, rank = plain_name(path), config.rank_of(path)
         # A Linear's weight is (N, K), a Conv1D's (K, N).
         n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         shapes[f"{path}.lora_A.weight"] = torch.Size((rank, k))
@@ -303,13 +351,14 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
             shapes[f"{path}.base_layer.bias"] = module.bias.shape
     saved = saved_module_names(model, config)
     for path in saved:
-        shapes |= {f"{path}.{key}": value.shape for key, value in model.get_submodule(path).state_dict().items()}
+        values = model.get_submodule(path).state_dict()
+        shapes |= {plain_name(f"{path}.{key}"): value.shape for key, value in values.items()}
     if config.bias == "all":
         elsewhere = tuple(f"{path}." for path in saved)
         for path, parameter in model.named_parameters():
             owner, _, leaf = path.rpartition(".")
             if leaf == "bias" and owner not in targets and not path.startswith(elsewhere):
-                shapes[path] = parameter.shape
+                shapes[plain_name(path)] = parameter.shape
     return shapes
 
 
@@ -319,12 +368,12 @@ def _optional(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, torc
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")
         if owner in targets:
-            shapes[f"{owner}.base_layer.{leaf}"] = parameter.shape
+            shapes[f"{plain_name(owner)}.base_layer.{leaf}"] = parameter.shape
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         embedding = embedding_of(model, getter)
         path = next((n for n, m in model.named_modules() if m is embedding), None) if embedding is not None else None
         if path is not None and path not in targets:
-            shapes |= {f"{path}.{key}": value.shape for key, value in embedding.state_dict().items()}
+            shapes |= {plain_name(f"{path}.{key}"): value.shape for key, value in embedding.state_dict().items()}
     return shapes
 
 
@@ -353,7 +402,8 @@ def _check_fit(
 
 @torch.no_grad()
 def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, Tensor]) -> None:
-    layers = lora_layers(model)
+    modules = {plain_name(path): (path, module) for path, module in model.named_modules()}  # a wrapper's inside is last
+    layers = {plain_name(path): layer for path, layer in lora_layers(model).items()}
     for key, value in tensors.items():
         owner, _, rest = key.partition(".lora_")
         if rest and owner in layers:
@@ -361,9 +411,9 @@ def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, T
             factors[name].weight.copy_(value)
             continue
         # modules_to_save stand in their original's place while their adapter is active, so their keys lead there.
-        path = key.replace(".base_layer.", ".")
-        owner, _, leaf = path.rpartition(".")
-        tensor = getattr(model.get_submodule(owner), leaf)
+        owner, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        owner, module = modules[owner]
+        path, tensor = f"{owner}.{leaf}" if owner else leaf, getattr(module, leaf)
         if path not in state.biases and not path.startswith(tuple(f"{saved}." for saved in state.originals)):
             if torch.equal(tensor.detach().cpu(), value.to(tensor.dtype)):
                 continue

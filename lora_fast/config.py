@@ -286,8 +286,23 @@ def _check_regex(value: str, name: str) -> None:
         raise LoraFastError(f"{name}: {value!r} is not a regular expression ({e})") from None
 
 
+# What PyTorch's wrappers of a module put into the names of all that is in it: torch.compile, FullyShardedDataParallel,
+# activation checkpointing.
+_WRAPPED = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is in the model without wrappers: what configs and files mean."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether a module is one of PyTorch's wrappers around the module that it is named after."""
+    return not _WRAPPED.isdisjoint(module._modules)
+
+
 def _matches(key: str, module_name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", module_name) is not None
+    return re.match(rf"(.*\.)?({key})$", plain_name(module_name)) is not None
 
 
 def _matching_key(pattern: Collection[str], module_name: str) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_fast.config import plain_name
 from lora_fast.tuning import choices
 
 NOT_ACCELERATED = "a LoRA layer of PEFT's; accelerate_peft(model) speeds it up"
@@ -77,9 +78,9 @@ def mlp_rows(model: nn.Module) -> tuple[FusionRow, ...]:
     rows = []
     for name, module in model.named_modules():
         if hasattr(module, "swiglu_layers"):
-            rows.append(FusionRow(name, "lora_swiglu_mlp", None))
+            rows.append(FusionRow(plain_name(name), "lora_swiglu_mlp", None))
         elif hasattr(module, "swiglu_refusal"):
-            rows.append(FusionRow(name, "layers", module.swiglu_refusal))
+            rows.append(FusionRow(plain_name(name), "layers", module.swiglu_refusal))
     return tuple(rows)
 
 
@@ -89,7 +90,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     rows = []
     for name, module in model.named_modules():
         if hasattr(module, "fusion_path"):
-            rows.append(FusionRow(name, *module.fusion_path()))
+            rows.append(FusionRow(plain_name(name), *module.fusion_path()))
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
-            rows.append(FusionRow(name, "peft", NOT_ACCELERATED))
+            rows.append(FusionRow(plain_name(name), "peft", NOT_ACCELERATED))
     return FusionReport(tuple(rows), mlp_rows(model), calls_by_path(model), choices())

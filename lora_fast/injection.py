@@ -2,7 +2,7 @@
 code."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, warn
-from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, plain_name, warn
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_sharded, overwrite
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import (
@@ -78,11 +78,42 @@ class _CheckpointInput:
 def lora_state(model: nn.Module) -> LoraState:
     """The state of a model that carries adapters. Raises LoraFastError where it carries none."""
     state = model.__dict__.get(_STATE)
+    if state is None and (inner := inside_wrapper(model)):
+        raise LoraFastError(f"model is wrapped in a {type(model).__name__}; work on the model inside: model.{inner}")
     if state is None:
         raise LoraFastError(
             f"{type(model).__name__} carries no lora-fast adapter; call apply_lora or load_adapter on it first"
         )
     return state
+
+
+def inside_wrapper(model: nn.Module) -> str | None:
+    """The attribute that holds the model itself where `model` is a wrapper: compiled, data-parallel, or FSDP's."""
+    names = {"_orig_mod": "_orig_mod", "module": "module", "_fsdp_wrapped_module": "module"}
+    return next((attribute for name, attribute in names.items() if name in model._modules), None)
+
+
+def _check_not_distributed(model: nn.Module) -> None:
+    """Raises LoraFastError where nothing would average the gradients of adapters put in now over the processes."""
+    kinds = {type(module).__name__ for module in model.modules()}
+    wrapper = next((kind for kind in ("DistributedDataParallel", "FullyShardedDataParallel") if kind in kinds), None)
+    if wrapper or any(map(is_sharded, model.parameters())):
+        told = f"wrapped in {wrapper}" if wrapper else "sharded over processes (its weights are DTensors)"
+        raise LoraFastError(
+            f"model is {told}, so that nothing would average the gradients of adapters put in now; put them in first, "
+            "then distribute the model"
+        )
+
+
+def check_matrices(layers: Mapping[str, LoraLayer]) -> None:
+    """Raises LoraFastError where FullyShardedDataParallel has the weights in flat pieces, as between its calls."""
+    for name, layer in layers.items():
+        for factors in (layer.lora_A, layer.lora_B):
+            if any(factor.weight.dim() != 2 for factor in factors.values()):
+                raise LoraFastError(
+                    f"FullyShardedDataParallel holds {plain_name(name)} in pieces; do this in all processes, inside "
+                    "`with FullyShardedDataParallel.summon_full_params(model):`"
+                )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -98,8 +129,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         remedy = "; LoraConfig.from_peft(config.to_dict()) makes one of PEFT's" if hasattr(config, "peft_type") else ""
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise LoraFastError(f"config is a {kind}; expected a lora_fast.LoraConfig{remedy}")
-    inner = next((name for name in ("_orig_mod", "module") if name in model._modules), None)
-    if inner is not None:
+    _check_not_distributed(model)
+    if inner := inside_wrapper(model):
         raise LoraFastError(f"model is wrapped in a {type(model).__name__}; work on the model inside: model.{inner}")
     if hasattr(model, "peft_config"):
         raise LoraFastError(f"{type(model).__name__} already carries PEFT adapters; call accelerate_peft(model) on it")
@@ -399,6 +430,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
     if state.disabled:
         raise LoraFastError("adapters are disabled; merge_lora after the disable_adapters block")
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active_adapter is not None}
+    check_matrices(layers)
     tied = tied_weights(model, layers)
     for name, layer in layers.items():
         if is_offloaded(layer):
@@ -469,7 +501,7 @@ def remove_lora(model: nn.Module) -> None:
         _arrange_saved_modules(model, state)
         for name, value in (state.biases | state.replaced).items():
             with torch.no_grad():
-                model.get_parameter(name).copy_(value)
+                overwrite(model.get_parameter(name), value)
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():

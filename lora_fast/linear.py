@@ -26,6 +26,26 @@ from lora_fast.shared_input import LinearCall, run_linear
 NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the active one"
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether other processes hold parts of it: a DTensor, as FSDP2's `fully_shard` and tensor parallelism make one."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor's whole, for which all of its processes have to ask; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """tensor ← value, which is the same in all processes where the tensor is sharded and it isn't."""
+    if is_sharded(tensor) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor  # slow to import, and met already where one is sharded
+
+        value = value.to(tensor.device)
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """What one adapter is on one module: r = R, scaling, dropout_p, and whether its factors are trained when it is
@@ -145,10 +165,11 @@ class LoraLayer(nn.Module):
 
         R' is R, or 2 R where `init` took s · B₀ A₀ off the base weight at the start: then B A = s (B A − B₀ A₀)."""
         spec = self.adapter_specs[name]
-        a, b = self.lora_A[name].weight.float(), spec.scaling * self.lora_B[name].weight.float()
+        a, b = (whole(factor[name].weight).float() for factor in (self.lora_A, self.lora_B))
+        b = spec.scaling * b
         if init not in BASE_CHANGING_INITS:
             return a, b
-        before = self._weight_before_init.to(self.weight.device)
+        before = whole(self._weight_before_init).to(self.weight.device)
         a_start, b_start = self._factors_of(before.t() if self.fan_in_fan_out else before, spec, init)
         return torch.cat([a, a_start]), torch.cat([b, -spec.scaling * b_start], dim=1)
 
@@ -188,7 +209,7 @@ class LoraLayer(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the weight of before the merge back, bit for bit."""
-        self.weight.copy_(self._weight_before_merge)
+        overwrite(self.weight, self._weight_before_merge)
         self._weight_before_merge = None
         self.merged_adapter = None
 
@@ -196,7 +217,7 @@ class LoraLayer(nn.Module):
     def restore_base(self) -> None:
         """Undoes what init_lora_weights="pissa" or "olora" did to the base weight, bit for bit."""
         if self._weight_before_init is not None:
-            self.weight.copy_(self._weight_before_init)
+            overwrite(self.weight, self._weight_before_init)
             self._weight_before_init = None
 
     @torch.no_grad()
@@ -204,7 +225,7 @@ class LoraLayer(nn.Module):
         """Exchanges the weight with the one of before PiSSA or OLoRA changed it, where they did."""
         if self._weight_before_init is not None:
             current = self.weight.detach().to("cpu", copy=True)
-            self.weight.copy_(self._weight_before_init)
+            overwrite(self.weight, self._weight_before_init)
             self._weight_before_init = current
 
     def adapter_runs(self) -> bool:

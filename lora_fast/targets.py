@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError
+from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
 from lora_fast.linear import LoraLayer, LoraLinear
 from lora_fast.subclass import has_plain_weight, lora_subclass
 
@@ -70,7 +70,7 @@ def saved_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
     names = []
     heads = HEADS_OF_TASK.get(config.task_type, ())
     for wanted in config.modules_to_save or ():
-        found = [name for name, _ in model.named_modules() if name and name.endswith(wanted)]
+        found = [name for name in _base_modules(model) if plain_name(name).endswith(wanted)]
         if not found and wanted not in heads:
             raise LoraFastError(f"modules_to_save: no module's name ends in {wanted!r}{_near(model, (wanted,))}")
         names += found
@@ -93,8 +93,8 @@ def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int
 
 
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{dotted name: module} of the model's own modules, without those of adapters."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    """{dotted name: module} of the model's own modules, without those of adapters and PyTorch's wrappers."""
+    modules = {name: module for name, module in model.named_modules() if name and not is_wrapper(module)}
     inside = tuple(f"{n}.lora_{factor}" for n, m in modules.items() if isinstance(m, LoraLayer) for factor in "AB")
     return {name: module for name, module in modules.items() if not name.startswith(inside)}
 
@@ -118,7 +118,7 @@ def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     if head is None and config.task_type == "SEQ_CLS":
         head = next((getattr(model, name) for name in _CLASSIFIER_NAMES if hasattr(model, name)), None)
     within_head = set() if head is None else {id(head)}
-    return {name for name, module in linears.items() if name and id(module) not in within_head}
+    return {plain_name(name) for name, module in linears.items() if name and id(module) not in within_head}
 
 
 def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -132,7 +132,8 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     wanted = _all_linear_names(model, config) if every else config.target_modules
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     targets = {}
-    for name, module in _base_modules(model).items():
+    for path, module in _base_modules(model).items():
+        name = plain_name(path)
         if config.exclude_modules and _matches_pattern(config.exclude_modules, name):
             continue
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
@@ -154,13 +155,14 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
                 "its subclasses whose weight is a plain floating-point matrix (out_features, in_features), and "
                 "Transformers' Conv1D. Make the adapter with PEFT and call accelerate_peft, or exclude_modules it"
             )
-        targets[name] = module
-    if not targets and any(_matches_pattern(wanted, name) for name, _ in model.named_modules()):
+        targets[path] = module
+    names = [plain_name(name) for name, _ in model.named_modules()]
+    if not targets and any(_matches_pattern(wanted, name) for name in names):
         raise LoraFastError(
             f"target_modules={_shown(config.target_modules)} matches modules of {type(model).__name__}, and "
             "exclude_modules, layers_to_transform or modules_to_save takes all of them away"
         )
-    if not targets and isinstance(wanted, str) and any(_ends_with_one_of(n, (wanted,)) for n in _base_modules(model)):
+    if not targets and isinstance(wanted, str) and any(_ends_with_one_of(name, (wanted,)) for name in names):
         raise LoraFastError(
             f"target_modules={wanted!r} matches no module of {type(model).__name__}: a string is a regular expression "
             f"for whole dotted names; write [{wanted!r}] for the modules of that name"
@@ -179,7 +181,7 @@ def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
     none."""
     if isinstance(config.target_modules, str):
         return None
-    every = _base_modules(model)
+    every = [plain_name(name) for name in _base_modules(model)]
     missed = [w for w in config.target_modules if not any(_ends_with_one_of(name, (w,)) for name in every)]
     return f"{', '.join(map(repr, missed))}{_near(model, missed)}" if missed else None
 
@@ -187,10 +189,11 @@ def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
 def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
     """{who: those among `names` whose module is seldom or never called, because who reads its weight directly}."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    owners = {plain_name(name): type(module) for name, module in _base_modules(model).items()}
     found: dict[str, list[str]] = {}
     for name in names:
-        owner_name, _, leaf = name.rpartition(".")
-        owner = type(model.get_submodule(owner_name))
+        owner_name, _, leaf = plain_name(name).rpartition(".")
+        owner = owners.get(owner_name, type(model))
         forward = owner.forward
         if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_SELDOM_REACHED):
             found.setdefault(f"in training a {model_type}", []).append(name)
@@ -232,7 +235,7 @@ def _shown(value: str | Collection[str]) -> str:
 
 def _near(model: nn.Module, wanted: Collection[str]) -> str:
     """What to write instead: the nearest names that exist, else the names of the linear layers."""
-    ends = [(name.rpartition(".")[2], module) for name, module in _base_modules(model).items()]
+    ends = [(plain_name(name).rpartition(".")[2], module) for name, module in _base_modules(model).items()]
     last = list(dict.fromkeys(n for n, m in ends if isinstance(m, LoraLayer) or lora_class(m) is not None))
     every = list(dict.fromkeys(name for name, _ in ends))
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], every, n=3, cutoff=0.6)]

@@ -300,6 +300,21 @@ def test_a_save_killed_in_the_current_folder_leaves_nothing_that_loads(tmp_path,
     load_adapter(build("llama"), ".")
 
 
+def test_another_process_may_save_the_same_at_the_same_time(tmp_path, monkeypatch):
+    model, out = trained(build("llama")), tmp_path / "out"
+
+    def meanwhile(path):
+        if not out.exists():  # all files are written, and are about to become the folder
+            out.mkdir()
+            (out / CONFIG_NAME).write_text("{}")
+
+    monkeypatch.setattr("lora_fast.checkpoint._to_disk", meanwhile)
+    save_adapter(model, out)
+    monkeypatch.undo()
+    assert_close(logits(load_adapter(build("llama"), out)), logits(model))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("mode", [0o700, 0o750, 0o2775])
 def test_a_replaced_folder_keeps_its_permissions(saved, mode):
     saved.chmod(mode)
