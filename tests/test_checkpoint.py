@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -303,12 +304,15 @@ def test_a_save_killed_in_the_current_folder_leaves_nothing_that_loads(tmp_path,
 def test_another_process_may_save_the_same_at_the_same_time(tmp_path, monkeypatch):
     model, out = trained(build("llama")), tmp_path / "out"
 
-    def meanwhile(path):
-        if not out.exists():  # all files are written, and are about to become the folder
+    rename = Path.rename
+
+    def meanwhile(self, target):
+        if not out.exists():
             out.mkdir()
             (out / CONFIG_NAME).write_text("{}")
+        return rename(self, target)
 
-    monkeypatch.setattr("lora_fast.checkpoint._to_disk", meanwhile)
+    monkeypatch.setattr(Path, "rename", meanwhile)
     save_adapter(model, out)
     monkeypatch.undo()
     assert_close(logits(load_adapter(build("llama"), out)), logits(model))
