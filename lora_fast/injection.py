@@ -93,16 +93,13 @@ def inside_wrapper(model: nn.Module) -> str | None:
     return next((attribute for name, attribute in names.items() if name in model._modules), None)
 
 
-def _check_not_distributed(model: nn.Module) -> None:
-    """Raises LoraFastError where nothing would average the gradients of adapters put in now over the processes."""
+def distribution_of(model: nn.Module) -> str | None:
+    """How a model is spread over processes already, None where it isn't."""
     kinds = {type(module).__name__ for module in model.modules()}
-    wrapper = next((kind for kind in ("DistributedDataParallel", "FullyShardedDataParallel") if kind in kinds), None)
-    if wrapper or any(map(is_sharded, model.parameters())):
-        told = f"wrapped in {wrapper}" if wrapper else "sharded over processes (its weights are DTensors)"
-        raise LoraFastError(
-            f"model is {told}, so that nothing would average the gradients of adapters put in now; put them in first, "
-            "then distribute the model"
-        )
+    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        if wrapper in kinds:
+            return f"wrapped in {wrapper}"
+    return "sharded over processes (its weights are DTensors)" if any(map(is_sharded, model.parameters())) else None
 
 
 def check_matrices(layers: Mapping[str, LoraLayer]) -> None:
@@ -129,7 +126,11 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         remedy = "; LoraConfig.from_peft(config.to_dict()) makes one of PEFT's" if hasattr(config, "peft_type") else ""
         kind = f"{type(config).__module__}.{type(config).__name__}"
         raise LoraFastError(f"config is a {kind}; expected a lora_fast.LoraConfig{remedy}")
-    _check_not_distributed(model)
+    if told := distribution_of(model):
+        raise LoraFastError(
+            f"model is {told}, so that nothing would average the gradients of adapters put in now; put them in first, "
+            "then distribute the model"
+        )
     if inner := inside_wrapper(model):
         raise LoraFastError(f"model is wrapped in a {type(model).__name__}; work on the model inside: model.{inner}")
     if hasattr(model, "peft_config"):

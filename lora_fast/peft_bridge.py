@@ -7,6 +7,7 @@ from torch import nn
 from lora_fast.backend import check_backend
 from lora_fast.config import LoraFastError
 from lora_fast.fusion import FusionReport, FusionRow, calls_by_path, mlp_rows
+from lora_fast.injection import distribution_of
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps
 
@@ -19,8 +20,8 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
     that the fast path does not cover (adapters disabled, merged or several active, DoRA, mixed batches, hooks, …) runs
     PEFT's own forward; `fusion_report` says which calls did. Calling it again is harmless, and wanted after an adapter
     was added to layers that had none. backend: "auto", "torch" or "triton" (a call raises where Triton can't run).
-    Raises LoraFastError, with nothing changed, where peft is missing, no layer can be made fast, or all that could be
-    are merged."""
+    Raises LoraFastError, with nothing changed, where peft is missing, no layer can be made fast, all that could be are
+    merged, or the model is sharded over processes already."""
     check_backend(backend)
     if not isinstance(peft_model, nn.Module):
         inner = isinstance(getattr(peft_model, "model", None), nn.Module)
@@ -47,6 +48,10 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
             f"the adapters of this {type(peft_model).__name__} are merged into the base weights: there is no work of "
             "theirs left to make fast; unmerge them first, with peft_model.unmerge_adapter()"
         )
+    # FullyShardedDataParallel shows flat pieces of the factors; DTensors are refused above, with a reason of their own.
+    told = distribution_of(peft_model) or ""
+    if "FullySharded" in told or ("DTensor" in told and not usable and not again):
+        raise LoraFastError(f"peft_model is {told}; accelerate it first, then distribute it")
     if not usable and not again:
         found = Counter([*(adapter for _, adapter in adapters), *filter(None, refusals.values())])
         raise LoraFastError(

@@ -170,6 +170,10 @@ def worker(rank, folder):
     results["refused"]["apply to fsdp1"] = refusal(lambda: apply_lora(call, LoraConfig(), adapter_name="second"))
     results["refused"]["save fsdp1"] = refusal(lambda: save_adapter(model, f"{folder}/fsdp1"))
     results["refused"]["merge fsdp1"] = refusal(lambda: merge_lora(model))
+    for way in (sharded, in_fsdp1):
+        late = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+        late = way(late)[1]
+        results["refused"][f"accelerate {way.__name__}"] = refusal(lambda late=late: accelerate_peft(late))
     with FullyShardedDataParallel.summon_full_params(call):
         if rank == 0:
             save_adapter(model, f"{folder}/fsdp1")
@@ -242,6 +246,8 @@ def test_what_would_go_wrong_in_silence_is_refused_in_every_process(run):
         for name in ("save fsdp1", "merge fsdp1"):
             assert "holds model.layers.0.self_attn.q_proj in pieces" in refused[name]
             assert "summon_full_params(model)" in refused[name]
+        for name, how in (("sharded", "sharded over processes"), ("in_fsdp1", "wrapped in FullyShardedDataParallel")):
+            assert how in refused[f"accelerate {name}"] and "accelerate it first" in refused[f"accelerate {name}"]
         assert f"{folder}/store is a file; expected a folder for the adapter" in refused["save"]
     assert second["save"].startswith("in the first process: ")
 
