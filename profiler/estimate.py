@@ -10,14 +10,12 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
-from lora_fast.profiler.memory import CATEGORIES
-from lora_fast.profiler.models import ModelSource, build, counts, layer_count, resolve, resolve_shapes
+from lora_fast.profiler.models import ModelSource, build, counts, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
@@ -30,8 +28,6 @@ MiB, GiB = 2**20, 2**30
 RESERVE_GiB = 1.0
 # Predictions that the search for a largest size may take.
 MAX_LOOKS = 6
-# Categories that FSDP spreads over its ranks.
-SHARDED = ("weights", "adapters", "gradients", "optimizer")
 
 
 def estimate_memory(
@@ -63,8 +59,8 @@ def estimate_memory(
     a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
     memory_GiB: memory of one GPU; every arm then says whether it fits beside RESERVE_GiB, and the largest batch and
     length that do. shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by
-    layer; each then also holds two gathered layers, those parts of the model that are in no layer, and, where weights
-    are trained, one layer's gradients. whole: trace every layer even where all are alike.
+    layer; what each also holds of gathered layers and of gradients not yet shared out is the category "gathered"
+    (profiler/sharding.py). whole: trace every layer even where all are alike.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html.
     The other arguments are those of `profile_ranks`.
     Returns a Profile without times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops, fits.
@@ -97,7 +93,6 @@ def estimate_memory(
         source = _source(model, stack)
         subject = build(source, device="meta", dtype=workload.torch_dtype)
         replace(workload, device="cpu").batch(subject)  # says now that the length does not fit the model
-        gathered = _gathered(subject)
         total = sum(parameter.numel() for parameter in subject.parameters())
         apply_lora(subject, workload.lora_config(1), adapter_name="r1")
         named = [(path, module) for path, module in subject.named_modules() if "r1" in getattr(module, "lora_A", ())]
@@ -110,8 +105,7 @@ def estimate_memory(
         for number, rank in enumerate((*wanted, None)):
             name = "full" if rank is None else f"r{rank}"
             progress("estimate", number, len(wanted) + 1, name)
-            found = predict(source, workload, rank, whole=whole)
-            found = _sharded(found, shards, gathered, trains_base=rank is None)
+            found = predict(source, workload, rank, whole=whole, shards=shards)
             predictions.append(found)
             share = found.trainable / found.parameters
             arms.append(Arm("full" if rank is None else "lora", rank, found.trainable, share))
@@ -124,7 +118,7 @@ def estimate_memory(
                 progress("fits", number, len(arms), arm.name)
 
                 def again(changed: Workload, arm=arm) -> Prediction:
-                    return _sharded(predict(source, changed, arm.rank), shards, gathered, arm.rank is None)
+                    return predict(source, changed, arm.rank, shards=shards)
 
                 arm.fits = _fits(found, room, workload, again)
             progress("fits", len(arms), len(arms), "done")
@@ -170,31 +164,6 @@ def parse_memory(text: str) -> float:
     if not match or float(match[1]) == 0:
         raise LoraFastError(f"--gpu {text!r}; expected the memory of one GPU, such as 24GB")
     return float(match[1])
-
-
-def _gathered(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the largest decoder layer, and of what is in no layer."""
-    depth = layer_count(model.config)
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), [])
-    sizes = [sum(p.numel() * p.itemsize for p in layer.parameters()) for layer in layers]
-    total = sum(p.numel() * p.itemsize for p in model.parameters())
-    return max(sizes, default=0), total - sum(sizes)
-
-
-def _sharded(found: Prediction, shards: int, gathered: tuple[int, int], trains_base: bool) -> Prediction:
-    if shards == 1:
-        return found
-    layer, rest = gathered
-    divisors = np.array([shards if category in SHARDED else 1 for category in CATEGORIES])
-    moments = []  # all, since the highest is another one once gradients are divided
-    for phase, held in found.moments:
-        held = -(-held // divisors)
-        if phase != "optimizer":
-            held[:, CATEGORIES.index("temporaries")] += 2 * layer + rest
-            if trains_base and phase == "backward":
-                held[:, CATEGORIES.index("temporaries")] += layer
-        moments.append((phase, held))
-    return replace(found, moments=tuple(moments))
 
 
 def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:

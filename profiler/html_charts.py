@@ -8,7 +8,7 @@ from lora_fast.rank_search import SIGNIFICANT
 # Middle tones, legible on white and on black; the categories of memory in the order in which they are stacked.
 BLUE, GREY, RED, ORANGE, GREEN = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f"
 PALETTE = (BLUE, ORANGE, GREEN, "#9a72d4", "#d9705e", "#4fb3c9", "#b59a3c", "#c76aa8")
-STACK = dict(zip(CATEGORIES, (GREY, BLUE, GREEN, "#9a72d4", ORANGE, "#d9705e"), strict=True))
+STACK = dict(zip(CATEGORIES, (GREY, BLUE, GREEN, "#9a72d4", ORANGE, "#d9705e", "#4fb3c9"), strict=True))
 LINES = {"Step time": BLUE, "FLOPs": ORANGE, "Peak memory": GREEN}
 # A capacity is drawn where the arms come near it; a small model on a large GPU would be squeezed flat.
 NEAR = 0.5

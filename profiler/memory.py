@@ -21,12 +21,14 @@ from torch.utils._pytree import tree_leaves
 from lora_fast import LoraFastError
 from lora_fast.dispatch import IMPLEMENTATIONS
 from lora_fast.profiler.models import ModelSource, build
+from lora_fast.profiler.sharding import Gathered
 from lora_fast.profiler.workload import FULL, PEFT, Workload, loss_of, optimizer_of, train
 
 MiB = 2**20
 # PyTorch's CUDA allocator hands out multiples of this many bytes.
 CUDA_GRANULE = 512
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporaries")
+# gathered: what a process of several holds beside its share (profiler/sharding.py); 0 in one process.
+CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporaries", "gathered")
 PHASES = ("forward", "backward", "optimizer")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -93,6 +95,13 @@ class MemoryTracker(TorchDispatchMode):
         if self.total >= self.peak:
             self.peak, self.at_peak, self.peak_phase = self.total, dict(self.current), self.phase
 
+    def reserve(self, size: int) -> None:
+        """Count so many bytes more (less, if negative) as gathered, which no tensor shows."""
+        self.current["gathered"] += size
+        self.total += size
+        if size > 0:
+            self._note_peak()
+
     def start(self, phase: str) -> None:
         if phase != self.phase:
             if self.history is not None:
@@ -126,10 +135,12 @@ def track_step(
     micro_steps: int = 1,
     mark: Callable[[], None] = lambda: None,
     history: list | None = None,
+    shards: int = 1,
 ) -> dict:
     """One training step under the tracker, after at least one plain step, so that the optimizer's states exist; of
     micro_steps passes forward and backward. mark is called after each forward and each backward. history: as
-    MemoryTracker takes it.
+    MemoryTracker takes it. shards: processes that FSDP2 spreads the model over; what it gathers is counted beside the
+    rest, which is counted whole.
 
     Returns bytes: peak, by_category at the peak (they add up to it), peak_phase, phase_peaks, phase_categories (the
     categories at each phase's peak), and after_step: the categories after the optimizer's step, gradients not yet
@@ -147,17 +158,32 @@ def track_step(
     for tensor in batch.values():
         tracker.add(tensor, "activations")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: tracker.add(p.grad, "gradients")) for p in trained]
+    gathered = Gathered(model, shards, tracker.reserve) if shards > 1 else None
+
+    def arrived(parameter: nn.Parameter) -> None:
+        tracker.add(parameter.grad, "gradients")
+        if gathered:
+            gathered.gradient(parameter)
+
+    hooks = [p.register_post_accumulate_grad_hook(arrived) for p in trained]
     try:
         with tracker:
             for _ in range(micro_steps):
                 tracker.start("forward")
+                if gathered:
+                    gathered.start_forward()
                 loss = loss_of(model, batch)
                 mark()
+                if gathered:
+                    gathered.end_forward()
                 tracker.start("backward")
+                if gathered:
+                    gathered.start_backward()
                 loss.backward()
                 mark()
                 del loss
+                if gathered:
+                    gathered.end_backward()
             tracker.start("optimizer")
             optimizer.step()
             after_step = dict(tracker.current)
@@ -165,6 +191,8 @@ def track_step(
     finally:
         for hook in hooks:
             hook.remove()
+        if gathered:
+            gathered.remove()
     return {
         "peak": tracker.peak,
         "by_category": tracker.at_peak,

@@ -12,7 +12,7 @@ CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward wh
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from unittest import mock
@@ -35,8 +35,13 @@ from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_st
 from lora_fast.profiler.models import ModelSource, build, layer_count
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, loss_of, optimizer_of, train
 
-# The first layer may differ in what is alive around it; from the second on each adds the same.
+# Categories that FSDP2 spreads over its processes; an optimizer works on its share, so its temporaries are shares too.
+_STATES = ("weights", "adapters", "gradients", "optimizer")
+SHARDED = {"forward": _STATES, "backward": _STATES, "optimizer": CATEGORIES}
+# The first layer may differ in what is alive around it; from the second on each adds the same. Under FSDP2 a layer's
+# backward meets the gathered layer before it and the gradients of the one after it: from the third on.
 DEPTHS = (2, 3)
+SHARDED_DEPTHS = (3, 4)
 
 
 @dataclass(frozen=True)
@@ -82,26 +87,37 @@ class Prediction:
 
 
 def predict(
-    source: ModelSource, workload: Workload, rank: int | None, *, peft: bool = False, whole: bool = False
+    source: ModelSource,
+    workload: Workload,
+    rank: int | None,
+    *,
+    peft: bool = False,
+    whole: bool = False,
+    shards: int = 1,
 ) -> Prediction:
     """One arm's step; rank None is full fine-tuning. peft: the adapter is PEFT's. whole: trace every layer even where
-    they are alike. Raises LoraFastError where the model can't be traced."""
+    they are alike. shards: processes that FSDP2 spreads the model over, of which one is meant. Raises LoraFastError
+    where the model can't be traced."""
     kind = PEFT if peft else FULL if rank is None else LORA
     if workload.backend == "triton":  # kernels read memory; what the operator keeps is the same without them
         workload = replace(workload, backend="auto")
     depth, alike = _layers(source, workload.torch_dtype)
-    if whole or not alike:
-        return replace(_trace(source, workload, kind, rank, None), traced_layers=() if depth is None else (depth,))
-    low, high = (_trace(source, workload, kind, rank, layers) for layers in DEPTHS)
-    return _extend(low, high, depth)
+    depths = DEPTHS if shards == 1 else SHARDED_DEPTHS
+    if whole or not alike or depth <= depths[-1]:
+        found = _trace(source, workload, kind, rank, None, shards)
+        found = replace(found, traced_layers=() if depth is None else (depth,))
+    else:
+        low, high = (_trace(source, workload, kind, rank, layers, shards) for layers in depths)
+        found = _extend(low, high, depths, depth, shards)
+    return replace(found, moments=tuple((phase, _share(phase, held, shards)) for phase, held in found.moments))
 
 
 @lru_cache(maxsize=8)
 def _layers(source: ModelSource, dtype: torch.dtype) -> tuple[int | None, bool]:
-    """Number of decoder layers, and whether two depths tell what all of them cost."""
+    """Number of decoder layers, and whether all are alike, so that two depths tell what each costs."""
     model = build(source, device="meta", dtype=dtype)
     depth = layer_count(model.config)
-    return depth, depth is not None and depth > DEPTHS[-1] and layers_are_alike(model, depth)
+    return depth, depth is not None and layers_are_alike(model, depth)
 
 
 def layers_are_alike(model: nn.Module, depth: int) -> bool:
@@ -120,8 +136,8 @@ def layers_are_alike(model: nn.Module, depth: int) -> bool:
     return len(kinds) == 1 and all(len(set(map(str, values))) == 1 for values in entries)
 
 
-def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
-    steps = (depth - DEPTHS[0]) // (DEPTHS[1] - DEPTHS[0])
+def _extend(low: Prediction, high: Prediction, depths: tuple[int, int], depth: int, shards: int) -> Prediction:
+    steps = (depth - depths[0]) // (depths[1] - depths[0])
 
     def line(a, b):
         if isinstance(a, dict):
@@ -130,13 +146,16 @@ def _extend(low: Prediction, high: Prediction, depth: int) -> Prediction:
 
     names = ("after_step", "trainable", "parameters", "forward_flops", "backward_flops")
     return Prediction(
-        moments=tuple((phase, _moments(a, b, line)) for (phase, a), (_, b) in zip(low.moments, high.moments)),
+        moments=tuple(
+            (phase, _moments(a, b, line, lambda held, phase=phase: _highest(held, _share(phase, held, shards))))
+            for (phase, a), (_, b) in zip(low.moments, high.moments)
+        ),
         **{name: line(getattr(low, name), getattr(high, name)) for name in names},
-        traced_layers=DEPTHS,
+        traced_layers=depths,
     )
 
 
-def _moments(a: np.ndarray, b: np.ndarray, line) -> np.ndarray:
+def _moments(a: np.ndarray, b: np.ndarray, line: Callable, highest: Callable) -> np.ndarray:
     """Moments (m, CATEGORIES) of one stretch at two depths → those at the model's depth that may be its highest.
 
     The stretches agree, change by change, from their start until the flatter model has no further layer, and likewise
@@ -151,16 +170,26 @@ def _moments(a: np.ndarray, b: np.ndarray, line) -> np.ndarray:
         return 1 + (int(differ[0]) if len(differ) else shorter)
 
     start, end = agree(*changes), agree(*(change[::-1] for change in changes))
-    top = line(_highest(a), _highest(b))
+    top = line(highest(a), highest(b))
     return np.concatenate([line(a[:start], b[:start]), top[None], line(a[-end:], b[-end:])])
 
 
-def _highest(held: np.ndarray) -> np.ndarray:
-    """Of moments (m, CATEGORIES) the one of most bytes; of several the last, as the tracker names a peak."""
-    return held[len(held) - 1 - held.sum(axis=1)[::-1].argmax()]
+def _highest(held: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Of moments (m, CATEGORIES) the one of most bytes, or that for which `counted` has most; of several the last, as
+    the tracker names a peak."""
+    counted = held if counted is None else counted
+    return held[len(held) - 1 - counted.sum(axis=1)[::-1].argmax()]
 
 
-def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None) -> Prediction:
+def _share(phase: str, held: np.ndarray, shards: int) -> np.ndarray:
+    """What one process holds at moments that were traced whole."""
+    divisors = np.array([shards if category in SHARDED[phase] else 1 for category in CATEGORIES])
+    return -(-held // divisors)
+
+
+def _trace(
+    source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None, shards: int
+) -> Prediction:
     attention = workload.attn_implementation
     model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
     with warnings.catch_warnings():  # of ranks above min(N, K), which would count the traced layers alone
@@ -195,6 +224,7 @@ def _trace(source: ModelSource, workload: Workload, kind: str, rank: int | None,
                     micro_steps=passes,
                     mark=lambda: marks.append(counter.flops),
                     history=history,
+                    shards=shards,
                 )
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise LoraFastError(

@@ -212,6 +212,7 @@ def _of_estimate(profile: Profile) -> list[Column]:
         Column("vs\nfull", 0, lambda arm: f"{arm.memory_ratio:.2f}", lambda arm: arm.memory_ratio),
         *(held("weights", "weights", 6), held("adapters", "adapters", 5), held("grads", "gradients", 3)),
         *(held("states", "optimizer", 4), held("activ.", "activations", 1), held("temp.", "temporaries", 2)),
+        *([held("gathered", "gathered", 2)] if profile.workload.get("shards", 1) > 1 else ()),
         Column("FLOPs\nvs full", 0, lambda arm: f"{arm.flops_ratio:.3f}", lambda arm: arm.flops_ratio),
     ]
     if fitted:
@@ -284,6 +285,11 @@ def _estimate_caption(profile: Profile) -> str:
         f"Predicted from shapes: {_unit(profile)} at the step's peak, without CUDA context and fragmentation; FLOPs "
         "against full."
     ]
+    if work.get("shards", 1) > 1:
+        lines.append(
+            "gathered: of layers and of the rest what other GPUs have shares of, and gradients not yet shared out; FSDP2 "
+            "over every decoder layer and the model."
+        )
     if work["memory_GiB"] is not None:
         lines.append(
             f"fits: into {work['memory_GiB']:g} GiB less {work['reserve_GiB']:g} for those; max: the largest batch "

@@ -10,10 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_fast import LoraFastError
 from lora_fast.cli import main
 from lora_fast.profiler import estimate_memory
-from lora_fast.profiler.estimate import RESERVE_GiB, _sharded, parse_memory
+from lora_fast.profiler.estimate import RESERVE_GiB, parse_memory
 from lora_fast.profiler.memory import CATEGORIES, PHASES, track_step
 from lora_fast.profiler.models import build, resolve
-from lora_fast.profiler.predict import DEPTHS, layers_are_alike, predict
+from lora_fast.profiler.predict import DEPTHS, SHARDED_DEPTHS, layers_are_alike, predict
 from lora_fast.profiler.table import columns
 from lora_fast.profiler.workload import Workload, loss_of, optimizer_of, train_adapter, train_full
 
@@ -146,8 +146,8 @@ def test_a_peak_that_only_a_deep_model_has_is_found_from_two_depths(name, vocabu
     assert extended.traced_layers == DEPTHS and whole.traced_layers == (11,)
     assert extended.phases == whole.phases
     for shards in (2, 64):
-        gathered = (1000, 3000)
-        found = [_sharded(one, shards, gathered, trains_base=rank is None) for one in (extended, whole)]
+        found = [predict(source, work, rank, whole=how, shards=shards) for how in (False, True)]
+        assert found[0].traced_layers == SHARDED_DEPTHS
         # Each number is divided and rounded up by itself.
         assert found[0].peak == pytest.approx(found[1].peak, abs=len(CATEGORIES))
     if "device" in changes:  # else this is about what must stay equal
