@@ -287,8 +287,8 @@ def _estimate_caption(profile: Profile) -> str:
     ]
     if work.get("shards", 1) > 1:
         lines.append(
-            "gathered: of layers and of the rest what other GPUs have shares of, and gradients not yet shared out; FSDP2 "
-            "over every decoder layer and the model."
+            "gathered: parts of the model that other GPUs have their shares of, and gradients not yet shared out, under "
+            "FSDP2 over every decoder layer."
         )
     if work["memory_GiB"] is not None:
         lines.append(
