@@ -287,8 +287,8 @@ def _estimate_caption(profile: Profile) -> str:
     ]
     if work.get("shards", 1) > 1:
         lines.append(
-            "gathered: parts of the model that other GPUs have shares of, and gradients not yet shared out; under FSDP2 "
-            "over every decoder layer."
+            "gathered: parts of the model that other GPUs have shares of, and gradients not yet shared out; FSDP2 "
+            "over every decoder layer is meant."
         )
     if work["memory_GiB"] is not None:
         lines.append(
