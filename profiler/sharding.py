@@ -77,7 +77,7 @@ class Gathered:
                 return
             self.reserve(-self.sizes[i])
             y = output[0] if isinstance(output, tuple) else output
-            if i == self.rest - 1 and y.requires_grad:
+            if i == self.rest - 1 and isinstance(y, Tensor) and y.requires_grad:
                 y.register_hook(lambda gradient: self._start_layer(i))
 
         return hook
@@ -105,6 +105,8 @@ class Gathered:
             self._start_layer(i - 1)
 
     def _end_layer(self, i: int) -> None:
+        if i not in self.waiting:  # its output's gradient was not seen
+            self._start_layer(i)
         self.waiting.remove(i)
         self.reserve(-self.sizes[i])
         self._reduce(i)
