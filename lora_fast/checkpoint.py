@@ -288,7 +288,7 @@ def read_adapter(folder: str | os.PathLike, *, check_finite: bool = True) -> tup
             raise LoraFastError(
                 f"{folder / WEIGHTS_NAME}: {key} holds NaN or inf; the training run that wrote it diverged"
             )
-        tensors[key.removeprefix(_PREFIX)] = value
+        tensors[plain_name(key.removeprefix(_PREFIX))] = value
     return config, tensors
 
 

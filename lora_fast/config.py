@@ -296,13 +296,21 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def inside_of(module: Any) -> Any:
+    """The module itself inside PyTorch's wrappers."""
+    while is_wrapper(module):
+        module = module._modules[next(iter(_WRAPPED & module._modules.keys()))]
+    return module
+
+
 def is_wrapper(module: Any) -> bool:
     """Whether a module is one of PyTorch's wrappers around the module that it is named after."""
     return not _WRAPPED.isdisjoint(module._modules)
 
 
 def _matches(key: str, module_name: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", plain_name(module_name)) is not None
+    # Either name: a pattern may have been written from the wrapped model's.
+    return any(re.match(rf"(.*\.)?({key})$", name) for name in (plain_name(module_name), module_name))
 
 
 def _matching_key(pattern: Collection[str], module_name: str) -> str | None:

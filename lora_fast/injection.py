@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, plain_name, warn
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_sharded, overwrite
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
@@ -77,6 +77,7 @@ class _CheckpointInput:
 
 def lora_state(model: nn.Module) -> LoraState:
     """The state of a model that carries adapters. Raises LoraFastError where it carries none."""
+    give_back(model)
     state = model.__dict__.get(_STATE)
     if state is None and (inner := inside_wrapper(model)):
         raise LoraFastError(f"model is wrapped in a {type(model).__name__}; work on the model inside: model.{inner}")
@@ -85,6 +86,18 @@ def lora_state(model: nn.Module) -> LoraState:
             f"{type(model).__name__} carries no lora-fast adapter; call apply_lora or load_adapter on it first"
         )
     return state
+
+
+def _is_fsdp2(module: nn.Module) -> bool:
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
+
+
+def give_back(model: nn.Module) -> None:
+    """Lets FSDP2 give back the parameters that it has gathered, as after an evaluation: what was written into them
+    would be lost."""
+    for module in model.modules():
+        if _is_fsdp2(module):
+            module.reshard()
 
 
 def inside_wrapper(model: nn.Module) -> str | None:
@@ -99,7 +112,8 @@ def distribution_of(model: nn.Module) -> str | None:
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
         if wrapper in kinds:
             return f"wrapped in {wrapper}"
-    return "sharded over processes (its weights are DTensors)" if any(map(is_sharded, model.parameters())) else None
+    sharded = any(map(is_sharded, model.parameters())) or any(map(_is_fsdp2, model.modules()))
+    return "sharded over processes (its weights are DTensors)" if sharded else None
 
 
 def check_matrices(layers: Mapping[str, LoraLayer]) -> None:
@@ -250,7 +264,9 @@ def inject(
         _check_base_can_change(model, targets, init)
     state = model.__dict__.get(_STATE)
     if state is None:
-        state = LoraState(trained_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad))
+        state = LoraState(
+            trained_before=frozenset(plain_name(n) for n, p in model.named_parameters() if p.requires_grad)
+        )
         model.__dict__[_STATE] = state
         model.requires_grad_(False)
         _watch_checkpointing(model, state)
@@ -342,7 +358,7 @@ def _train_biases(model: nn.Module, state: LoraState, config: LoraConfig, target
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Makes `module` the submodule of this dotted name, on the device of the one that it replaces."""
     parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
+    parent = inside_of(model.get_submodule(parent_name))
     current = getattr(parent, child)
     if current is module:
         return
@@ -401,6 +417,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
+    give_back(model)
     for layer in lora_layers(model).values():
         if disabled != state.disabled:
             layer.swap_start()
@@ -506,5 +523,5 @@ def remove_lora(model: nn.Module) -> None:
     for hook in state.hooks:
         hook.remove()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in state.trained_before)
+        parameter.requires_grad_(plain_name(name) in state.trained_before)
     del model.__dict__[_STATE]

@@ -50,7 +50,7 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
         )
     # FullyShardedDataParallel shows flat pieces of the factors; DTensors are refused above, with a reason of their own.
     told = distribution_of(peft_model) or ""
-    if "FullySharded" in told or ("DTensor" in told and not usable and not again):
+    if not again and ("FullySharded" in told or ("DTensor" in told and not usable)):
         raise LoraFastError(f"peft_model is {told}; accelerate it first, then distribute it")
     if not usable and not again:
         found = Counter([*(adapter for _, adapter in adapters), *filter(None, refusals.values())])

@@ -55,6 +55,7 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:
+    suffixes = [plain_name(suffix) for suffix in suffixes]  # may be names of a wrapped model
     return name in suffixes or any(name.endswith(f".{suffix}") for suffix in suffixes)
 
 
@@ -68,9 +69,11 @@ def saved_module_names(model: nn.Module, config: LoraConfig) -> list[str]:
 
     Raises LoraFastError for an entry that means none."""
     names = []
+    # A module together with its wrapper, which calls what it was given and nothing put in its place.
+    outermost = [n for n, _ in model.named_modules() if n and plain_name(n.rpartition(".")[2])]
     heads = HEADS_OF_TASK.get(config.task_type, ())
     for wanted in config.modules_to_save or ():
-        found = [name for name in _base_modules(model) if plain_name(name).endswith(wanted)]
+        found = [name for name in outermost if plain_name(name).endswith(plain_name(wanted))]
         if not found and wanted not in heads:
             raise LoraFastError(f"modules_to_save: no module's name ends in {wanted!r}{_near(model, (wanted,))}")
         names += found
@@ -134,11 +137,11 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     targets = {}
     for path, module in _base_modules(model).items():
         name = plain_name(path)
-        if config.exclude_modules and _matches_pattern(config.exclude_modules, name):
+        if config.exclude_modules and any(_matches_pattern(config.exclude_modules, n) for n in (name, path)):
             continue
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
             continue
-        if not _matches_pattern(wanted, name):
+        if not any(_matches_pattern(wanted, n) for n in (name, path)):
             continue
         # As in PEFT, layers_to_transform chooses among the matches of a name's end; a whole dotted name stands.
         by_end = config.layers_to_transform and name not in wanted

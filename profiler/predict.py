@@ -33,6 +33,7 @@ from lora_fast import LoraFastError, LoraFastWarning
 from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
+from lora_fast.profiler.sharding import decoder_layers
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, loss_of, optimizer_of, train
 
 # Categories that FSDP2 spreads over its processes; an optimizer works on its share, so its temporaries are shares too.
@@ -103,7 +104,7 @@ def predict(
         workload = replace(workload, backend="auto")
     depth, alike = _layers(source, workload.torch_dtype)
     depths = DEPTHS if shards == 1 else SHARDED_DEPTHS
-    if whole or not alike or depth <= depths[-1]:
+    if whole or not alike or depth <= depths[-1] or (shards > 1 and not _shortens(source, workload.torch_dtype)):
         found = _trace(source, workload, kind, rank, None, shards)
         found = replace(found, traced_layers=() if depth is None else (depth,))
     else:
@@ -118,6 +119,12 @@ def _layers(source: ModelSource, dtype: torch.dtype) -> tuple[int | None, bool]:
     model = build(source, device="meta", dtype=dtype)
     depth = layer_count(model.config)
     return depth, depth is not None and layers_are_alike(model, depth)
+
+
+@lru_cache(maxsize=8)
+def _shortens(source: ModelSource, dtype: torch.dtype) -> bool:
+    """Whether a model of fewer layers has fewer decoder layers: not where those are counted under another name."""
+    return bool(decoder_layers(build(source, device="meta", dtype=dtype, layers=SHARDED_DEPTHS[0])))
 
 
 def layers_are_alike(model: nn.Module, depth: int) -> bool:
