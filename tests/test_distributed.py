@@ -77,6 +77,8 @@ def gradients(model, call, numbers):
 
 
 def logits(model):
+    if hasattr(model, "reshard"):
+        model.reshard()  # as a training step does: what was written into gathered parameters is gone
     with torch.no_grad():
         return model.eval()(input_ids=tokens(0)).logits
 
