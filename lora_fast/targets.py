@@ -55,7 +55,6 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
 
 
 def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:
-    suffixes = [plain_name(suffix) for suffix in suffixes]  # may be names of a wrapped model
     return name in suffixes or any(name.endswith(f".{suffix}") for suffix in suffixes)
 
 
@@ -137,11 +136,11 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     targets = {}
     for path, module in _base_modules(model).items():
         name = plain_name(path)
-        if config.exclude_modules and any(_matches_pattern(config.exclude_modules, n) for n in (name, path)):
+        if config.exclude_modules and any(_matches_pattern(config.exclude_modules, n) for n in {name, path}):
             continue
         if any(re.match(rf"(^|.*\.){saved}($|\..*)", name) for saved in config.modules_to_save or ()):
             continue
-        if not any(_matches_pattern(wanted, n) for n in (name, path)):
+        if not any(_matches_pattern(wanted, n) for n in {name, path}):  # written from either
             continue
         # As in PEFT, layers_to_transform chooses among the matches of a name's end; a whole dotted name stands.
         by_end = config.layers_to_transform and name not in wanted
@@ -184,7 +183,7 @@ def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
     none."""
     if isinstance(config.target_modules, str):
         return None
-    every = [plain_name(name) for name in _base_modules(model)]
+    every = {name for path in _base_modules(model) for name in (path, plain_name(path))}
     missed = [w for w in config.target_modules if not any(_ends_with_one_of(name, (w,)) for name in every)]
     return f"{', '.join(map(repr, missed))}{_near(model, missed)}" if missed else None
 
