@@ -65,6 +65,7 @@ setup(
     extras_require={
         "peft": ["peft>=0.21"],
         "test": [
+            "bitsandbytes>=0.49",
             "peft>=0.21",
             "pytest>=8.3",
             "pytest-xdist>=3.6",

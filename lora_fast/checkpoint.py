@@ -30,7 +30,7 @@ from lora_fast.injection import (
     lora_layers,
     lora_state,
 )
-from lora_fast.linear import LoraLayer, is_sharded, whole
+from lora_fast.linear import LoraLayer, is_sharded, matrix_shape, whole
 from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
 CONFIG_NAME = "adapter_config.json"
@@ -343,8 +343,7 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
     shapes = {}
     for path, module in targets.items():
         path, rank = plain_name(path), config.rank_of(path)
-        # A Linear's weight is (N, K), a Conv1D's (K, N).
-        n, k = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        n, k = matrix_shape(module)
         shapes[f"{path}.lora_A.weight"] = torch.Size((rank, k))
         shapes[f"{path}.lora_B.weight"] = torch.Size((n, rank))
         if config.bias != "none" and module.bias is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
-from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_sharded, overwrite
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_quantized, is_sharded, matrix_shape, overwrite
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import (
@@ -179,6 +179,11 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
     for name in saved_module_names(model, config):
         if any(is_offloaded(module) for module in model.get_submodule(name).modules()):
             raise LoraFastError(f"modules_to_save: {name} is offloaded by accelerate; keep it on a device to train it")
+        if any(map(is_quantized, model.get_submodule(name).modules())):
+            raise LoraFastError(
+                f"modules_to_save: {name} is quantized and can't be trained whole; leave it out when the model is "
+                "quantized (llm_int8_skip_modules), or adapt it by target_modules"
+            )
     for name, module in targets.items():
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
@@ -222,7 +227,7 @@ def apply_lora(
 
     The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another
     adapter_name it adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B;
-    products run in the base's dtype.
+    products run in the base's dtype, over the 4-bit and 8-bit layers of bitsandbytes in x's.
     backend: "auto", "torch" or "triton" (a call raises where Triton can't run). Returns `model`.
     Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
     check_backend(backend)
@@ -288,11 +293,11 @@ def inject(
 
 
 def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -> None:
-    too_large = {n: s.r for n, s in specs.items() if s.r > min(targets[n].weight.shape)}
+    too_large = {n: s.r for n, s in specs.items() if s.r > min(matrix_shape(targets[n]))}
     if not too_large:
         return
     name, rank = next(iter(too_large.items()))
-    smallest = min(targets[name].weight.shape)
+    smallest = min(matrix_shape(targets[name]))
     if init in BASE_CHANGING_INITS:
         raise LoraFastError(f"init_lora_weights={init!r} takes at most r=min(N, K)={smallest} for {name}; r={rank}")
     warn(
@@ -304,6 +309,11 @@ def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -
 def _check_base_can_change(model: nn.Module, targets: dict[str, nn.Module], init: str) -> None:
     tied = tied_weights(model, targets)
     for name, module in targets.items():
+        if is_quantized(module):
+            raise LoraFastError(
+                f"init_lora_weights={init!r} changes {name}.weight, which is quantized; start with "
+                "init_lora_weights=True"
+            )
         if name in tied:
             raise LoraFastError(
                 f"init_lora_weights={init!r} changes {name}.weight, which is tied to {tied[name]}; untie them, exclude "
@@ -439,7 +449,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
 
     The weights of before are kept for `unmerge_lora`, on the CPU, or on the weights' device with keep="device".
     Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, sits on a tied
-    weight, or would make a finite weight overflow its dtype."""
+    or a quantized weight, or would make a finite weight overflow its dtype."""
     state = lora_state(model)
     if keep not in ("cpu", "device"):
         raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
@@ -451,6 +461,11 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
     check_matrices(layers)
     tied = tied_weights(model, layers)
     for name, layer in layers.items():
+        if is_quantized(layer):
+            raise LoraFastError(
+                f"{name} is quantized, and merging would round the update to the steps of its few bits; save_adapter, "
+                "load the base model unquantized, then load_adapter and merge_lora there"
+            )
         if is_offloaded(layer):
             raise LoraFastError(f"{name}.weight is offloaded by accelerate; move the model to a device, then merge")
         if name in tied:

@@ -24,6 +24,8 @@ from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.shared_input import LinearCall, run_linear
 
 NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the active one"
+# By name: bitsandbytes is imported only by those who have such layers already.
+_QUANTIZED = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -44,6 +46,19 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
         value = value.to(tensor.device)
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a 4-bit or 8-bit linear layer of bitsandbytes, whose packed weight only its own forward reads."""
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
+    return not kinds.isdisjoint(_QUANTIZED)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of the matrix that a linear layer multiplies by, however its weight stores it."""
+    if is_quantized(module):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1])
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class LoraLayer(nn.Module):
     def add_adapter(self, name: str, spec: AdapterSpec, init: bool | str, dtype: torch.dtype) -> None:
         """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the
         weight's device."""
-        n, k = self.matrix().shape
+        n, k = matrix_shape(self)
         # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
         device = _execution_device(self) if is_offloaded(self) else self.weight.device
         make = "meta" if device.type == "meta" else "cpu"
@@ -269,8 +284,10 @@ class LoraLayer(nn.Module):
 
     def why_not_triton(self, op: str) -> str | None:
         """None where this layer's calls of `op` take the Triton kernels, else the reason, outside autocast."""
-        rank = self.adapter_specs[self.active_adapter].r
-        return why_not_triton(self.backend, op, self.weight.device, self.weight.dtype, rank)
+        lora_A = self.lora_A[self.active_adapter].weight
+        # A packed weight doesn't say what x will be in; the adapter is in that dtype or casts to it.
+        dtype = lora_A.dtype if is_quantized(self) else self.weight.dtype
+        return why_not_triton(self.backend, op, self.weight.device, dtype, lora_A.shape[0])
 
     def extra_repr(self) -> str:
         base = super().extra_repr()

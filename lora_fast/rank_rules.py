@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_fast.config import LoraConfig, LoraFastError
+from lora_fast.linear import matrix_shape
 from lora_fast.rank_evidence import BIDERMAN, GUIDE_FULL, GUIDE_RANK, SCHULMAN
 from lora_fast.targets import target_modules as find_targets
 
@@ -363,7 +364,7 @@ def budget_of(model_or_config, budget: int, target_modules: str | Sequence[str] 
     rank = budget // per_rank
     total = sum(parameter.numel() for parameter in model.parameters())
     formulas, notes = _formulas(model, budget, rank, per_rank, modules)
-    side = min(min(module.weight.shape) for module in targets.values())
+    side = min(min(matrix_shape(module)) for module in targets.values())
     if rank > side:
         notes += (f"r={rank} is above min(N, K) = {side} of an adapted layer, whose update has no higher rank",)
     experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 3)
@@ -500,7 +501,7 @@ def _targets(model: nn.Module, target_modules: str | Sequence[str]) -> dict[str,
 
 def _per_rank(targets: Mapping[str, nn.Module]) -> int:
     """Σ (K + N)."""
-    return sum(sum(module.weight.shape) for module in targets.values())
+    return sum(sum(matrix_shape(module)) for module in targets.values())
 
 
 def _formulas(

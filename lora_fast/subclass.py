@@ -1,5 +1,5 @@
-"""LoRA on subclasses of nn.Linear (Falcon's linear layers, the out_proj of nn.MultiheadAttention): classes made on
-demand.
+"""LoRA on subclasses of nn.Linear (Falcon's linear layers, the out_proj of nn.MultiheadAttention, the 4-bit and 8-bit
+layers of bitsandbytes): classes made on demand.
 
 A subclass that keeps nn.Linear's forward is adapted as nn.Linear is. One with a forward of its own is called as it is
 and the update added to what it returns, as PEFT does."""

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
-from lora_fast.linear import LoraLayer, LoraLinear
+from lora_fast.linear import LoraLayer, LoraLinear, is_quantized
 from lora_fast.subclass import has_plain_weight, lora_subclass
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
@@ -41,7 +41,8 @@ _READS_WEIGHTS_OF = {
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
     """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
 
-    A subclass of nn.Linear keeps a forward of its own; one whose weight is quantized or sharded carries none."""
+    A subclass of nn.Linear keeps a forward of its own. One whose weight is packed or sharded carries none, but for
+    those of bitsandbytes, of which it is known what the forward computes."""
     if type(module) is nn.Linear:
         return LoraLinear
     # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
@@ -49,9 +50,9 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         from lora_fast.conv1d import LoraConv1D
 
         return LoraConv1D
-    if isinstance(module, nn.Linear) and not isinstance(module, LoraLayer) and has_plain_weight(module):
-        return lora_subclass(type(module))
-    return None
+    if not isinstance(module, nn.Linear) or isinstance(module, LoraLayer):
+        return None
+    return lora_subclass(type(module)) if has_plain_weight(module) or is_quantized(module) else None
 
 
 def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:
@@ -154,8 +155,9 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
         if not isinstance(module, LoraLayer) and lora_class(module) is None:
             raise LoraFastError(
                 f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear, "
-                "its subclasses whose weight is a plain floating-point matrix (out_features, in_features), and "
-                "Transformers' Conv1D. Make the adapter with PEFT and call accelerate_peft, or exclude_modules it"
+                "its subclasses whose weight is a plain floating-point matrix (out_features, in_features), those of "
+                "bitsandbytes, and Transformers' Conv1D. Make the adapter with PEFT and call accelerate_peft, or "
+                "exclude_modules it"
             )
         targets[path] = module
     names = [plain_name(name) for name, _ in model.named_modules()]

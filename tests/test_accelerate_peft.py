@@ -3,9 +3,7 @@
 import copy
 import gc
 import io
-import os
 import pickle
-import subprocess
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -754,67 +752,6 @@ def test_says_that_peft_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
     with pytest.raises(LoraFastError, match="pip install peft"):
         accelerate_peft(nn.Linear(2, 2))
-
-
-BITSANDBYTES = """
-import torch
-from torch import nn as _nn
-
-__version__ = "0.49.0"
-
-
-class _Quantized(_nn.Linear):
-    def forward(self, x):
-        return super().forward(x)
-
-
-class nn:
-    class Linear4bit(_Quantized):
-        pass
-
-    class Linear8bitLt(_Quantized):
-        pass
-"""
-BITSANDBYTES_CHECK = """
-import copy, pickle, bitsandbytes, peft, torch
-from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
-from lora_fast import accelerate_peft
-from lora_fast.fusion import calls_by_path
-
-for kind, base in ((Linear4bit, bitsandbytes.nn.Linear4bit), (Linear8bitLt, bitsandbytes.nn.Linear8bitLt)):
-    stock = kind(base(33, 70), "default", peft.LoraConfig(lora_dropout=0.5), r=5).train()
-    torch.nn.init.normal_(stock.lora_B["default"].weight)
-    fast = copy.deepcopy(stock)
-    accelerate_peft(fast)
-    fast = pickle.loads(pickle.dumps(fast))
-    assert isinstance(fast, kind) and type(fast) is not kind
-    answers = []
-    for model in (stock, fast):
-        torch.manual_seed(1)
-        x = torch.ones(4, 33, requires_grad=True)
-        y = model(x)
-        y.square().sum().backward()
-        answers.append((y, x.grad, model.lora_A["default"].weight.grad, model.lora_B["default"].weight.grad))
-    for ours, theirs in zip(*answers, strict=True):
-        assert theirs.abs().sum() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert {path for path, _ in calls_by_path(fast)} == {"lora_update"}, calls_by_path(fast)
-    fast.enable_adapters(False)
-    stock.enable_adapters(False)
-    assert torch.equal(fast(x), stock(x)) and "peft" in {path for path, _ in calls_by_path(fast)}
-print("both kinds")
-"""
-
-
-def test_fuses_the_update_on_bitsandbytes_layers(tmp_path):
-    """With a stand-in for bitsandbytes, whose real kernels need a GPU."""
-    (tmp_path / "bitsandbytes.py").write_text(BITSANDBYTES, encoding="utf-8")
-    (tmp_path / "check.py").write_text(BITSANDBYTES_CHECK, encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, tmp_path / "check.py"], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout.endswith("both kinds\n"), done.stderr
 
 
 # ------------------------------------------------------------------------------------------- bytes kept for backward
