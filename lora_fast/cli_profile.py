@@ -89,6 +89,14 @@ def profile(
     attn_implementation: Annotated[
         str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Base weights under adapters: nf4 or fp4 (4 bits, by bitsandbytes, as in QLoRA). Full fine-tuning "
+            "stays in --dtype.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="Of the adapted layers: auto, torch or triton.")] = "auto",
     compare_peft: Annotated[
         bool, typer.Option("--compare-peft", help="Also PEFT's LoRA at every rank, through PEFT's own layers.")
@@ -173,6 +181,7 @@ def profile(
             optimizer=optimizer,
             foreach=foreach,
             attn_implementation=attn_implementation,
+            quantize=quantize,
             backend=backend,
             compare_peft=compare_peft,
             layers=layers,
@@ -254,6 +263,14 @@ def estimate(
     attn_implementation: Annotated[
         str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Base weights under adapters: nf4 or fp4 (4 bits, by bitsandbytes, as in QLoRA). Full fine-tuning "
+            "stays in --dtype.",
+            show_default=False,
+        ),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="Memory of one GPU, such as 24GB: what fits, and how much.", show_default=False),
@@ -297,6 +314,7 @@ def estimate(
             optimizer=optimizer,
             foreach=foreach,
             attn_implementation=attn_implementation,
+            quantize=quantize,
             device=device,
             memory_GiB=None if gpu is None else estimation.parse_memory(gpu),
             shards=shards,

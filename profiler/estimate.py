@@ -18,6 +18,7 @@ from lora_fast.profiler.html import write_results
 from lora_fast.profiler.models import ModelSource, build, counts, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, predict
 from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.profiler.workload import Workload, parse_modules
@@ -46,6 +47,7 @@ def estimate_memory(
     optimizer: str = "adamw",
     foreach: bool | None = None,
     attn_implementation: str | None = None,
+    quantize: str | None = None,
     device: str = "cuda",
     memory_GiB: float | None = None,
     shards: int = 1,
@@ -72,6 +74,8 @@ def estimate_memory(
         raise LoraFastError(f"shards={shards!r}; expected a whole number of at least 1")
     if device not in ("cuda", "cpu"):
         raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
+    if shards > 1 and quantize:
+        raise LoraFastError("how FSDP2 spreads quantized weights is not predicted; leave out shards or quantize")
     folder = None if out is None else RunFolder(out)
     workload = Workload(
         batch_size=batch_size,
@@ -88,6 +92,7 @@ def estimate_memory(
         optimizer=optimizer,
         foreach=foreach,
         attn_implementation=attn_implementation,
+        quantize=quantize,
     )
     with ExitStack() as stack:
         source = _source(model, stack)
@@ -137,7 +142,8 @@ def estimate_memory(
         "smallest_side": smallest_side(targets),
         **counts(subject, targets),
     }
-    profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0), too_large(wanted, named))
+    notes = too_large(wanted, named) + note_on(quantize, dtype)
+    profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0), notes)
     if folder:
         profile.folder = folder.path
         write_results(folder, profile)

@@ -20,7 +20,10 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 WORK = (
     *("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules", "exclude_modules", "adapter_dtype"),
     *("lora_dropout", "gradient_accumulation", "gradient_checkpointing", "attn_implementation", "optimizer"),
+    "quantize",
 )
+# Settings of which None is a value.
+_NONE_IS_KNOWN = ("exclude_modules", "quantize")
 
 
 def write_results(folder: RunFolder, profile: Profile) -> None:
@@ -37,7 +40,7 @@ def different_work(profiles: list[Profile]) -> dict[str, list]:
     found = {}
     for name in WORK:
         values = [profile.workload.get(name) for profile in profiles]
-        given = [json.dumps(value) for value in values if value is not None or name == "exclude_modules"]
+        given = [json.dumps(value) for value in values if value is not None or name in _NONE_IS_KNOWN]
         if len(set(given)) > 1:
             found[name] = values
     return found

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from lora_fast import LoraFastError
 from lora_fast.dispatch import IMPLEMENTATIONS
 from lora_fast.profiler.models import ModelSource, build
+from lora_fast.profiler.quantization import quantize, states_of
 from lora_fast.profiler.sharding import Gathered
 from lora_fast.profiler.workload import FULL, PEFT, Workload, loss_of, optimizer_of, train
 
@@ -149,8 +150,8 @@ def track_step(
     adapter_ids = {id(parameter) for parameter in adapters}
     for parameter in model.parameters():
         tracker.add(parameter, "adapters" if id(parameter) in adapter_ids else "weights")
-    for buffer in model.buffers():
-        tracker.add(buffer, "weights")
+    for tensor in (*model.buffers(), *states_of(model)):
+        tracker.add(tensor, "weights")
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
@@ -217,13 +218,16 @@ def measure_arm(
     _load_libraries(source, workload, kind)
     _limit_memory(memory_limit_MiB, device)
 
+    packing = workload.packing(kind)
     model = build(
         source,
-        device=device,
+        device="cpu" if packing else device,
         dtype=workload.torch_dtype,
         seed=workload.seed,
         attn_implementation=workload.attn_implementation,
     )
+    if packing:
+        quantize(model, packing, device)
     model, trained = train(model, workload, kind, rank)
     adapters = [] if kind == FULL else trained
     optimizer = optimizer_of(workload, trained)
@@ -261,7 +265,8 @@ def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[
 def _held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of parameters, buffers and optimizer states, each storage once: all tensors that live between two steps."""
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    storages = (tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers(), *states))
+    weights = (*model.parameters(), *model.buffers(), *states_of(model))
+    storages = (tensor.untyped_storage() for tensor in (*weights, *states))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

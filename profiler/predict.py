@@ -12,7 +12,7 @@ CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward wh
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from unittest import mock
@@ -33,6 +33,7 @@ from lora_fast import LoraFastError, LoraFastWarning
 from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
+from lora_fast.profiler.quantization import quantize, with_state_of
 from lora_fast.profiler.sharding import decoder_layers
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, loss_of, optimizer_of, train
 
@@ -199,6 +200,9 @@ def _trace(
 ) -> Prediction:
     attention = workload.attn_implementation
     model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
+    parameters = sum(p.numel() for p in model.parameters())
+    if packing := workload.packing(kind):
+        quantize(model, packing, "meta")
     with warnings.catch_warnings():  # of ranks above min(N, K), which would count the traced layers alone
         warnings.simplefilter("ignore", LoraFastWarning)
         model, trained = train(model, workload, kind, rank)
@@ -243,7 +247,7 @@ def _trace(
         moments=tuple((phase, np.array(held, dtype=np.int64)) for phase, held in history),
         after_step=tracked["after_step"],
         trainable=sum(p.numel() for p in trained),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters + (0 if kind == FULL else sum(p.numel() for p in trained)),
         forward_flops=forward,
         backward_flops=both - forward,
         traced_layers=(),
@@ -253,16 +257,24 @@ def _trace(
 def _make_fake(model: nn.Module) -> None:
     """Replaces parameters and buffers on the meta device by fake ones on the CPU, tied ones by one."""
     made: dict[int, nn.Parameter] = {}
+
+    copies: dict[int, Tensor] = {}
+
+    def like(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return copies[id(tensor)]
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if id(parameter) not in made:
-                    fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                    fake = nn.Parameter(like(parameter), requires_grad=parameter.requires_grad)
+                    made[id(parameter)] = with_state_of(fake, parameter, like)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+                module._buffers[name] = like(buffer)
 
 
 def _of_any_value(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -302,7 +314,7 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         keywords = keywords or {}
-        formula = _FORMULAS.get(operation._overloadpacket)
+        formula = _FORMULAS.get(operation._overloadpacket, _FORMULAS_BY_NAME.get(operation.name()))
         if operation.name().partition(".")[0] in _METADATA:
             return NotImplemented
         if formula is None:
@@ -340,6 +352,11 @@ def _grouped_mm(a: Tensor, b: Tensor, *args, out_val=None, **kwargs) -> int:
     return 2 * a.numel() * b.shape[-1]
 
 
+def _packed_mm(a: Tensor, b: Tensor, shape: Sequence[int], *args, out_val=None, **kwargs) -> int:
+    """a (…, K) by a weight packed in 4 bits, `shape` (N, K); unpacking it is left out."""
+    return 2 * a.numel() * shape[0]
+
+
 # Questions that fake tensors answer themselves; asked again from here, they come back here.
 _METADATA = {
     *("prim::layout", "prim::device", "aten::dim", "aten::is_contiguous", "aten::sym_is_contiguous", "aten::size"),
@@ -358,3 +375,4 @@ _FORMULAS = {
     **{getattr(torch.ops.aten, name): _attention for name in _ATTENTION},
     **{getattr(torch.ops.aten, f"{name}_backward"): _attention_backward for name in _ATTENTION},
 }
+_FORMULAS_BY_NAME = {"bitsandbytes::gemm_4bit": _packed_mm}  # known to torch.ops only where bitsandbytes is imported

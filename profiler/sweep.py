@@ -20,6 +20,7 @@ from lora_fast.profiler.memory import MALLOC, MiB
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.resume import UnderWay, finished
 from lora_fast.profiler.rounds import STABLE, Record
@@ -73,6 +74,7 @@ def profile_ranks(
     foreach: bool | None = None,
     attn_implementation: str | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
     compare_peft: bool = False,
     layers: bool = False,
     device: str = "auto",
@@ -98,6 +100,8 @@ def profile_ranks(
     optimizer. gradient_checkpointing: recompute decoder layers in backward. optimizer: of all arms, "adamw",
     "adafactor" or "sgd" (without momentum). foreach: its updates over lists of parameters; None: PyTorch's choice.
     attn_implementation: as Transformers takes it. backend: as `apply_lora` takes it.
+    quantize: "nf4" or "fp4" packs the weights under adapters in 4 bits (bitsandbytes, as in QLoRA); full fine-tuning
+    keeps them in `dtype`.
     compare_peft: PEFT's LoRA beside ours at every rank. layers: also time every distinct layer by itself.
     memory_limit_MiB: what each arm may take in the memory pass; one that needs more gets the status "oom".
     arm_timeout_s: what an arm's memory measurement, or one of its steps, may take; then its status is "timeout".
@@ -127,6 +131,8 @@ def profile_ranks(
         )
     if compare_peft and find_spec("peft") is None:
         raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
+    if layers and quantize:
+        raise LoraFastError("layers are timed as they are in dtype, not quantized; leave out one of the two")
     if resume and out in (None, AUTO):
         raise LoraFastError("resume needs the folder of the run to go on with; give it as --out")
     folder = None if out in (None, AUTO) else RunFolder(out, resume)
@@ -155,6 +161,7 @@ def profile_ranks(
         foreach=foreach,
         attn_implementation=attn_implementation,
         backend=backend,
+        quantize=quantize,
     )
 
     with contextlib.ExitStack() as stack:
@@ -173,7 +180,7 @@ def profile_ranks(
         targets, per_rank = _probe(subject, workload)
         if wanted is None:
             wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
-        notes = too_large(wanted, targets)
+        notes = too_large(wanted, targets) + note_on(quantize, workload.dtype)
 
         arms = [
             Arm(kind, r, per_rank * r, per_rank * r / (total + per_rank * r))

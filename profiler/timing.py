@@ -1,9 +1,9 @@
 """Step times of all arms in one process, in randomized rounds (`rounds.py`), so that every arm meets the same
 disturbances.
 
-All arms share the base weights: one adapter per rank in one model, PEFT's in copies of its layers around the same
-parameters, and an optimizer with a learning rate of zero. The second copy of an arm (the A/A arm) shows what the method
-makes of two equal things."""
+All arms share the base weights (all adapters theirs, where those are quantized): one adapter per rank in one model,
+PEFT's in copies of its layers around the same parameters, and an optimizer with a learning rate of zero. The second
+copy of an arm (the A/A arm) shows what the method makes of two equal things."""
 
 import contextlib
 import copy
@@ -20,6 +20,7 @@ from torch import nn
 from lora_fast import LoraFastError, disable_adapters, set_adapter
 from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.models import ModelSource, build
+from lora_fast.profiler.quantization import quantize
 from lora_fast.profiler.rounds import Record, Stop, run_rounds
 from lora_fast.profiler.workload import (
     FULL,
@@ -95,15 +96,20 @@ def time_arms(
     "warm_ups", "stopped"}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or
     raises has its status and error instead, and no values, since a partial series can't be paired; the others go on."""
     kept = Record.open(None if record is None else Path(record))
+    # Nobody needs the weights as they were: then they never all are on a GPU that may not hold them.
+    alone = workload.quantize and not any(name.startswith(FULL) for name in arms)
     model = build(
         source,
-        device=workload.device,
+        device="cpu" if alone else workload.device,
         dtype=workload.torch_dtype,
         seed=workload.seed,
         attn_implementation=workload.attn_implementation,
     )
-    base = train_full(model, workload)
-    bare = shared_copy(model) if any(name.startswith(PEFT) for name in arms) else None
+    adapted = model
+    if workload.quantize:
+        adapted = quantize(model if alone else shared_copy(model), workload.quantize, workload.device)
+    base = [] if alone else train_full(model, workload)
+    bare = shared_copy(adapted) if any(name.startswith(PEFT) for name in arms) else None
     built: dict[str, _Arm] = {}
     for name in arms:
         if name in kept.failed:
@@ -111,7 +117,7 @@ def time_arms(
         kept.add("at", name)
         with time_limit(arm_timeout_s):
             try:
-                built[name] = _build_arm(model, bare, workload, name, base)
+                built[name] = _build_arm(model, adapted, bare, workload, name, base)
             except LoraFastError:
                 raise
             except Exception as error:  # an arm that cannot be built is a row
@@ -172,7 +178,12 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def _build_arm(
-    model: nn.Module, bare: nn.Module | None, workload: Workload, name: str, base: list[nn.Parameter]
+    model: nn.Module,
+    adapted: nn.Module,
+    bare: nn.Module | None,
+    workload: Workload,
+    name: str,
+    base: list[nn.Parameter],
 ) -> _Arm:
     kind, rank = parse_arm(name)
     if kind == FULL:
@@ -180,7 +191,7 @@ def _build_arm(
     if kind == PEFT:
         return _Arm(*train_peft(shared_copy(bare), workload, rank), workload)
     adapter = name.replace(" ", "-")
-    return _Arm(model, train_adapter(model, workload, rank, adapter), workload, adapter=adapter)
+    return _Arm(adapted, train_adapter(adapted, workload, rank, adapter), workload, adapter=adapter)
 
 
 def _cpu_step(arm: _Arm, batch) -> dict[str, float]:

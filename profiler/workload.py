@@ -12,6 +12,7 @@ from lora_fast import LoraConfig, LoraFastError, apply_lora, lora_parameters
 from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
+from lora_fast.profiler.quantization import check_kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With a learning rate of zero an optimizer does all of its work and leaves the weights bit for bit as they were: arms
@@ -34,7 +35,7 @@ class Workload:
     decoder layer is recomputed in backward (Transformers' own, not reentrant). optimizer: of `OPTIMIZERS`, for LoRA and
     for full fine-tuning. foreach: its updates over lists of parameters, which hold temporaries of their size; None:
     PyTorch's choice (see `uses_foreach`). attn_implementation: as Transformers takes it; None: its choice. backend: as
-    apply_lora takes it."""
+    apply_lora takes it. quantize: how weights under adapters are packed, of `quantization.KINDS`; None: not."""
 
     batch_size: int
     seq_len: int
@@ -51,9 +52,11 @@ class Workload:
     foreach: bool | None = None
     attn_implementation: str | None = None
     backend: str = "auto"
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
+        check_kind(self.quantize)
         for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -81,6 +84,10 @@ class Workload:
         if self.foreach is not None:
             return self.foreach
         return torch.device(self.device).type == "cuda" and self.optimizer != "adafactor"
+
+    def packing(self, kind: str) -> str | None:
+        """What the base weights of an arm of this kind are packed in; None: they are as they are."""
+        return None if kind == FULL else self.quantize
 
     def lora_config(self, rank: int) -> LoraConfig:
         """scaling 2, as most recipes have it."""

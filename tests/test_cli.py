@@ -234,7 +234,7 @@ def test_help_names_what_can_be_given(capsys):
         "json",
         *("target-ci", "adapter-dtype", "lora-dropout", "gradient-accumulation", "checkpointing", "no-foreach"),
         "optimizer",
-        *("attn-implementation", "backend", "compare-peft", "layers", "resume", "arm-timeout"),
+        *("attn-implementation", "backend", "compare-peft", "layers", "resume", "arm-timeout", "quantize"),
     ):
         assert f"--{flag}" in text
 
