@@ -30,7 +30,8 @@ from lora_fast.injection import (
     lora_layers,
     lora_state,
 )
-from lora_fast.linear import LoraLayer, is_sharded, matrix_shape, whole
+from lora_fast.linear import LoraLayer, is_sharded, whole
+from lora_fast.quantized import matrix_shape
 from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
 CONFIG_NAME = "adapter_config.json"

@@ -2,6 +2,7 @@
 dispatcher."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -22,6 +23,36 @@ library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nond
 
 # The functions behind the registered ops: a dispatch mode that looks inside an op (a memory tracker) calls these.
 IMPLEMENTATIONS: dict[str, Callable] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A frozen base weight (N, K) in fewer bits, unpacked for each product, in `dtype`. Ops take it in a tensor's place
+    and keep it for backward as it is packed; registered ops, which take tensors, are passed by."""
+
+    packed: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    unpack: Callable[[], Tensor]
+    requires_grad = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+
+def is_packed(weights: Sequence[Tensor | PackedWeight | None]) -> bool:
+    """Whether any of them is packed."""
+    return any(isinstance(weight, PackedWeight) for weight in weights)
+
+
+def unpacked(weight: Tensor | PackedWeight | None) -> Tensor | None:
+    return weight.unpack() if isinstance(weight, PackedWeight) else weight
+
+
+def tensors_among(weights: Sequence[Tensor | PackedWeight | None]) -> list[Tensor | None]:
+    """What autograd can keep of them: None in place of a packed one."""
+    return [None if isinstance(weight, PackedWeight) else weight for weight in weights]
 
 
 def implement(name: str, function: Callable) -> None:
@@ -144,7 +175,7 @@ def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:
     return x
 
 
-def check_devices(**tensors: Tensor | None) -> None:
+def check_devices(**tensors: Tensor | PackedWeight | None) -> None:
     places = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     (first, place), *others = places.items()
     if any(other != place for _, other in others):
@@ -173,8 +204,10 @@ def check_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, n: int, dropout_p: 
         raise LoraFastError(f"dropout_p={dropout_p}; expected a probability in [0, 1)")
 
 
-def check_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float) -> None:
-    if weight.dim() != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
+def check_linear(
+    x: Tensor, weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, p: float
+) -> None:
+    if len(weight.shape) != 2 or x.dim() < 1 or weight.shape[1] != x.shape[-1]:
         raise LoraFastError(
             f"x is {tuple(x.shape)}, weight is {tuple(weight.shape)}; weight is (out_features, in_features) and "
             "x's last size is in_features"

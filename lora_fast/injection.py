@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
-from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_quantized, is_sharded, matrix_shape, overwrite
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_sharded, overwrite
+from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import (

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
+from lora_fast.dispatch import PackedWeight
+from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import LinearCall, run_linear
 
 NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the active one"
-# By name: bitsandbytes is imported only by those who have such layers already.
-_QUANTIZED = ("bitsandbytes.nn.modules.Linear4bit", "bitsandbytes.nn.modules.Linear8bitLt")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -46,19 +46,6 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
         value = value.to(tensor.device)
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(value)
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a 4-bit or 8-bit linear layer of bitsandbytes, whose packed weight only its own forward reads."""
-    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__}
-    return not kinds.isdisjoint(_QUANTIZED)
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of the matrix that a linear layer multiplies by, however its weight stores it."""
-    if is_quantized(module):
-        return module.out_features, module.in_features
-    return tuple(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1])
 
 
 @dataclass(frozen=True)
@@ -261,12 +248,14 @@ class LoraLayer(nn.Module):
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """What forward would compute now, or None where no adapter runs."""
-        if not self.adapter_runs():
-            return None
+        return self.call_with(self.matrix()) if self.adapter_runs() else None
+
+    def call_with(self, weight: Tensor | PackedWeight) -> LinearCall:
+        """What an op computes of this base weight and the active adapter."""
         name, children = self.active_adapter, self._modules  # past nn.Module.__getattr__, which is slow
         spec = self.adapter_specs[name]
         return LinearCall(
-            self.matrix(),
+            weight,
             self.bias,
             children["lora_A"]._modules[name].weight,
             children["lora_B"]._modules[name].weight,

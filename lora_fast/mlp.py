@@ -24,6 +24,7 @@ from lora_fast.dispatch import (
     implement,
     is_batched,
     is_observed,
+    is_packed,
     is_transformed,
     library,
     on_own_device,
@@ -34,6 +35,8 @@ from lora_fast.dispatch import (
     scales_of,
     shrink_or_draw,
     steps_for,
+    tensors_among,
+    unpacked,
 )
 from lora_fast.ops import lora_linear, lora_linears, plain_update
 
@@ -65,13 +68,14 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     seed = None if seeds is None else seeds[:1]
     s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
     s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
-    g = steps.linear_lora(rows, weights[0], s_gate, bs[0], biases[0])
-    u = steps.linear_lora(rows, weights[1], s_up, bs[1], biases[1])
+    g = steps.linear_lora(rows, unpacked(weights[0]), s_gate, bs[0], biases[0])
+    u = steps.linear_lora(rows, unpacked(weights[1]), s_up, bs[1], biases[1])
     if seeds is None:
         h, s_down = steps.swiglu_shrink(g, u, a_down, mask_h)
     else:
         h, s_down, mask_h = steps.swiglu_shrink_and_draw(g, u, a_down, seeds[1:], dropout_p)
-    y = reshaped(steps.linear_lora(h, weights[2], s_down, b_down, biases[2]), (*x.shape[:-1], weights[2].shape[0]))
+    y = steps.linear_lora(h, unpacked(weights[2]), s_down, b_down, biases[2])
+    y = reshaped(y, (*x.shape[:-1], weights[2].shape[0]))
     return [y, g, u, s, s_down] if seeds is None else [y, g, u, s, s_down, mask, mask_h]
 
 
@@ -85,13 +89,14 @@ def _backward(
     dy = flatten(dy).to(x.dtype)
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     ds_down, (dB_down,) = steps.grad_s_and_b([dy], [b_down], [s_down], scales[2:])
-    dh, _ = steps.grad_x_and_a([dy], weights[2:], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
+    dh, _ = steps.grad_x_and_a([dy], [unpacked(weights[2])], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
     s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
     dg, du, dA_down, dB_gate, dB_up = steps.swiglu_backward(
         dh, g, u, ds_down, s_gate, s_up, scales[0], scales[1], mask_h
     )
     ds, _ = steps.grad_s_and_b([dg, du], bs, None, scales)
-    dx, dAs = steps.grad_x_and_a([dg, du], weights[:2], ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
+    weights = [unpacked(weight) if needs_dx else None for weight in weights[:2]]
+    dx, dAs = steps.grad_x_and_a([dg, du], weights, ds, a, rows, ranks[:2], mask, needs_dx, needs_factors)
     dx = dx.view(x.shape) if needs_dx else x.new_empty(0)
     if not needs_factors:
         return [dx, *(x.new_empty(0) for _ in range(6))]
@@ -126,7 +131,9 @@ def _plain(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, dropout
 
     def linear(rows, i, m):
         bias = biases[i] if biases[i].numel() else None
-        y = torch.nn.functional.linear(rows, weights[i].to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = torch.nn.functional.linear(
+            rows, unpacked(weights[i]).to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
         return y + plain_update(rows, lora_As[i], lora_Bs[i], scalings[i], m, dropout_p)
 
     rows = flatten(x)
@@ -139,7 +146,8 @@ def _setup(ctx, inputs, output) -> None:
     if seeds is not None:
         mask, mask_h = output[5:]
     _, g, u, s, s_down = output[:5]
-    ctx.save_for_backward(x, g, u, s, s_down, mask, mask_h, *weights, *biases, *lora_As, *lora_Bs)
+    ctx.packed = weights if is_packed(weights) else None
+    ctx.save_for_backward(x, g, u, s, s_down, mask, mask_h, *tensors_among(weights), *biases, *lora_As, *lora_Bs)
     ctx.set_materialize_grads(False)
 
 
@@ -147,6 +155,7 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
     """(dx, [dA of gate, up and down, dB of gate, up and down]); needs_factors: a flag per factor."""
     x, g, u, s, s_down, mask, mask_h, *rest = ctx.saved_tensors
     weights, biases, lora_As, lora_Bs = (rest[3 * i : 3 * i + 3] for i in range(4))
+    weights = ctx.packed or weights
     if torch.is_grad_enabled() or is_batched(dy):  # autograd's own gradients of the formula can be differentiated
         with torch.enable_grad():
             lora_As, lora_Bs = ([f.view_as(f) for f in factors] for factors in (lora_As, lora_Bs))  # may be one twice
@@ -154,7 +163,8 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
         inputs = [t for t, needed in zip((x, *lora_As, *lora_Bs), (needs_dx, *needs_factors)) if needed]
         found = iter(torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True))
         return next(found) if needs_dx else None, [next(found) if needed else None for needed in needs_factors]
-    backward = torch.ops.lora_fast.swiglu_mlp_backward if is_observed() else _backward
+    as_op = is_observed() and ctx.packed is None
+    backward = torch.ops.lora_fast.swiglu_mlp_backward if as_op else _backward
     saved = g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h
     dx, *factors = backward(dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton)
     return dx if needs_dx else None, [f if needed else None for f, needed in zip(factors, needs_factors)]
@@ -256,7 +266,7 @@ def lora_swiglu_mlp(
         mask_h, _ = draw_masks(x.new_empty(*x.shape[:-1], weights[0].shape[0]), 1, p, False)
     biases = [x.new_empty(0) if bias is None else bias for bias in biases]
     scalings = [float(scaling) for scaling in scalings]
-    if is_observed():
+    if is_observed() and not is_packed(weights):
         op = torch.ops.lora_fast.swiglu_mlp_forward
         return op(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, p, triton)[0]
     tensors = (*weights, *biases, *lora_As, *lora_Bs)

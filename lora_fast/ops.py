@@ -29,6 +29,7 @@ from lora_fast.dispatch import (
     implement,
     is_batched,
     is_observed,
+    is_packed,
     is_transformed,
     library,
     on_own_device,
@@ -39,6 +40,8 @@ from lora_fast.dispatch import (
     scales_of,
     shrink_or_draw,
     steps_for,
+    tensors_among,
+    unpacked,
 )
 from lora_fast.kernels import reference
 
@@ -71,7 +74,7 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
-        y = steps.linear_lora(rows, weight, s_g, b, bias if bias.numel() else None)
+        y = steps.linear_lora(rows, unpacked(weight), s_g, b, bias if bias.numel() else None)
         ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
@@ -111,6 +114,7 @@ def _linears_backward(
         for i, dB, lora_B in zip(used, found_dBs, lora_Bs):
             dBs[i] = dB.to(lora_B.dtype)
     if needs_dx or needs_dA:
+        weights = [unpacked(weight) if needs_dx else None for weight in weights]
         found, found_dAs = steps.grad_x_and_a(dys, weights, ds, a, rows, ranks, mask, needs_dx, needs_dA)
         if needs_dx:
             dx = found if x.dim() == 2 else found.view(x.shape)
@@ -156,7 +160,8 @@ def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_
     """(dx, dAs, dBs) of a group of layers; weights are None where the base layer ran by itself."""
     if torch.is_grad_enabled() or any(map(is_batched, dys)):  # create_graph=True, or many dys at once
         return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
-    backward = torch.ops.lora_fast.linears_backward if is_observed() else _linears_backward
+    as_op = is_observed() and not is_packed(weights)
+    backward = torch.ops.lora_fast.linears_backward if as_op else _linears_backward
     flags = needs_dx, needs_dA, needs_dB, ctx.triton
     dx, *rest = backward(dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p, *flags)
     dAs, dBs = rest[: len(dys)], rest[len(dys) :]
@@ -176,7 +181,7 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
         if dy is not None:
             m = None if mask is None else mask[i]
             y = plain_update(x, lora_As[i], lora_Bs[i], ctx.scalings[i], m, ctx.dropout_p)
-            y = y if weight is None else y + flatten(x) @ weight.to(x.dtype).t()
+            y = y if weight is None else y + flatten(x) @ unpacked(weight).to(x.dtype).t()
             if y.requires_grad:  # not where all that reaches this output is frozen
                 outputs.append(y)
                 dys_used.append(flatten(dy).to(x.dtype))
@@ -192,7 +197,8 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
 
 
 def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s) -> None:
-    ctx.save_for_backward(x, s, mask, *weights, *lora_As, *lora_Bs)
+    ctx.save_for_backward(x, s, mask, *tensors_among(weights), *lora_As, *lora_Bs)
+    ctx.packed = weights if is_packed(weights) else None
     ctx.scalings, ctx.dropout_p, ctx.triton = scalings, dropout_p, triton
     ctx.bias_dtypes = [bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
@@ -201,7 +207,7 @@ def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, 
 def _saved(ctx):
     x, s, mask, *rest = ctx.saved_tensors
     count = len(ctx.scalings)
-    return x, s, mask, rest[:count], rest[count : 2 * count], rest[2 * count :]
+    return x, s, mask, ctx.packed or rest[:count], rest[count : 2 * count], rest[2 * count :]
 
 
 def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
@@ -380,7 +386,7 @@ def lora_linears(
     p = dropout_p if training else 0.0
     if is_transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(
-            lora_update(x, torch.nn.functional.linear(x, w, bias), a, b, s, dropout_p=p, backend=backend)
+            lora_update(x, torch.nn.functional.linear(x, unpacked(w), bias), a, b, s, dropout_p=p, backend=backend)
             for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
         )
     triton = runs_triton(backend, "lora_linear", x, max(ranks_of(lora_As)))
@@ -391,7 +397,7 @@ def lora_linears(
     mask, seed = draw_masks(x, len(weights), p, triton)
     biases = [x.new_empty(0) if bias is None else bias for bias in biases]
     scalings = [float(scaling) for scaling in scalings]
-    if is_observed():
+    if is_observed() and not is_packed(weights):
         op = torch.ops.lora_fast.linears_forward
         arguments = list(weights), biases, list(lora_As), list(lora_Bs), scalings, mask, seed, p, triton
         return tuple(op(x, *arguments)[: len(weights)])

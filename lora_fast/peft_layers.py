@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lora_fast.backend import why_not_triton
-from lora_fast.dispatch import autocast_dtype
+from lora_fast.dispatch import PackedWeight, autocast_dtype
 from lora_fast.ops import lora_update
+from lora_fast.quantized import CALLED_FOUR_BIT, is_four_bit, packed_weight
 from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
@@ -116,8 +117,10 @@ def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) 
     return None
 
 
-def _base_matrix(base: nn.Module) -> Tensor | None:
-    """The weight (N, K) of a base layer that is nothing but a matrix product, read anew at each call; else None."""
+def _base_matrix(base: nn.Module, x: Tensor) -> Tensor | PackedWeight | None:
+    """The weight (N, K) of a base layer that is but a matrix product of x, read anew at each call; else None."""
+    if is_four_bit(base):
+        return None if _is_altered(base) else packed_weight(base, x)
     if type(base) not in (nn.Linear, Conv1D) or _is_altered(base):
         return None
     weight = base.weight
@@ -128,11 +131,17 @@ def _base_matrix(base: nn.Module) -> Tensor | None:
 
 def base_refusal(base: nn.Module) -> str | None:
     """Why a base layer is called as it is, or None where its product is fused with the update."""
-    if _base_matrix(base) is not None:
+    if not _is_altered(base) and is_four_bit(base):
+        return None
+    if _base_matrix(base, base.weight) is not None:
         return None
     if type(base) in (nn.Linear, Conv1D):
         return "the base layer has hooks, a forward of its own or a special weight: it is called as it is"
     return f"the base layer is a {type(base).__name__}: it is called as it is"
+
+
+def _called_four_bit(base: nn.Module) -> str:
+    return f"the base layer is a {type(base).__name__}: it is called as it is{CALLED_FOUR_BIT}"
 
 
 class FastForward:
@@ -150,21 +159,22 @@ class FastForward:
         refusal = adapter if isinstance(adapter, str) else None
         if refusal is None:
             base = self.base_layer
-            weight = _base_matrix(base)
+            weight = _base_matrix(base, x)
             refusal = _call_refusal(x, weight, adapter.lora_A.dtype)
         if refusal is not None:
             self._count("peft", refusal)
             return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling, p = adapter
         if weight is None:
-            self._count("lora_update", base_refusal(base))
+            self._count("lora_update", base_refusal(base) or _called_four_bit(base))
             return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p, backend=self.backend)
-        return run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend))
+        y = run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend))
+        return y.to(x.dtype) if isinstance(weight, PackedWeight) else y  # as its own forward answers
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """What forward would compute now as one op, or None where it takes another path."""
         adapter = read_layer(self)
-        weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer)
+        weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer, x)
         if weight is None or _call_refusal(x, weight, adapter.lora_A.dtype) is not None:
             return None
         return LinearCall(weight, self.base_layer.bias, *adapter, self.backend)
@@ -176,7 +186,7 @@ class FastForward:
             return "peft", adapter
         base = base_refusal(self.base_layer)
         op = "lora_linear" if base is None else "lora_update"
-        weight = adapter.lora_A if base else self.base_layer.weight
+        weight = adapter.lora_A if base or is_four_bit(self.base_layer) else self.base_layer.weight
         triton = why_not_triton(self.backend, op, weight.device, weight.dtype, adapter.lora_A.shape[0])
         return "torch" if triton else "triton", "; ".join(filter(None, (base, triton))) or None
 

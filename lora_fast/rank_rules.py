@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_fast.config import LoraConfig, LoraFastError
-from lora_fast.linear import matrix_shape
+from lora_fast.quantized import matrix_shape
 from lora_fast.rank_evidence import BIDERMAN, GUIDE_FULL, GUIDE_RANK, SCHULMAN
 from lora_fast.targets import target_modules as find_targets
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from lora_fast.dispatch import KERNEL_GROUP, autocast_dtype
+from lora_fast.dispatch import KERNEL_GROUP, PackedWeight, autocast_dtype
 from lora_fast.ops import lora_linear, lora_linears
 
 # A fake tensor has no memory, and else is as plain: what is estimated groups as what runs.
@@ -43,7 +43,7 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 class LinearCall(NamedTuple):
     """What `lora_linear` needs of a layer as it stands now: weight (N, K), bias, lora_A (R, K), lora_B (N, R), …"""
 
-    weight: Tensor
+    weight: Tensor | PackedWeight
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
@@ -195,10 +195,15 @@ def _state(call: LinearCall, x: Tensor) -> tuple:
     """What the result of a call depends on besides x and what `_same` compares: whether a graph is recorded, autocast's
     dtype, the weight's memory (a weight may be a fresh view of the same, or one tensor be given other memory), and the
     versions of its tensors, which count changes in place."""
-    memory = call.weight.untyped_storage()._cdata, call.weight.storage_offset()
-    tensors = call.weight, call.bias, call.lora_A, call.lora_B
+    weight = _in_memory(call.weight)
+    memory = weight.untyped_storage()._cdata, weight.storage_offset()
+    tensors = weight, call.bias, call.lora_A, call.lora_B
     versions = tuple(None if t is None else t._version for t in tensors)
     return torch.is_grad_enabled(), autocast_dtype(x.device), memory, versions
+
+
+def _in_memory(weight: Tensor | PackedWeight) -> Tensor:
+    return weight.packed if isinstance(weight, PackedWeight) else weight
 
 
 def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Module, LinearCall]:
@@ -211,8 +216,10 @@ def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Mo
         if other_call is None:
             continue
         weight, bias, lora_A, lora_B, _, *settings = other_call
-        tensors = [t for t in (weight, bias, lora_A, lora_B) if t is not None]
-        plain = all(type(t) in _PLAIN_TENSORS and t.device == x.device and not t.is_inference() for t in tensors)
+        tensors = [t for t in (bias, lora_A, lora_B) if t is not None]
+        tensors += [] if isinstance(weight, PackedWeight) else [weight]
+        plain = weight.device == x.device and not _in_memory(weight).is_inference()
+        plain &= all(type(t) in _PLAIN_TENSORS and t.device == x.device and not t.is_inference() for t in tensors)
         alike = weight.dtype == call.weight.dtype and weight.shape[1] == call.weight.shape[1]
         if plain and alike and settings == list(call[5:]):
             calls[other] = other_call

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lora_fast.config import LoraFastError
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.ops import lora_update
+from lora_fast.quantized import CALLED_FOUR_BIT, is_four_bit, packed_weight
+from lora_fast.shared_input import LinearCall, run_linear
 
 # Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,10 +40,14 @@ class LoraSubclass(LoraLayer):
 
 class LoraCalledBase(LoraSubclass):
     """A LoRA layer over a `base_class` with a forward of its own: y = forward(x) + scaling · drop(x) lora_Aᵀ lora_Bᵀ.
+    Of a 4-bit layer of bitsandbytes it is known what that computes: its weight goes into the op, wherever it can.
 
     Raises LoraFastError where that forward returns anything but one tensor (..., N), as a router's does."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        call = None if args or kwargs else self.linear_call(x)
+        if call is not None:
+            return run_linear(self, x, call).to(x.dtype)  # as its own forward answers
         base = self.base_class.forward(self, x, *args, **kwargs)
         if not self.adapter_runs():
             self.count("base", NO_ADAPTER)
@@ -66,18 +72,22 @@ class LoraCalledBase(LoraSubclass):
             backend=self.backend,
         )
 
-    def linear_call(self, x: Tensor) -> None:
-        """None: its own forward may compute anything, so that no op of several layers takes it in."""
-        return None
+    def linear_call(self, x: Tensor) -> LinearCall | None:
+        """None where its own forward is called, which may compute anything, so that no op of several takes it in."""
+        weight = packed_weight(self, x) if self.adapter_runs() else None
+        return None if weight is None else self.call_with(weight)
 
     def fusion_path(self) -> tuple[str, str | None]:
         if not self.adapter_runs():
+            return super().fusion_path()
+        if is_four_bit(self):
             return super().fusion_path()
         triton = self.why_not_triton("lora_update")
         return "torch" if triton else "triton", "; ".join(filter(None, (self._called_base(), triton)))
 
     def _called_base(self) -> str:
-        return f"the base layer is a {self.base_class.__name__}: it is called as it is"
+        other = CALLED_FOUR_BIT if is_four_bit(self) else ""
+        return f"the base layer is a {self.base_class.__name__}: it is called as it is{other}"
 
 
 @cache

@@ -17,7 +17,9 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from lora_fast.dispatch import is_packed
 from lora_fast.mlp import lora_swiglu_mlp
+from lora_fast.quantized import is_four_bit
 from lora_fast.shared_input import LinearCall, has_global_hooks
 
 PROBE_ROWS = 6
@@ -59,7 +61,8 @@ def _calls(layers: list[nn.Module], x: Tensor) -> list[LinearCall] | str:
 
 def _as_one_op(x: Tensor, calls: list[LinearCall]) -> Tensor:
     parts = [(call.weight, call.lora_A, call.lora_B, call.scaling, call.bias) for call in calls]
-    return lora_swiglu_mlp(x, *parts, dropout_p=calls[0].dropout_p, backend=calls[0].backend)
+    y = lora_swiglu_mlp(x, *parts, dropout_p=calls[0].dropout_p, backend=calls[0].backend)
+    return y.to(x.dtype) if is_packed([call.weight for call in calls]) else y  # as a 4-bit layer answers
 
 
 class FusedSwiglu(nn.Module):
@@ -122,8 +125,25 @@ def _has_sizes(layer: nn.Module) -> bool:
     return hasattr(layer, "in_features") and hasattr(layer, "out_features")
 
 
+def _base(layer: nn.Module) -> nn.Module:
+    return getattr(layer, "base_layer", layer)
+
+
 def _weight(layer: nn.Module) -> Tensor:
-    return layer.base_layer.weight if hasattr(layer, "base_layer") else layer.weight
+    return _base(layer).weight
+
+
+def _with_plain_layers(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
+    """A copy of a module with packed weights that can be probed without unpacking them: on the CPU, with small linear
+    layers of random numbers in place of the three."""
+    generator, sizes = torch.Generator().manual_seed(0), {"K": 48, "I": 112, "N": 80}
+    gate, up, down = names
+    replaced = {}
+    for name, k, n in ((gate, "K", "I"), (up, "K", "I"), (down, "I", "N")):
+        layer = nn.utils.skip_init(nn.Linear, sizes[k], sizes[n], bias=False)
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / sizes[k] ** 0.5)
+        replaced[id(getattr(parent, name))] = layer
+    return copy.deepcopy(parent, replaced)
 
 
 def _with_values(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
@@ -153,6 +173,9 @@ def _with_values(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
 def _disagrees(parent: nn.Module, names: tuple[str, str, str]) -> str | None:
     """None where the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes, else
     the reason why they stay layers."""
+    packed = all(is_four_bit(_base(getattr(parent, name))) for name in names)
+    if packed:
+        parent = _with_plain_layers(parent, names)
     weight = _weight(getattr(parent, names[0]))
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return "its weights are no plain tensors of floating-point numbers"
@@ -162,7 +185,7 @@ def _disagrees(parent: nn.Module, names: tuple[str, str, str]) -> str | None:
     weight = _weight(layers[0])
     generator = torch.Generator().manual_seed(0)  # not torch's own: a training run's seed must not notice the probe
     x = torch.randn(PROBE_ROWS, weight.shape[1], generator=generator).to(weight)
-    calls = _calls(layers, x)
+    calls = [] if packed else _calls(layers, x)
     if isinstance(calls, str):
         return calls
     gate, up, down = layers

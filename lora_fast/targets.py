@@ -8,7 +8,8 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
-from lora_fast.linear import LoraLayer, LoraLinear, is_quantized
+from lora_fast.linear import LoraLayer, LoraLinear
+from lora_fast.quantized import is_quantized
 from lora_fast.subclass import has_plain_weight, lora_subclass
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.

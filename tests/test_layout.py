@@ -32,7 +32,7 @@ config backend tuning fusion
 fused
 dispatch
 ops
-mlp grouped shared_input
+mlp grouped shared_input quantized
 linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta
 targets injection

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,15 @@ def test_full_fine_tuning_and_the_counts_are_those_of_the_weights_as_they_were(c
         assert one.parameters == dense + (one.trainable if one is packed[0] else 0)
         assert (one.forward_flops, one.backward_flops) == (other.forward_flops, other.backward_flops)
     assert predict(source, workload(), 8).phases == packed[0].phases  # from two depths
+    # Nothing of a weight that was unpacked for an op stays.
+    assert packed[0].phases["forward"]["activations"] == plain[0].phases["forward"]["activations"]
+
+
+def test_an_8b_model_in_4_bits_takes_what_readme_says():
+    work = workload(batch_size=1, seq_len=2048, dtype="bf16", device="cuda", foreach=False)
+    ours, theirs = (predict(resolve("llama-8b"), work, 8, peft=peft).peak / 2**30 for peft in (False, True))
+    readme = " ".join((Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"a peak of {ours:.1f} GiB, and through PEFT's own layers {theirs:.1f} GiB" in readme
 
 
 def test_a_model_is_packed_as_transformers_packs_it(config, tmp_path):

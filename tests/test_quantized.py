@@ -34,6 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 KINDS = ("nf4", "fp4", "int8")
+# How the layers of a Llama run: a weight in 4 bits is unpacked for the op of its group, one in 8 left to its layer.
+FOUR_BIT = {"lora_linear", "lora_linears", "lora_swiglu_mlp"}
+PATHS = {"nf4": FOUR_BIT, "fp4": FOUR_BIT, "int8": {"lora_update"}}
 PEFT, APPLY, ACCELERATE = "peft", "apply_lora", "accelerate_peft"
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": False}
 
@@ -49,6 +52,7 @@ def quantized(layer: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Linear:
         made.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type=kind, module=made)
     if bias:
         made.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    made.support_avx512bf16_for_cpu = False  # such CPUs pack weights anew for inference, and round their scales to bf16
     return made.to("cpu")  # it is this that quantizes
 
 
@@ -58,6 +62,7 @@ def llama(kind: str, dtype: torch.dtype = torch.float32, **config) -> nn.Module:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
             model.set_submodule(name, quantized(layer, kind, dtype))
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # PEFT goes by it
     return model
 
 
@@ -97,7 +102,7 @@ def test_a_training_step_equals_pefts(kind, dropout):
             assert gradients[name].abs().max() > 0
             scale = float(gradients[name].abs().max())
             torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=64 * EPS[torch.float32] * scale)
-        assert {path for path, _ in calls_by_path(model)} == {"lora_update"}
+        assert {path for path, _ in calls_by_path(model)} - {"layers"} == PATHS[kind]
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -114,6 +119,7 @@ def test_one_layer_against_float64(kind, dtype, autocast):
     x = x.to(torch.float32 if autocast else dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = model.layer(x)
+    assert y.dtype == x.dtype  # as bitsandbytes answers
     y.backward(dy.to(y.dtype))
     exact_x, exact_dy = x.detach().double().flatten(0, 1), dy.to(y.dtype).double().flatten(0, 1)
     scaling = 2.0
@@ -165,7 +171,7 @@ def test_peft_layers_made_fast_are_copied_and_switched_as_pefts(kind):
     expected = logits(theirs)
     for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=64 * EPS[torch.float32])
-        assert {path for path, _ in calls_by_path(model)} == {"lora_update"}
+        assert {path for path, _ in calls_by_path(model)} - {"layers"} == PATHS[kind]
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(base))
 
@@ -189,6 +195,53 @@ def test_copies_switches_and_comes_out_again(kind):
     remove_lora(model)
     assert torch.equal(logits(model), plain)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("way", [APPLY, ACCELERATE])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_nothing_unpacked_is_kept_for_backward(dropout, way):
+    """A model in 4 bits keeps what the same model keeps whose weights are as they were, weights left out."""
+
+    def kept(base: nn.Module) -> int:
+        model = with_adapter(base, way, lora_dropout=dropout).train()
+        own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**CAUSAL_LM).loss
+        assert loss.requires_grad
+        return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
+
+    assert kept(llama("nf4")) == kept(build("llama")) > 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_of_gradients_and_many_at_once(bias):
+    layer = quantized(nn.Linear(33, 70, bias), "nf4", torch.float32)
+    plain = nn.Linear(33, 70, bias)
+    with torch.no_grad():
+        plain.weight.copy_(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))
+        if bias:
+            plain.bias.copy_(layer.bias)
+    models = [with_adapter(nn.ModuleDict({"layer": each}), APPLY).layer for each in (layer, plain)]
+    x, dys = torch.randn(5, 33), torch.randn(3, 5, 70)
+    found = []
+    for model in models:
+        factors = [model.lora_A["default"].weight, model.lora_B["default"].weight]
+        inputs = [x.clone().requires_grad_(), *factors]
+        y = model(inputs[0])
+        many = torch.autograd.grad(y, inputs, dys, is_grads_batched=True, retain_graph=True)
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+        jacobian = torch.func.jacrev(lambda rows, model=model: model(rows).sum(0))(x)
+        found.append([*many, *first, *second, jacobian])
+    for ours, expected in zip(*found, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -228,6 +281,8 @@ def test_a_model_that_transformers_quantized_when_loading(bits, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=quantization, dtype=torch.float32, device_map={"": "cpu"}
     )
+    for layer in base.modules():
+        layer.support_avx512bf16_for_cpu = False
     ours, theirs = with_adapter(base, APPLY), with_adapter(base, PEFT)
     assert adapted(ours) == adapted(theirs) and len(adapted(ours)) == 14
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=64 * EPS[torch.float32])
@@ -246,7 +301,7 @@ PROMPT = {
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_update_runs_on_the_kernels(kind, dropout):
+def test_adapters_run_on_the_kernels(kind, dropout):
     base = llama(kind)
     model = apply_lora(copy.deepcopy(base), LoraConfig(**LORA, lora_dropout=dropout), backend="triton")
     with count_launches() as launches:
@@ -264,12 +319,30 @@ def test_the_update_runs_on_the_kernels(kind, dropout):
 
 
 def test_the_report_says_how_the_layers_run():
+    """4 bits: q, k and v together, o alone, the MLP as one op; 8 bits: each layer called. Where 4-bit layers compute in
+    another dtype than their input's, they are called, too."""
     model = with_adapter(llama("nf4"), APPLY)
     logits(model)
     report = fusion_report(model)
-    assert report.counts == {"torch": 14}
-    assert "the base layer is a Linear4bit: it is called as it is" in str(report)
-    assert "14 calls so far took lora_update" in str(report)
+    assert report.counts == {"torch": 14} and {row.path for row in report.mlps} == {"lora_swiglu_mlp"}
+    for line in (
+        "6 calls so far took lora_linears",
+        "2 calls so far took lora_linear",
+        "2 calls so far took lora_swiglu",
+    ):
+        assert line in str(report)
+    assert "called as it is" not in str(report)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(model)
+    told = (
+        "14 calls so far took lora_update: the base layer is a Linear4bit: it is called as it is, since it computes in"
+    )
+    assert told in str(fusion_report(model))
+    model = with_adapter(llama("int8"), APPLY)
+    logits(model)
+    assert "14 calls so far took lora_update: the base layer is a Linear8bitLt: it is called" in str(
+        fusion_report(model)
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""Base layers of bitsandbytes, whose weights are packed in 4 or 8 bits: which are such, and their weights for ops.
+
+The classes are known by name: who has such layers has imported bitsandbytes."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lora_fast.dispatch import PackedWeight, autocast_dtype
+
+_MODULE = "bitsandbytes.nn.modules"
+_FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")  # they share one forward
+
+# Why one of them is called all the same.
+CALLED_FOUR_BIT = ", since it computes in another dtype than its input's"
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a 4-bit or 8-bit linear layer of bitsandbytes, or a subclass of one."""
+    return any(
+        kind.__module__ == _MODULE and kind.__name__ in ("Linear4bit", "Linear8bitLt") for kind in type(module).__mro__
+    )
+
+
+def is_four_bit(module: nn.Module) -> bool:
+    """Whether its weight, packed in 4 bits, can be had for an op (`packed_weight`)."""
+    kind = getattr(module, "base_class", type(module))
+    return kind.__module__ == _MODULE and kind.__name__ in _FOUR_BIT
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of the matrix that a linear layer multiplies by, however its weight stores it."""
+    if is_quantized(module):
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1])
+
+
+def packed_weight(layer: nn.Module, x: Tensor) -> PackedWeight | None:
+    """The weight (N, K) of a layer for an op on x, None where the layer has to be called: where it is no 4-bit layer,
+    computes in another dtype than the op would, or is compiled into a graph, which sees the layer's own op."""
+    if not is_four_bit(layer) or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return None
+    weight, bias, shape = layer.weight, layer.bias, (layer.out_features, layer.in_features)
+    state = getattr(weight, "quant_state", None)
+    # As it was made, out of a pickle, or being estimated; sharded ones are of other types.
+    plain = type(weight).__name__ in ("Params4bit", "Parameter") or isinstance(weight, FakeTensor)
+    # On some CPUs bitsandbytes packs a weight anew for inference, in a form of which it knows no gradient.
+    if not plain or state is None or tuple(state.shape) != shape or getattr(state, "packing_format_for_cpu", False):
+        return None
+    dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
+    if not layer.compute_type_is_set or layer.compute_dtype != dtype or (bias is not None and bias.dtype != dtype):
+        return None
+
+    def unpack() -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.detach(), state).to(dtype)
+
+    return PackedWeight(weight, shape, dtype, unpack)
