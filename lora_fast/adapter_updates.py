@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lora_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from lora_fast.checkpoint_files import counting_order
 from lora_fast.config import BASE_CHANGING_INITS, LoraFastError, few, plain_name
-from lora_fast.injection import inside_wrapper, lora_layers, lora_state
+from lora_fast.distributed import check_matrices, inside_wrapper
+from lora_fast.injection import lora_layers, lora_state
 from lora_fast.linear import whole
 
 # PEFT's values of init_lora_weights that leave the base weights as they are.
@@ -113,8 +114,9 @@ def _from_model(model: nn.Module) -> AdapterUpdates:
     state = lora_state(model)
     name, source = state.active, f"adapter {state.active!r} of this {type(model).__name__}"
     config = state.configs[name]
-    factors, transposed = [], set()
-    for path, layer in lora_layers(model).items():
+    factors, transposed, layers = [], set(), lora_layers(model)
+    check_matrices(layers)
+    for path, layer in layers.items():
         path = plain_name(path)
         if name not in layer.adapter_specs:
             continue

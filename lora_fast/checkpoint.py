@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, plain_name, warn
+from lora_fast.distributed import check_matrices, gathered, once
 from lora_fast.injection import (
     LoraState,
     check_adapter_dtype,
     check_injection,
-    check_matrices,
     inject,
     lora_layers,
     lora_state,
 )
-from lora_fast.linear import LoraLayer, is_sharded, whole
+from lora_fast.linear import LoraLayer
 from lora_fast.quantized import matrix_shape
 from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
@@ -61,8 +61,7 @@ def save_adapter(
     folder = Path(folder).resolve()
     layers = {plain_name(path): layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
     check_matrices(layers)
-    run = _in_first_process if any(map(is_sharded, model.parameters())) else _here
-    run(lambda: check_output_folder(folder))
+    once(model, lambda: check_output_folder(folder))
     if misread := misread_by_peft(model, layers):
         warn(
             f"PEFT takes the names of {misread[0]} ({len(misread)} modules so) for those of experts in a "
@@ -75,32 +74,7 @@ def save_adapter(
     if config.base_model_name_or_path is None:
         source = getattr(getattr(model, "config", None), "name_or_path", None) or None
         config = replace(config, base_model_name_or_path=source)
-    run(lambda: write_adapter(folder, config, tensors))
-
-
-def _here(action: Callable[[], None]) -> None:
-    action()
-
-
-def _in_first_process(action: Callable[[], None]) -> None:
-    """Runs `action` in the first of all processes; every one returns after it, or raises where it did."""
-    error = None
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except Exception as e:  # whatever it is, the others wait to hear of it
-            error = e
-    told = [None if error is None else str(error)]
-    torch.distributed.broadcast_object_list(told, src=0)
-    if error is not None:
-        raise error
-    if told[0] is not None:
-        raise LoraFastError(f"in the first process: {told[0]}")
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """The tensor to write; a sharded one's whole goes to the CPU at once, so that GPUs hold one at a time."""
-    return whole(tensor.detach()).cpu() if is_sharded(tensor) else tensor
+    once(model, lambda: write_adapter(folder, config, tensors))
 
 
 def _as_trained(
@@ -110,16 +84,16 @@ def _as_trained(
     config = replace(config, fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()))
     tensors = {}
     for path, layer in layers.items():
-        tensors[f"{path}.lora_A.weight"] = _gathered(layer.lora_A[name].weight)
-        tensors[f"{path}.lora_B.weight"] = _gathered(layer.lora_B[name].weight)
+        tensors[f"{path}.lora_A.weight"] = gathered(layer.lora_A[name].weight)
+        tensors[f"{path}.lora_B.weight"] = gathered(layer.lora_B[name].weight)
     for path, module in state.copies.get(name, {}).items():
-        tensors |= {plain_name(f"{path}.{key}"): _gathered(value) for key, value in module.state_dict().items()}
+        tensors |= {plain_name(f"{path}.{key}"): gathered(value) for key, value in module.state_dict().items()}
     if config.bias != "none":
         for path in state.biases:
             plain = plain_name(path)
             owner = plain.removesuffix(".bias")
             key = f"{owner}.base_layer.bias" if owner in layers else plain
-            tensors[key] = _gathered(model.get_parameter(path))
+            tensors[key] = gathered(model.get_parameter(path))
     return config, tensors
 
 

@@ -51,8 +51,8 @@ def unpacked(weight: Tensor | PackedWeight | None) -> Tensor | None:
 
 
 def tensors_among(weights: Sequence[Tensor | PackedWeight | None]) -> list[Tensor | None]:
-    """What autograd can keep of them: None in place of a packed one."""
-    return [None if isinstance(weight, PackedWeight) else weight for weight in weights]
+    """What autograd keeps of them, and watches for changes until backward: of a packed one what it is packed in."""
+    return [weight.packed if isinstance(weight, PackedWeight) else weight for weight in weights]
 
 
 def implement(name: str, function: Callable) -> None:

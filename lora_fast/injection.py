@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
-from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded, is_sharded, overwrite
+from lora_fast.distributed import check_matrices, distribution_of, give_back, in_pieces, inside_wrapper, overwrite
+from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
@@ -89,45 +90,6 @@ def lora_state(model: nn.Module) -> LoraState:
     return state
 
 
-def _is_fsdp2(module: nn.Module) -> bool:
-    return hasattr(module, "reshard") and hasattr(module, "unshard")
-
-
-def give_back(model: nn.Module) -> None:
-    """Lets FSDP2 give back the parameters that it has gathered, as after an evaluation: what was written into them
-    would be lost."""
-    for module in model.modules():
-        if _is_fsdp2(module):
-            module.reshard()
-
-
-def inside_wrapper(model: nn.Module) -> str | None:
-    """The attribute that holds the model itself where `model` is a wrapper: compiled, data-parallel, or FSDP's."""
-    names = {"_orig_mod": "_orig_mod", "module": "module", "_fsdp_wrapped_module": "module"}
-    return next((attribute for name, attribute in names.items() if name in model._modules), None)
-
-
-def distribution_of(model: nn.Module) -> str | None:
-    """How a model is spread over processes already, None where it isn't."""
-    kinds = {type(module).__name__ for module in model.modules()}
-    for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
-        if wrapper in kinds:
-            return f"wrapped in {wrapper}"
-    sharded = any(map(is_sharded, model.parameters())) or any(map(_is_fsdp2, model.modules()))
-    return "sharded over processes (its weights are DTensors)" if sharded else None
-
-
-def check_matrices(layers: Mapping[str, LoraLayer]) -> None:
-    """Raises LoraFastError where FullyShardedDataParallel has the weights in flat pieces, as between its calls."""
-    for name, layer in layers.items():
-        for factors in (layer.lora_A, layer.lora_B):
-            if any(factor.weight.dim() != 2 for factor in factors.values()):
-                raise LoraFastError(
-                    f"FullyShardedDataParallel holds {plain_name(name)} in pieces; do this in all processes, inside "
-                    "`with FullyShardedDataParallel.summon_full_params(model):`"
-                )
-
-
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """{dotted name: layer} of every adapted linear layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
@@ -186,6 +148,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
                 "quantized (llm_int8_skip_modules), or adapt it by target_modules"
             )
     for name, module in targets.items():
+        if module.weight.dim() != 2:
+            raise LoraFastError(in_pieces(name))
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
             raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or exclude_modules it")
@@ -196,6 +160,11 @@ def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool
     """Whether this attribute of the instance is just its class's forward, bound: what accelerate leaves when it takes a
     hook off."""
     return getattr(module.__dict__.get(attribute), "__func__", None) is type(module).forward
+
+
+def check_base(layers: Mapping[str, LoraLayer]) -> None:
+    """Raises LoraFastError where an adapter changed base weights at its start that can't be put back now."""
+    check_matrices({name: layer for name, layer in layers.items() if layer._weight_before_init is not None})
 
 
 def check_adapter_dtype(adapter_dtype: torch.dtype) -> None:
@@ -398,6 +367,11 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
         raise LoraFastError(f"adapter_name={adapter_name!r}; this model carries {', '.join(map(repr, state.configs))}")
     if state.merged_keep is not None:
         raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before switching")
+    if adapter_name != state.active and any(state.copies.values()) and (told := distribution_of(model)):
+        raise LoraFastError(
+            f"model is {told}, with the modules_to_save of adapter {state.active!r}; those of another would be outside "
+            "of it: choose the adapter first, then distribute the model"
+        )
     state.active = adapter_name
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name)
@@ -429,7 +403,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 def _set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
     give_back(model)
-    for layer in lora_layers(model).values():
+    layers = lora_layers(model)
+    check_base(layers)
+    for layer in layers.values():
         if disabled != state.disabled:
             layer.swap_start()
         layer.adapters_disabled = disabled
@@ -523,8 +499,10 @@ def remove_lora(model: nn.Module) -> None:
     merged = state.merged_keep is not None
     if state.disabled:
         _set_disabled(model, state, False)
+    layers = lora_layers(model)
+    check_base(layers)
     unfuse_mlps(model)
-    for layer in lora_layers(model).values():
+    for layer in layers.values():
         if not merged:
             layer.restore_base()
         for name in layer.STATE_NAMES:

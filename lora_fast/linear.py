@@ -22,30 +22,11 @@ from torch import Tensor, nn
 from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.dispatch import PackedWeight
+from lora_fast.distributed import overwrite, whole
 from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import LinearCall, run_linear
 
 NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the active one"
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether other processes hold parts of it: a DTensor, as FSDP2's `fully_shard` and tensor parallelism make one."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's whole, for which all of its processes have to ask; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """tensor ← value, which is the same in all processes where the tensor is sharded and it isn't."""
-    if is_sharded(tensor) and not is_sharded(value):
-        from torch.distributed.tensor import distribute_tensor  # slow to import, and met already where one is sharded
-
-        value = value.to(tensor.device)
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(value)
 
 
 @dataclass(frozen=True)

@@ -325,6 +325,10 @@ def _linears_backward_flops(
     return 2 * row_count(x) * total
 
 
+def _in_dtype(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -386,7 +390,9 @@ def lora_linears(
     p = dropout_p if training else 0.0
     if is_transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(
-            lora_update(x, torch.nn.functional.linear(x, unpacked(w), bias), a, b, s, dropout_p=p, backend=backend)
+            lora_update(
+                x, torch.nn.functional.linear(x, unpacked(w), _in_dtype(bias, x)), a, b, s, dropout_p=p, backend=backend
+            )
             for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
         )
     triton = runs_triton(backend, "lora_linear", x, max(ranks_of(lora_As)))

@@ -6,8 +6,8 @@ from torch import nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import LoraFastError
+from lora_fast.distributed import distribution_of
 from lora_fast.fusion import FusionReport, FusionRow, calls_by_path, mlp_rows
-from lora_fast.injection import distribution_of
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps
 

@@ -2,17 +2,21 @@
 
 The classes are known by name: who has such layers has imported bitsandbytes."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
-from lora_fast.dispatch import PackedWeight, autocast_dtype
+from lora_fast.dispatch import PackedWeight, autocast_dtype, row_count
 
 _MODULE = "bitsandbytes.nn.modules"
 _FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")  # they share one forward
 
 # Why one of them is called all the same.
-CALLED_FOUR_BIT = ", since it computes in another dtype than its input's"
+CALLED_FOUR_BIT = ", for few rows without gradient, or since it computes in another dtype than its input's"
+DECODED_ROWS = 4
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -36,11 +40,16 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def packed_weight(layer: nn.Module, x: Tensor) -> PackedWeight | None:
-    """The weight (N, K) of a layer for an op on x, None where the layer has to be called: where it is no 4-bit layer,
-    computes in another dtype than the op would, or is compiled into a graph, which sees the layer's own op."""
-    if not is_four_bit(layer) or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+    """The weight (N, K) of a layer for an op on x, None where the layer has to be called: where it is no 4-bit layer or
+    computes in another dtype than the op would, where a compiler or a dispatch mode wants to see the layer's own op,
+    and for a few rows without a gradient, as in decoding, for which bitsandbytes has a kernel that unpacks nothing.
+
+    The answer is the same at a layer's first call as later: a recomputed checkpoint must take the forward's path."""
+    if not is_four_bit(layer) or not isinstance(x, Tensor) or torch.compiler.is_compiling() or _is_watched():
         return None
-    weight, bias, shape = layer.weight, layer.bias, (layer.out_features, layer.in_features)
+    if not layer.training and not torch.is_grad_enabled() and row_count(x.shape) <= DECODED_ROWS:
+        return None
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
     state = getattr(weight, "quant_state", None)
     # As it was made, out of a pickle, or being estimated; sharded ones are of other types.
     plain = type(weight).__name__ in ("Params4bit", "Parameter") or isinstance(weight, FakeTensor)
@@ -48,12 +57,26 @@ def packed_weight(layer: nn.Module, x: Tensor) -> PackedWeight | None:
     if not plain or state is None or tuple(state.shape) != shape or getattr(state, "packing_format_for_cpu", False):
         return None
     dtype = x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device) or x.dtype
-    if not layer.compute_type_is_set or layer.compute_dtype != dtype or (bias is not None and bias.dtype != dtype):
+    if not layer.compute_type_is_set:  # what its forward does first of all
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    if layer.compute_dtype != dtype:
         return None
+    data, state = weight.detach(), copy.copy(state)  # as they are now: bitsandbytes may pack a layer anew
+    state.dtype = dtype
 
     def unpack() -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.detach(), state).to(dtype)
+        return dequantize_4bit(data, state)
 
     return PackedWeight(weight, shape, dtype, unpack)
+
+
+def _is_watched() -> bool:
+    """Whether a dispatch mode is on that knows ops by name, as selective checkpointing's does: packed weights go past
+    registered ops. Fake tensors don't mind, nor do modes that look inside ops and say so by `looks_inside`."""
+    return _get_current_dispatch_mode() is not None and not all(
+        isinstance(mode, FakeTensorMode) or getattr(mode, "looks_inside", False)
+        for mode in _get_current_dispatch_mode_stack()
+    )

@@ -173,9 +173,12 @@ def _with_values(parent: nn.Module, names: tuple[str, str, str]) -> nn.Module:
 def _disagrees(parent: nn.Module, names: tuple[str, str, str]) -> str | None:
     """None where the parent's own forward computes the SwiGLU MLP of these layers, on random rows, in both modes, else
     the reason why they stay layers."""
-    packed = all(is_four_bit(_base(getattr(parent, name))) for name in names)
+    packed = any(is_four_bit(_base(getattr(parent, name))) for name in names)
     if packed:
-        parent = _with_plain_layers(parent, names)
+        try:
+            parent = _with_plain_layers(parent, names)
+        except Exception as error:  # whatever a class does when it is copied
+            return f"it can't be copied to be probed: {error}"
     weight = _weight(getattr(parent, names[0]))
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         return "its weights are no plain tensors of floating-point numbers"

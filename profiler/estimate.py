@@ -99,6 +99,7 @@ def estimate_memory(
         subject = build(source, device="meta", dtype=workload.torch_dtype)
         replace(workload, device="cpu").batch(subject)  # says now that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
+        note = note_on(subject, quantize, dtype)
         apply_lora(subject, workload.lora_config(1), adapter_name="r1")
         named = [(path, module) for path, module in subject.named_modules() if "r1" in getattr(module, "lora_A", ())]
         targets = [module for _, module in named]
@@ -142,7 +143,7 @@ def estimate_memory(
         "smallest_side": smallest_side(targets),
         **counts(subject, targets),
     }
-    notes = too_large(wanted, named) + note_on(quantize, dtype)
+    notes = too_large(wanted, named) + note
     profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0), notes)
     if folder:
         profile.folder = folder.path

@@ -42,6 +42,8 @@ class MemoryTracker(TorchDispatchMode):
     one frees inside itself is not seen. Works on fake tensors as on real ones. history: a list that takes (phase,
     moments) for each stretch of a phase, moments being the bytes of each of CATEGORIES whenever one of them grew."""
 
+    looks_inside = True  # of ops
+
     def __init__(self, round_to: int = 1, history: list[tuple[str, list[tuple[int, ...]]]] | None = None):
         super().__init__()
         self.round_to = round_to
@@ -216,9 +218,9 @@ def measure_arm(
     device = torch.device(workload.device)
     on_cpu = device.type == "cpu"
     _load_libraries(source, workload, kind)
-    _limit_memory(memory_limit_MiB, device)
-
-    packing = workload.packing(kind)
+    before, packing = _status_MiB("VmData"), workload.packing(kind)
+    if not packing:
+        _limit_memory(memory_limit_MiB, device, before)
     model = build(
         source,
         device="cpu" if packing else device,
@@ -228,6 +230,7 @@ def measure_arm(
     )
     if packing:
         quantize(model, packing, device)
+        _limit_memory(memory_limit_MiB, device, before)  # what was there to be packed is not the arm's
     model, trained = train(model, workload, kind, rank)
     adapters = [] if kind == FULL else trained
     optimizer = optimizer_of(workload, trained)
@@ -299,14 +302,14 @@ def _reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # 5 sets VmHWM to the present VmRSS (Linux ≥ 4.0)
 
 
-def _limit_memory(limit_MiB: float | None, device: torch.device) -> None:
+def _limit_memory(limit_MiB: float | None, device: torch.device, used: float | None) -> None:
+    """used: MiB that are not to count, on a CPU."""
     if limit_MiB is None:
         return
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_MiB * MiB / total), device)
         return
-    used = _status_MiB("VmData")
     if used is None:
         raise LoraFastError("a memory limit on the CPU needs Linux")
     import resource  # absent on Windows

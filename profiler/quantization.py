@@ -1,5 +1,5 @@
 """Base weights in 4 bits, as QLoRA has them (Dettmers et al. 2023, arXiv:2305.14314): layers of bitsandbytes in place
-of a model's nn.Linear, all but its output head, which is what Transformers makes when it loads a model so.
+of a model's nn.Linear, all but its output head, as Transformers makes them when it loads such a model so.
 
 Full fine-tuning can't train such weights, so that its arm keeps them as they were. What a kernel of bitsandbytes takes
 and gives back inside itself, such as a weight that it unpacks for a moment, no prediction here knows."""
@@ -26,25 +26,32 @@ def check_kind(kind: str | None) -> None:
         raise LoraFastError(f"quantize={kind!r} needs bitsandbytes, which is not installed; pip install bitsandbytes")
 
 
-def note_on(kind: str | None, dtype: str) -> list[str]:
-    """What a run says of it."""
+def note_on(model: nn.Module, kind: str | None, dtype: str) -> list[str]:
+    """What a run says of it; model: as it is before."""
     if kind is None:
         return []
+    packed = sum(layer.weight.numel() for layer in _linears(model).values())
+    total = sum(parameter.numel() for parameter in model.parameters())
     return [
-        f"under adapters all linear layers but the head are in {kind} (4 bits a weight, their scales in 8; QLoRA, "
-        f"arXiv:2305.14314); full fine-tuning, which can't train such weights, has its in {dtype}. What bitsandbytes "
-        "unpacks for a moment inside its kernels is not in the predictions"
+        f"under adapters the linear layers but the head, {packed / total:.0%} of all parameters, are in {kind} (4 bits "
+        "a weight, their scales in 8; QLoRA, arXiv:2305.14314); full fine-tuning, which can't train such weights, has "
+        f"its in {dtype}. What bitsandbytes' kernels take for a moment is not in the predictions"
     ]
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """{dotted name: layer} of those that are packed: not stacked experts, which are parameters of their own."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
 
 
 def quantize(model: nn.Module, kind: str, device: str | torch.device) -> nn.Module:
     """Puts the model on `device` with its linear layers in 4 bits, one by one, their scales quantized too; they compute
     in the dtype that they were in. Works on the meta device. Returns `model`; parameters that other models share with
     it stay as they are. Raises LoraFastError where it has no nn.Linear besides its head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    linears = _linears(model)
     if not linears:
-        raise LoraFastError(f"{type(model).__name__} has no nn.Linear besides its head; leave quantize out")
+        raise LoraFastError(f"quantize packs nn.Linear, of which {type(model).__name__} has none besides its head")
     for name, layer in linears.items():
         model.set_submodule(name, _quantized(layer, kind, torch.device(device)))
     model.is_loaded_in_4bit = True  # by which PEFT chooses its layers

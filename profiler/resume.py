@@ -7,6 +7,7 @@ place of all but arms.jsonl once the run ends."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_fast import LoraFastError
@@ -77,4 +78,4 @@ class UnderWay:
 
 def finished(path: Path) -> Profile | None:
     """The profile of a folder whose run has ended; None for one whose run has not, or that is not there."""
-    return read_profile(path) if (path / "run.json").is_file() else None
+    return replace(read_profile(path), folder=path) if (path / "run.json").is_file() else None

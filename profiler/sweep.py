@@ -180,7 +180,7 @@ def profile_ranks(
         targets, per_rank = _probe(subject, workload)
         if wanted is None:
             wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
-        notes = too_large(wanted, targets) + note_on(quantize, workload.dtype)
+        notes = too_large(wanted, targets) + note_on(subject, quantize, workload.dtype)
 
         arms = [
             Arm(kind, r, per_rank * r, per_rank * r / (total + per_rank * r))

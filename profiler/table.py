@@ -55,8 +55,7 @@ def title(profile: Profile) -> str:
     adapters = work.get("adapter_dtype", "fp32")
     parts = [
         f"{work['model']} ({si(work['parameters'])} parameters)",
-        work["dtype"],
-        *([f"under adapters {work['quantize']}"] if work.get("quantize") else []),
+        work["dtype"] + (f" ({work['quantize']} under adapters)" if work.get("quantize") else ""),
         *([f"adapters in {adapters}"] if {adapters, work["dtype"]} != {"fp32"} else []),
         f"batch {work['batch_size']} × {work['seq_len']} tokens",
         _targets(work),

@@ -26,6 +26,7 @@ from lora_fast import (
     merge_lora,
     remove_lora,
     save_adapter,
+    set_adapter,
     unmerge_lora,
 )
 from lora_fast.fusion import calls_by_path
@@ -180,6 +181,16 @@ def worker(rank, folder):
         late = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
         late = way(late)[1]
         results["refused"][f"accelerate {way.__name__}"] = refusal(lambda late=late: accelerate_peft(late))
+    results["refused"]["spectra fsdp1"] = refusal(lambda: adapter_spectra(model))
+    pissa, _ = in_fsdp1(adapted("pissa"))
+    results["refused"]["remove fsdp1"] = refusal(lambda: remove_lora(pissa))
+    results["refused"]["disable fsdp1"] = refusal(lambda: disable_adapters(pissa).__enter__())
+    root = FullyShardedDataParallel(build("llama"), use_orig_params=True, device_id=torch.device("cpu"))
+    results["refused"]["apply inside fsdp1"] = refusal(lambda: apply_lora(root.module, LoraConfig()))
+    two = adapted(modules_to_save=["lm_head"])
+    apply_lora(two, LoraConfig(r=3, target_modules=["q_proj"]), adapter_name="second")
+    two, _ = sharded(two)
+    results["refused"]["switch"] = refusal(lambda: set_adapter(two, "default"))
     with FullyShardedDataParallel.summon_full_params(call):
         if rank == 0:
             save_adapter(model, f"{folder}/fsdp1")
@@ -249,9 +260,10 @@ def test_what_would_go_wrong_in_silence_is_refused_in_every_process(run):
         for name, wrapper in (("apply to ddp", "DistributedData"), ("apply to fsdp1", "FullyShardedData")):
             assert f"wrapped in {wrapper}Parallel" in refused[name] and "put them in first" in refused[name]
         assert "work on the model inside: model.module" in refused["save ddp"]
-        for name in ("save fsdp1", "merge fsdp1"):
-            assert "holds model.layers.0.self_attn.q_proj in pieces" in refused[name]
-            assert "summon_full_params(model)" in refused[name]
+        for name in ("save", "merge", "spectra", "remove", "disable", "apply inside"):
+            assert "holds model.layers.0.self_attn.q_proj in pieces" in refused[f"{name} fsdp1"]
+            assert "summon_full_params(model)" in refused[f"{name} fsdp1"]
+        assert "sharded over processes" in refused["switch"] and "choose the adapter first" in refused["switch"]
         for name, how in (("sharded", "sharded over processes"), ("in_fsdp1", "wrapped in FullyShardedDataParallel")):
             assert how in refused[f"accelerate {name}"] and "accelerate it first" in refused[f"accelerate {name}"]
         assert f"{folder}/store is a file; expected a folder for the adapter" in refused["save"]

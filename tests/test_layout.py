@@ -29,6 +29,7 @@ TOP_LEVEL = {
 FLOORS = """
 kernels
 config backend tuning fusion
+distributed
 fused
 dispatch
 ops

@@ -48,8 +48,7 @@ def workload(**changes):
     return Workload(**{**fields, "seed": 0, "quantize": "nf4", **changes})
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "bf16"), ("fp4", "fp32")])
 def test_packed_weights_take_what_arithmetic_says(config, kind, dtype):
     """Half a byte a weight, a byte for 64 of them, four for 256 of those, and in each layer tables of 16 and 256
     numbers and their offset."""
@@ -70,9 +69,16 @@ def test_packed_weights_take_what_arithmetic_says(config, kind, dtype):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"dtype": "bf16", "lora_dropout": 0.1}])
-@pytest.mark.parametrize("kind", [LORA, PEFT])
-@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("model_type", "kind", "changes"),
+    [
+        ("llama", LORA, {}),
+        ("llama", LORA, {"gradient_checkpointing": True}),
+        ("llama", PEFT, {"dtype": "bf16", "lora_dropout": 0.1}),
+        ("qwen2", LORA, {"dtype": "bf16", "lora_dropout": 0.1}),
+        ("qwen2", PEFT, {"gradient_checkpointing": True}),
+    ],
+)
 def test_what_is_predicted_is_what_the_tracker_sees(config, model_type, kind, changes):
     source, work = resolve(str(config(model_type))), workload(**changes)
     found, real = predict(source, work, 8, peft=kind == PEFT), measure_arm(source, work, kind, 8)
@@ -159,9 +165,9 @@ def test_a_profile_says_what_was_packed(config, tmp_path):
         device="cpu",
         out=tmp_path / "run",
     )
-    assert "fp32, under adapters nf4, batch" in title(found)
+    assert "fp32 (nf4 under adapters), batch" in title(found)
     assert found.workload["quantize"] == "nf4"
-    assert any("all linear layers but the head are in nf4" in note for note in found.notes)
+    assert any("the linear layers but the head, " in note and "are in nf4" in note for note in found.notes)
     arm, full = found.arms
     assert arm.peak_MiB == pytest.approx(arm.predicted_MiB, rel=5e-3)
     assert full.peak_MiB == pytest.approx(full.predicted_MiB, rel=1e-3)
@@ -177,7 +183,7 @@ def test_the_command(config, capsys):
     arguments = ["estimate", str(config()), "--ranks", "4", "--seq-len", "64", "--quantize", "nf4"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "bf16, under adapters nf4, adapters in fp32" in shown and "QLoRA, arXiv:2305.14314" in " ".join(
+    assert "bf16 (nf4 under adapters), adapters in fp32" in shown and "QLoRA, arXiv:2305.14314" in " ".join(
         shown.split()
     )
     assert main([*arguments, "--json", "-"]) == 0
@@ -200,7 +206,7 @@ def test_wrong_input_is_one_line(config, capsys, arguments, says):
 
 def test_a_model_without_linear_layers_is_refused(config):
     sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 512}
-    with pytest.raises(LoraFastError, match=r"GPT2LMHeadModel has no nn.Linear besides its head; leave quantize out"):
+    with pytest.raises(LoraFastError, match=r"quantize packs nn.Linear, of which GPT2LMHeadModel has none"):
         estimate_memory(str(config("gpt2", **sizes)), "4", quantize="nf4", seq_len=32)
 
 
