@@ -16,6 +16,15 @@ STAGES = {
 }
 ESTIMATE_STAGES = {"estimate": "Arms", "fits": "What fits"}
 
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Base weights under adapters: nf4 or fp4 (4 bits, by bitsandbytes, as in QLoRA). Full fine-tuning stays "
+        "in --dtype.",
+        show_default=False,
+    ),
+]
+
 
 def profile(
     model: Annotated[
@@ -89,14 +98,7 @@ def profile(
     attn_implementation: Annotated[
         str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Base weights under adapters: nf4 or fp4 (4 bits, by bitsandbytes, as in QLoRA). Full fine-tuning "
-            "stays in --dtype.",
-            show_default=False,
-        ),
-    ] = None,
+    quantize: Quantize = None,
     backend: Annotated[str, typer.Option(help="Of the adapted layers: auto, torch or triton.")] = "auto",
     compare_peft: Annotated[
         bool, typer.Option("--compare-peft", help="Also PEFT's LoRA at every rank, through PEFT's own layers.")
@@ -263,14 +265,7 @@ def estimate(
     attn_implementation: Annotated[
         str | None, typer.Option(help="As Transformers takes it: sdpa, eager.", show_default=False)
     ] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            help="Base weights under adapters: nf4 or fp4 (4 bits, by bitsandbytes, as in QLoRA). Full fine-tuning "
-            "stays in --dtype.",
-            show_default=False,
-        ),
-    ] = None,
+    quantize: Quantize = None,
     gpu: Annotated[
         str | None,
         typer.Option(help="Memory of one GPU, such as 24GB: what fits, and how much.", show_default=False),

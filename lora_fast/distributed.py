@@ -84,16 +84,12 @@ def distribution_of(model: nn.Module) -> str | None:
     return "sharded over processes (its weights are DTensors)" if sharded else None
 
 
-def in_pieces(name: str) -> str:
-    return (
-        f"FullyShardedDataParallel holds {plain_name(name)} in pieces; do this in all processes, inside "
-        "`with FullyShardedDataParallel.summon_full_params(model):`"
-    )
-
-
 def check_matrices(layers: Mapping[str, nn.Module]) -> None:
     """Raises LoraFastError where FullyShardedDataParallel has the weights in flat pieces, as between its calls."""
     for name, layer in layers.items():
         for factors in (layer.lora_A, layer.lora_B):
             if any(factor.weight.dim() != 2 for factor in factors.values()):
-                raise LoraFastError(in_pieces(name))
+                raise LoraFastError(
+                    f"FullyShardedDataParallel holds {plain_name(name)} in pieces; do this in all processes, inside "
+                    "`with FullyShardedDataParallel.summon_full_params(model):`"
+                )

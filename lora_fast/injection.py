@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
-from lora_fast.distributed import check_matrices, distribution_of, give_back, in_pieces, inside_wrapper, overwrite
+from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import find_groups
@@ -149,7 +149,10 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
     for name, module in targets.items():
         if module.weight.dim() != 2:
-            raise LoraFastError(in_pieces(name))
+            raise LoraFastError(
+                f"FullyShardedDataParallel holds {plain_name(name)} in pieces already, so that nothing would average "
+                "the gradients of adapters put in now; put them in first, then distribute the model"
+            )
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
             raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or exclude_modules it")

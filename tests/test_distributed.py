@@ -260,9 +260,10 @@ def test_what_would_go_wrong_in_silence_is_refused_in_every_process(run):
         for name, wrapper in (("apply to ddp", "DistributedData"), ("apply to fsdp1", "FullyShardedData")):
             assert f"wrapped in {wrapper}Parallel" in refused[name] and "put them in first" in refused[name]
         assert "work on the model inside: model.module" in refused["save ddp"]
-        for name in ("save", "merge", "spectra", "remove", "disable", "apply inside"):
+        for name in ("save", "merge", "spectra", "remove", "disable"):
             assert "holds model.layers.0.self_attn.q_proj in pieces" in refused[f"{name} fsdp1"]
             assert "summon_full_params(model)" in refused[f"{name} fsdp1"]
+        assert "in pieces already, so that nothing would average the gradients" in refused["apply inside fsdp1"]
         assert "sharded over processes" in refused["switch"] and "choose the adapter first" in refused["switch"]
         for name, how in (("sharded", "sharded over processes"), ("in_fsdp1", "wrapped in FullyShardedDataParallel")):
             assert how in refused[f"accelerate {name}"] and "accelerate it first" in refused[f"accelerate {name}"]
