@@ -14,7 +14,7 @@ from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
 from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
-from lora_fast.quantized import is_quantized, matrix_shape
+from lora_fast.quantized import is_quantized, keep_packing, matrix_shape
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import (
@@ -37,7 +37,8 @@ class LoraState:
 
     trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter
     trains, as they were. replaced: other weights of the base that an adapter's file brought along, as they were.
-    originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name."""
+    originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name.
+    kept_packed: the layers that `keep_packing` changed."""
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class LoraState:
     originals: dict[str, nn.Module] = field(default_factory=dict)
     copies: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
     hooks: list = field(default_factory=list)
+    kept_packed: list[nn.Module] = field(default_factory=list)
     active: str | None = None
     disabled: bool = False
     merged_keep: str | None = None
@@ -247,6 +249,7 @@ def inject(
         )
         model.__dict__[_STATE] = state
         model.requires_grad_(False)
+        state.kept_packed = keep_packing(model)
         _watch_checkpointing(model, state)
     for name, module in targets.items():
         if not isinstance(module, LoraLayer):
@@ -519,6 +522,8 @@ def remove_lora(model: nn.Module) -> None:
                 overwrite(model.get_parameter(name), value)
     for hook in state.hooks:
         hook.remove()
+    for layer in state.kept_packed:
+        layer.support_avx512bf16_for_cpu = True
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plain_name(name) in state.trained_before)
     del model.__dict__[_STATE]

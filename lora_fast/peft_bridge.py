@@ -8,6 +8,7 @@ from lora_fast.backend import check_backend
 from lora_fast.config import LoraFastError
 from lora_fast.distributed import distribution_of
 from lora_fast.fusion import FusionReport, FusionRow, calls_by_path, mlp_rows
+from lora_fast.quantized import keep_packing
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps
 
@@ -60,6 +61,7 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
         )
     for layer in swappable:
         make_fast(layer, backend)
+    keep_packing(peft_model)
     find_groups(peft_model)
     fuse_mlps(peft_model)
     rows = tuple(_row(name, layer, refusals[name]) for name, layer in layers.items())

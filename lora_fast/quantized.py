@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode, _get_current_dispatch_mode_stack
 
+from lora_fast.config import warn
 from lora_fast.dispatch import PackedWeight, autocast_dtype, row_count
 
 _MODULE = "bitsandbytes.nn.modules"
@@ -71,6 +72,34 @@ def packed_weight(layer: nn.Module, x: Tensor) -> PackedWeight | None:
         return dequantize_4bit(data, state)
 
     return PackedWeight(weight, shape, dtype, unpack)
+
+
+def keep_packing(model: nn.Module) -> list[nn.Module]:
+    """Keeps 4-bit weights packed as they are, and returns the layers that would have packed theirs anew: bitsandbytes
+    does so, unasked, at an evaluation on a CPU with AVX512-BF16 (`support_avx512bf16_for_cpu`).
+
+    No gradient passes through such a weight: layers below it would go on training with wrong ones, and nothing would
+    say so. That holds for every layer of a model that is trained, adapted or not. What is packed anew already is packed
+    back, by bitsandbytes' own way."""
+    kept = [layer for layer in model.modules() if getattr(layer, "support_avx512bf16_for_cpu", False)]
+    for layer in kept:
+        layer.support_avx512bf16_for_cpu = False
+    packed = [
+        layer
+        for layer in model.modules()
+        if is_quantized(layer) and getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+    ]
+    if packed:
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        for layer in packed:
+            weight = layer.weight
+            weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        warn(
+            f"an evaluation on this CPU had packed the weights of {len(packed)} 4-bit layers anew, their scales "
+            "rounded to bf16; gradients pass them again, the rounding stays: put adapters in before you evaluate"
+        )
+    return kept
 
 
 def _is_watched() -> bool:

@@ -30,6 +30,7 @@ from lora_fast import (
 )
 from lora_fast.fusion import calls_by_path
 from lora_fast.injection import lora_layers
+from lora_fast.profiler.quantization import quantize
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -490,3 +491,72 @@ def test_biases_and_a_whole_head_are_trained_beside_quantized_layers(tmp_path):
         torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-6, msg=name)
     save_adapter(ours, tmp_path)
     assert torch.equal(logits(load_adapter(copy.deepcopy(base), tmp_path)), logits(ours))
+
+
+def packs_anew(**config) -> nn.Module:
+    """A Llama in 4 bits that packs its weights anew for an evaluation, as on a CPU with AVX512-BF16, on any CPU."""
+    model = llama("nf4", hidden_size=64, intermediate_size=64, num_key_value_heads=4, **config)
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = True
+    return model
+
+
+def is_packed_anew(model: nn.Module) -> list[bool]:
+    return [
+        getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        for layer in model.modules()
+        if isinstance(layer, bnb.nn.Linear4bit)
+    ]
+
+
+@pytest.mark.parametrize("way", [APPLY, ACCELERATE])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_an_evaluation_leaves_weights_that_gradients_pass(way, targets):
+    """Also those of layers without an adapter: without a gradient through them the layers below learn nothing right."""
+    model = with_adapter(packs_anew(), way, target_modules=targets)
+    before = step(model)[1]
+    model.eval()
+    with torch.no_grad(), disable_adapters(model) if way == APPLY else model.disable_adapter():
+        model(**CAUSAL_LM)
+    model.generate(**PROMPT)
+    after = step(model)[1]
+    assert not any(is_packed_anew(model)) and after.keys() == before.keys()
+    for name, gradient in before.items():
+        assert gradient.abs().max() > 0 and torch.equal(after[name], gradient), name
+
+
+@pytest.mark.parametrize("way", [APPLY, ACCELERATE])
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_packed_anew_before_are_packed_back(way, nested):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, dequantize_4bit
+
+    dense = build("llama", hidden_size=64, intermediate_size=64, num_key_value_heads=4)
+    base = quantize(copy.deepcopy(dense), "nf4", "cpu") if nested else packs_anew()
+    layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    weights = {name: dequantize_4bit(layer.weight.data, layer.weight.quant_state) for name, layer in layers.items()}
+    for layer in layers.values():  # as an evaluation does on such a CPU
+        packed = _convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+        layer.weight.data, layer.weight.quant_state = packed
+    with pytest.warns(LoraFastWarning, match="the weights of 14 4-bit layers anew, their scales rounded"):
+        model = with_adapter(base, way)
+    assert not any(is_packed_anew(model))
+    found = [
+        dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for layer in model.modules()
+        if isinstance(layer, bnb.nn.Linear4bit)
+    ]
+    for (name, weight), now in zip(weights.items(), found, strict=True):
+        assert (now - weight).norm() < (4 if nested else 1) * EPS[torch.bfloat16] * weight.norm(), name
+        dense.get_submodule(name).weight.data.copy_(now)
+    expected = step(with_adapter(dense, APPLY))[1].values()
+    for gradient, other in zip(step(model)[1].values(), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=64 * EPS[torch.float32] * float(other.abs().max()))
+
+
+def test_without_adapters_bitsandbytes_packs_as_it_likes_again():
+    model = copy.deepcopy(with_adapter(packs_anew(), APPLY, target_modules=["q_proj"]))
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    remove_lora(model)
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
