@@ -14,9 +14,10 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
+from lora_fast.profiler.fits import Peaks
 from lora_fast.profiler.html import write_results
-from lora_fast.profiler.models import ModelSource, build, counts, resolve, resolve_shapes
-from lora_fast.profiler.predict import Prediction, predict
+from lora_fast.profiler.models import ModelSource, build, counts, max_positions, resolve, resolve_shapes
+from lora_fast.profiler.predict import Prediction, trace
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
@@ -27,8 +28,6 @@ MiB, GiB = 2**20, 2**30
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
 # can't use between blocks. An allowance, not a measurement of this machine.
 RESERVE_GiB = 1.0
-# Predictions that the search for a largest size may take.
-MAX_LOOKS = 6
 
 
 def estimate_memory(
@@ -107,26 +106,22 @@ def estimate_memory(
         if wanted is None:
             wanted = auto_ranks(subject, targets, per_rank)
 
-        arms, predictions = [], []
+        arms, steps, predictions = [], {}, []
         for number, rank in enumerate((*wanted, None)):
             name = "full" if rank is None else f"r{rank}"
             progress("estimate", number, len(wanted) + 1, name)
-            found = predict(source, workload, rank, whole=whole, shards=shards)
-            predictions.append(found)
+            steps[rank] = trace(source, workload, rank, whole=whole, shards=shards)
+            predictions.append(found := steps[rank].extended())
             share = found.trainable / found.parameters
             arms.append(Arm("full" if rank is None else "lora", rank, found.trainable, share))
         full = predictions[-1]
         for arm, found in zip(arms, predictions):
             _fill(arm, found, full)
         if memory_GiB is not None:
-            room = int((memory_GiB - RESERVE_GiB) * GiB)
-            for number, (arm, found) in enumerate(zip(arms, predictions)):
+            peaks = Peaks(source, workload, steps, max_positions(subject), whole=whole, shards=shards)
+            for number, arm in enumerate(arms):
                 progress("fits", number, len(arms), arm.name)
-
-                def again(changed: Workload, arm=arm) -> Prediction:
-                    return predict(source, changed, arm.rank, shards=shards)
-
-                arm.fits = _fits(found, room, workload, again)
+                arm.fits = peaks.fits(arm.rank, room=int((memory_GiB - RESERVE_GiB) * GiB))
             progress("fits", len(arms), len(arms), "done")
     progress("estimate", len(arms), len(arms), "done")
     described = {
@@ -180,39 +175,3 @@ def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:
     arm.memory_ratio = found.peak / full.peak
     arm.forward_flops, arm.backward_flops = found.forward_flops, found.backward_flops
     arm.flops_ratio = found.flops / full.flops
-
-
-def _fits(found: Prediction, room: int, workload: Workload, again: Callable[[Workload], Prediction]) -> dict:
-    return {
-        "fits": found.peak <= room,
-        "largest_batch_size": _largest(found, room, workload, "batch_size", 1, again),
-        "largest_seq_len": _largest(found, room, workload, "seq_len", 64, again),
-    }
-
-
-def _largest(
-    found: Prediction, room: int, workload: Workload, name: str, unit: int, again: Callable[[Workload], Prediction]
-) -> int:
-    """The largest value, a multiple of `unit`, of this size of the workload that fits into `room` bytes; 0: none.
-
-    Each sequence adds the same bytes, each token about so: the line through the two predictions nearest to `room` says
-    where to look next, and a prediction there says what is so."""
-    at = getattr(workload, name)
-    known = {at: found.peak}
-
-    def look(value: int) -> None:
-        known[value] = again(replace(workload, **{name: value})).peak
-
-    try:
-        look(2 * at)
-        for _ in range(MAX_LOOKS):
-            (a, low), (b, high) = sorted(known.items(), key=lambda point: abs(point[1] - room))[:2]
-            if high == low:
-                break
-            guess = max(unit, int((a + (room - low) * (b - a) / (high - low)) // unit) * unit)
-            if guess in known:
-                break
-            look(guess)
-    except LoraFastError:  # longer than the model's positions
-        pass
-    return max((value for value, size in known.items() if size <= room), default=0)

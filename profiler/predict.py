@@ -35,7 +35,7 @@ from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_st
 from lora_fast.profiler.models import ModelSource, build, layer_count
 from lora_fast.profiler.quantization import quantize, with_state_of
 from lora_fast.profiler.sharding import decoder_layers
-from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, loss_of, optimizer_of, train
+from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, optimizer_of, train
 
 # Categories that FSDP2 spreads over its processes; an optimizer works on its share, so its temporaries are shares too.
 _STATES = ("weights", "adapters", "gradients", "optimizer")
@@ -100,18 +100,72 @@ def predict(
     """One arm's step; rank None is full fine-tuning. peft: the adapter is PEFT's. whole: trace every layer even where
     they are alike. shards: processes that FSDP2 spreads the model over, of which one is meant. Raises LoraFastError
     where the model can't be traced."""
+    return trace(source, workload, rank, peft=peft, whole=whole, shards=shards).extended()
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One arm's step at the `depths` that were traced, of a model of `depth` layers; with one of them it is the whole
+    model, of unknown depth where None."""
+
+    found: tuple[Prediction, ...]
+    depths: tuple[int | None, ...]
+    depth: int | None
+    shards: int
+
+    def extended(self) -> Prediction:
+        """The step at the model's depth, as one of the processes sees it."""
+        if len(self.found) == 1:
+            (step,) = self.found
+        else:
+            low, high = self.depths
+            steps = (self.depth - low) // (high - low)
+            step = _weighted(self.found, (1 - steps, steps), self._stretch)
+        moments = tuple((phase, _share(phase, held, self.shards)) for phase, held in step.moments)
+        traced_layers = tuple(depth for depth in self.depths if depth is not None)
+        return replace(step, moments=moments, traced_layers=traced_layers)
+
+    def _stretch(self, phase: str, held: Sequence[np.ndarray], line: Callable) -> np.ndarray:
+        return _moments(*held, line, lambda moments: _highest(moments, _share(phase, moments, self.shards)))
+
+
+def trace(
+    source: ModelSource,
+    workload: Workload,
+    rank: int | None,
+    *,
+    peft: bool = False,
+    whole: bool = False,
+    shards: int = 1,
+) -> Traced:
+    """What `predict` predicts from."""
     kind = PEFT if peft else FULL if rank is None else LORA
     if workload.backend == "triton":  # kernels read memory; what the operator keeps is the same without them
         workload = replace(workload, backend="auto")
     depth, alike = _layers(source, workload.torch_dtype)
     depths = DEPTHS if shards == 1 else SHARDED_DEPTHS
     if whole or not alike or depth <= depths[-1] or (shards > 1 and not _shortens(source, workload.torch_dtype)):
-        found = _trace(source, workload, kind, rank, None, shards)
-        found = replace(found, traced_layers=() if depth is None else (depth,))
-    else:
-        low, high = (_trace(source, workload, kind, rank, layers, shards) for layers in depths)
-        found = _extend(low, high, depths, depth, shards)
-    return replace(found, moments=tuple((phase, _share(phase, held, shards)) for phase, held in found.moments))
+        return Traced((_trace(source, workload, kind, rank, None, shards),), (depth,), depth, shards)
+    found = tuple(_trace(source, workload, kind, rank, layers, shards) for layers in depths)
+    return Traced(found, depths, depth, shards)
+
+
+def combined(parts: Sequence[Traced], weights: Sequence[float]) -> Traced | None:
+    """Σ weight · part, number by number: of steps that differ in one size, the step at another size. None where they
+    don't consist of the same moments.
+
+    A storage has as many bytes as its sizes multiplied, so that each moment is linear in the rank and in the batch and
+    quadratic in the length (a matrix of attention has length × length)."""
+    first = parts[0]
+    for other in parts[1:]:
+        if other.depths != first.depths or any(_outline(a) != _outline(b) for a, b in zip(first.found, other.found)):
+            return None
+    found = tuple(_weighted(steps, weights) for steps in zip(*(part.found for part in parts)))
+    return replace(first, found=found)
+
+
+def _outline(step: Prediction) -> list[tuple[str, int]]:
+    return [(phase, len(held)) for phase, held in step.moments]
 
 
 @lru_cache(maxsize=8)
@@ -144,23 +198,25 @@ def layers_are_alike(model: nn.Module, depth: int) -> bool:
     return len(kinds) == 1 and all(len(set(map(str, values))) == 1 for values in entries)
 
 
-def _extend(low: Prediction, high: Prediction, depths: tuple[int, int], depth: int, shards: int) -> Prediction:
-    steps = (depth - depths[0]) // (depths[1] - depths[0])
+def _weighted(
+    steps: Sequence[Prediction], weights: Sequence[float], stretch: Callable[..., np.ndarray] | None = None
+) -> Prediction:
+    """Σ weight · step of every number. stretch(phase, held, line): makes the moments of a stretch out of what the steps
+    `held`, weighed by `line`; without it moment by moment."""
 
-    def line(a, b):
-        if isinstance(a, dict):
-            return {key: line(a[key], b[key]) for key in a}
-        return a + steps * (b - a)
+    def line(*values):
+        if isinstance(values[0], dict):
+            return {key: line(*(value[key] for value in values)) for key in values[0]}
+        total = sum(weight * value for weight, value in zip(weights, values))
+        return np.rint(total).astype(np.int64) if isinstance(total, np.ndarray) else round(total)
 
+    moments = []
+    for same in zip(*(step.moments for step in steps)):
+        phase, held = same[0][0], [rows for _, rows in same]
+        moments.append((phase, stretch(phase, held, line) if stretch else line(*held)))
     names = ("after_step", "trainable", "parameters", "forward_flops", "backward_flops")
-    return Prediction(
-        moments=tuple(
-            (phase, _moments(a, b, line, lambda held, phase=phase: _highest(held, _share(phase, held, shards))))
-            for (phase, a), (_, b) in zip(low.moments, high.moments)
-        ),
-        **{name: line(getattr(low, name), getattr(high, name)) for name in names},
-        traced_layers=depths,
-    )
+    numbers = {name: line(*(getattr(step, name) for step in steps)) for name in names}
+    return replace(steps[0], moments=tuple(moments), **numbers)
 
 
 def _moments(a: np.ndarray, b: np.ndarray, line: Callable, highest: Callable) -> np.ndarray:
@@ -196,8 +252,16 @@ def _share(phase: str, held: np.ndarray, shards: int) -> np.ndarray:
 
 
 def _trace(
-    source: ModelSource, workload: Workload, kind: str, rank: int | None, layers: int | None, shards: int
+    source: ModelSource,
+    workload: Workload,
+    kind: str,
+    rank: int | None,
+    layers: int | None,
+    shards: int,
+    idle: frozenset[str] = frozenset(),
 ) -> Prediction:
+    """One step, after one that left the optimizer's states. idle: names of trained parameters that no gradient reaches,
+    which have no state; where there are others than these, the step is traced again."""
     attention = workload.attn_implementation
     model = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attention, layers=layers)
     parameters = sum(p.numel() for p in model.parameters())
@@ -213,7 +277,10 @@ def _trace(
         reference.unpack_mask(torch.zeros(1, 1, dtype=torch.uint8), torch.empty(1, 8, dtype=workload.torch_dtype))
     with FakeTensorMode(allow_non_fake_inputs=True), _seen_as_real():
         _make_fake(model)
-        trained = [p for name, p in model.named_parameters() if name in trained_names]
+        by_name = {name: p for name, p in model.named_parameters() if name in trained_names}
+        trained, reached = list(by_name.values()), set()
+        for name, parameter in by_name.items():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: reached.add(name))
         optimizer = _of_any_value(optimizer_of(workload, trained))
         batch = replace(workload, device="cpu").batch(model)
         passes = min(workload.gradient_accumulation, 2)
@@ -221,8 +288,8 @@ def _trace(
         history: list[tuple[str, list]] = []
         try:
             with FlopCounter() as counter:
-                # Creates the optimizer's states.
-                loss_of(model, {name: ids[:1, :8] for name, ids in batch.items()}).backward()
+                for name, parameter in by_name.items():
+                    parameter.grad = None if name in idle else torch.empty_like(parameter)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 counter.flops = 0
@@ -241,6 +308,8 @@ def _trace(
             raise LoraFastError(
                 f"{source.name}: what it computes depends on values, so that shapes don't tell its cost: {error}"
             ) from None
+    if reached != trained_names - idle:
+        return _trace(source, workload, kind, rank, layers, shards, frozenset(trained_names - reached))
     # Every pass computes the same.
     forward, both = (workload.gradient_accumulation * flops for flops in marks[:2])
     return Prediction(

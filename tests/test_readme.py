@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lora_fast
 from lora_fast.checkpoint import read_adapter
+from lora_fast.profiler import estimate_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,14 @@ def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
     assert {name: shown["workload"][name] for name in settings} == {name: own["workload"][name] for name in settings}
     assert [arm["rank"] for arm in shown["arms"]] == [arm["rank"] for arm in own["arms"]]
     assert shown["workload"]["model"] == "llama-8b"
+    ranks = [arm["rank"] for arm in shown["arms"] if arm["rank"]]
+    now = estimate_memory("llama-8b", ranks, **{name: shown["workload"][name] for name in settings[:2]})
+    for arm, told in zip(now.arms, shown["arms"], strict=True):
+        assert (arm.by_category, arm.flops_ratio, arm.trainable) == (
+            told["by_category"],
+            told["flops_ratio"],
+            told["trainable"],
+        )
 
 
 def test_the_commands_on_ranks_exist_and_their_example_runs(tmp_path):
