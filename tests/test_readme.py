@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import lora_fast
 from lora_fast.checkpoint import read_adapter
 from lora_fast.profiler import estimate_memory
@@ -82,6 +84,15 @@ def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
             told["flops_ratio"],
             told["trainable"],
         )
+
+
+def test_the_memory_that_the_profile_shows_is_what_is_predicted_now():
+    shown = json.loads((ROOT / "benchmarks" / "results" / "cpu" / "profile.json").read_text())
+    work = shown["workload"]
+    same = {name: work[name] for name in ("batch_size", "seq_len", "dtype", "adapter_dtype", "foreach", "device")}
+    now = estimate_memory(work["model"], [arm["rank"] for arm in shown["arms"] if arm["rank"]], **same)
+    for arm, told in zip(now.arms, shown["arms"], strict=True):
+        assert arm.peak_MiB == told["predicted_MiB"] == pytest.approx(told["peak_MiB"], rel=0.01)
 
 
 def test_the_commands_on_ranks_exist_and_their_example_runs(tmp_path):
