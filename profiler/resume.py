@@ -6,7 +6,7 @@ or not at all, of the third the last line may be cut off. What is in them is not
 place of all but arms.jsonl once the run ends."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,16 +45,9 @@ class UnderWay:
             partial.unlink()
 
     def _compare(self, settings: dict, environment: dict) -> None:
-        for told, now, names in (
-            (settings, self._plan["settings"], sorted(set(settings) | set(self._plan["settings"]) - FREE)),
-            (environment, self._plan["environment"], MACHINE),
-        ):
-            for name in names:
-                if name not in FREE and told.get(name) != now.get(name):
-                    raise LoraFastError(
-                        f"{self.folder.path} was measured with {name}={told.get(name)!r}, and now it is "
-                        f"{now.get(name)!r}; --resume needs the same arguments and machine, or give another --out"
-                    )
+        now = self._plan["settings"]
+        _check_same(self.folder.path, settings, now, settings.keys() | now.keys())
+        _check_same(self.folder.path, environment, self._plan["environment"], MACHINE)
 
     def _write(self) -> None:
         self.folder.write(PLAN, to_json(self._plan | {"groups": self.groups, "reasons": self.reasons}))
@@ -76,6 +69,22 @@ class UnderWay:
             file.unlink(missing_ok=True)
 
 
-def finished(path: Path) -> Profile | None:
-    """The profile of a folder whose run has ended; None for one whose run has not, or that is not there."""
-    return replace(read_profile(path), folder=path) if (path / "run.json").is_file() else None
+def finished(path: Path, settings: dict) -> Profile | None:
+    """The profile of a folder whose run has ended; None for one whose run has not, or that is not there. Raises
+    LoraFastError where it was of other settings, as far as it tells: to show it as that of these would be wrong."""
+    if not (path / "run.json").is_file():
+        return None
+    ended = read_profile(path)
+    told = {"arms": [arm.name for arm in ended.arms], **ended.workload}
+    now = json.loads(to_json(settings))
+    _check_same(path, told, now, told.keys() & now.keys())
+    return replace(ended, folder=path)
+
+
+def _check_same(path: Path, told: dict, now: dict, names: Iterable[str]) -> None:
+    for name in sorted(set(names) - FREE):
+        if told.get(name) != now.get(name):
+            raise LoraFastError(
+                f"{path} was measured with {name}={told.get(name)!r}, and now it is {now.get(name)!r}; --resume needs "
+                "the same arguments and machine, or give another --out"
+            )

@@ -136,8 +136,6 @@ def profile_ranks(
     if resume and out in (None, AUTO):
         raise LoraFastError("resume needs the folder of the run to go on with; give it as --out")
     folder = None if out in (None, AUTO) else RunFolder(out, resume)
-    if resume and (ended := finished(folder.path)):
-        return ended
     given = model if isinstance(model, nn.Module) else None
     if given is not None:
         models.check_module(given)
@@ -209,7 +207,10 @@ def profile_ranks(
 
         under_way = None
         if folder:
-            under_way = UnderWay(folder, {"arms": [arm.name for arm in arms], **described}, about)
+            settings = {"arms": [arm.name for arm in arms], **described}
+            if resume and (ended := finished(folder.path, settings)):
+                return ended
+            under_way = UnderWay(folder, settings, about)
             records = folder.path
         else:
             records = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")))

@@ -86,7 +86,14 @@ def test_a_run_killed_at_several_moments_loses_no_arm_and_no_round(folder):
 
     # A run that has ended is only shown.
     before = (run / "run.json").read_bytes()
-    assert profile_ranks("config.json", [2], out=run, resume=True).to_dict() == profile.to_dict()
+    given = {"batch_size": 2, "seq_len": 16, "device": "cpu", "out": run, "resume": True}
+    assert profile_ranks(str(folder / "config.json"), [2], steps=ROUNDS + 1, **given).to_dict() == profile.to_dict()
+    with pytest.raises(
+        LoraFastError, match=r"measured with arms=\['r2', 'full'\], and now it is \['r2', 'r4', 'full'\]"
+    ):
+        profile_ranks(str(folder / "config.json"), [2, 4], **given)
+    with pytest.raises(LoraFastError, match="measured with dtype='fp32', and now it is 'bf16'"):
+        profile_ranks(str(folder / "config.json"), [2], dtype="bf16", **given)
     assert (run / "run.json").read_bytes() == before
 
 
