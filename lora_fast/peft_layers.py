@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_fast.backend import why_not_triton
 from lora_fast.dispatch import PackedWeight, autocast_dtype
 from lora_fast.ops import lora_update
-from lora_fast.quantized import CALLED_FOUR_BIT, is_four_bit, packed_weight
+from lora_fast.quantized import is_four_bit, packed_weight, why_called
 from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
 
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
@@ -137,11 +137,7 @@ def base_refusal(base: nn.Module) -> str | None:
         return None
     if type(base) in (nn.Linear, Conv1D):
         return "the base layer has hooks, a forward of its own or a special weight: it is called as it is"
-    return f"the base layer is a {type(base).__name__}: it is called as it is"
-
-
-def _called_four_bit(base: nn.Module) -> str:
-    return f"the base layer is a {type(base).__name__}: it is called as it is{CALLED_FOUR_BIT}"
+    return why_called(type(base), four_bit=False)
 
 
 class FastForward:
@@ -166,7 +162,7 @@ class FastForward:
             return super().forward(x, *args, **kwargs)
         lora_A, lora_B, scaling, p = adapter
         if weight is None:
-            self._count("lora_update", base_refusal(base) or _called_four_bit(base))
+            self._count("lora_update", base_refusal(base) or why_called(type(base), four_bit=True))
             return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p, backend=self.backend)
         y = run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend))
         return y.to(x.dtype) if isinstance(weight, PackedWeight) else y  # as its own forward answers

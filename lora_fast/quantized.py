@@ -15,8 +15,6 @@ from lora_fast.dispatch import PackedWeight, autocast_dtype, row_count
 _MODULE = "bitsandbytes.nn.modules"
 _FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")  # they share one forward
 
-# Why one of them is called all the same.
-CALLED_FOUR_BIT = ", for few rows without gradient, or since it computes in another dtype than its input's"
 DECODED_ROWS = 4
 
 
@@ -31,6 +29,12 @@ def is_four_bit(module: nn.Module) -> bool:
     """Whether its weight, packed in 4 bits, can be had for an op (`packed_weight`)."""
     kind = getattr(module, "base_class", type(module))
     return kind.__module__ == _MODULE and kind.__name__ in _FOUR_BIT
+
+
+def why_called(kind: type[nn.Module], *, four_bit: bool) -> str:
+    """Why a base layer of this class is called, and not its weight used in an op."""
+    often = ", for few rows without gradient, or since it computes in another dtype than its input's"
+    return f"the base layer is a {kind.__name__}: it is called as it is{often if four_bit else ''}"
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_fast.config import LoraFastError
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.ops import lora_update
-from lora_fast.quantized import CALLED_FOUR_BIT, is_four_bit, packed_weight
+from lora_fast.quantized import is_four_bit, packed_weight, why_called
 from lora_fast.shared_input import LinearCall, run_linear
 
 # Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
@@ -86,8 +86,7 @@ class LoraCalledBase(LoraSubclass):
         return "torch" if triton else "triton", "; ".join(filter(None, (self._called_base(), triton)))
 
     def _called_base(self) -> str:
-        other = CALLED_FOUR_BIT if is_four_bit(self) else ""
-        return f"the base layer is a {self.base_class.__name__}: it is called as it is{other}"
+        return why_called(self.base_class, four_bit=is_four_bit(self))
 
 
 @cache

@@ -18,14 +18,27 @@ def advise(profile: Profile) -> list[str]:
     return [text for advice in ADVICE if (text := advice(profile))]
 
 
-def small_products(profile: Profile) -> str | None:
-    """Timed far above what FLOPs say: the adapters' products are too small to run at the hardware's rate."""
-    text = _slower_than_counted(profile)
-    if text is None or profile.workload.get("quantize"):
+def slower_than_counted(profile: Profile) -> str | None:
+    """Timed far above what FLOPs say: packed weights are unpacked for every product, or the adapters' products are too
+    small to run at the hardware's rate."""
+    slow = [
+        arm
+        for arm in profile.lora
+        if arm.ratio_ci and arm.flops_ratio is not None and arm.ratio_ci[0] > SLOWER * arm.flops_ratio
+    ]
+    if not slow:
         return None
-    arm = _slow(profile)[0]
-    adapted = profile.workload.get("adapted")
-    if adapted:
+    arm, work = slow[0], profile.workload
+    text = (
+        f"{arm.name} takes {arm.ratio_to_full:.2f} of full's time with {arm.flops_ratio:.2f} of its FLOPs: a FLOP "
+        f"takes {arm.ratio_to_full / arm.flops_ratio:.2f} times as long as in full fine-tuning."
+    )
+    if work.get("quantize"):
+        return (
+            f"{text} The weights under it are in {work['quantize']} and are unpacked for every product, forward and "
+            "backward, at any rank and however few the tokens: more tokens a pass spread that out."
+        )
+    if adapted := work.get("adapted"):
         k, n = adapted["in_features"] / adapted["modules"], adapted["out_features"] / adapted["modules"]
         text += (
             f" Each of {adapted['modules']} adapted layers (on average {k:,.0f} → {n:,.0f}) adds two products with a "
@@ -33,36 +46,6 @@ def small_products(profile: Profile) -> str | None:
             "FLOPs."
         )
     return text + " Larger batches, wider layers or fewer targets bring the two ratios together."
-
-
-def unpacking(profile: Profile) -> str | None:
-    """The same where the base weights are packed: each is unpacked before it is multiplied by."""
-    text = _slower_than_counted(profile)
-    if text is None or not profile.workload.get("quantize"):
-        return None
-    return (
-        f"{text} The weights under it are in {profile.workload['quantize']} and are unpacked for every product, "
-        "forward and backward, at any rank and however few the tokens: more tokens a pass spread that out."
-    )
-
-
-def _slow(profile: Profile) -> list[Arm]:
-    return [
-        arm
-        for arm in profile.lora
-        if arm.ratio_ci and arm.flops_ratio is not None and arm.ratio_ci[0] > SLOWER * arm.flops_ratio
-    ]
-
-
-def _slower_than_counted(profile: Profile) -> str | None:
-    slow = _slow(profile)
-    if not slow:
-        return None
-    arm = slow[0]
-    return (
-        f"{arm.name} takes {arm.ratio_to_full:.2f} of full's time with {arm.flops_ratio:.2f} of its FLOPs: a FLOP "
-        f"takes {arm.ratio_to_full / arm.flops_ratio:.2f} times as long as in full fine-tuning."
-    )
 
 
 def optimizer_share(profile: Profile) -> str | None:
@@ -254,7 +237,7 @@ def peft(profile: Profile) -> str | None:
 
 
 ADVICE = (
-    *(small_products, unpacking, optimizer_share, few_tokens, fp32_adapters, activations, recomputation),
+    *(slower_than_counted, optimizer_share, few_tokens, fp32_adapters, activations, recomputation),
     *(foreach, logits, dropout_masks, few_targets, peft),
 )
 

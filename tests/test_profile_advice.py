@@ -65,15 +65,15 @@ def test_the_committed_run_is_explained_from_its_own_numbers(measured):
 
 def test_steps_far_slower_than_their_flops_are_told(measured):
     slow = next(arm for arm in measured.lora if arm.ratio_ci[0] > advice.SLOWER * arm.flops_ratio)
-    text = advice.small_products(measured)
+    text = advice.slower_than_counted(measured)
     assert f"{slow.name} takes {slow.ratio_to_full:.2f} of full's time with {slow.flops_ratio:.2f} of its FLOPs" in text
     assert f"{slow.ratio_to_full / slow.flops_ratio:.2f} times as long" in text and "28 adapted layers" in text
     for arm in measured.lora:
         arm.flops_ratio = arm.ratio_ci[0]
-    assert advice.small_products(measured) is None
+    assert advice.slower_than_counted(measured) is None
     for arm in measured.lora:
         arm.flops_ratio = None
-    assert advice.small_products(measured) is None  # of a run without FLOPs nothing is claimed
+    assert advice.slower_than_counted(measured) is None  # of a run without FLOPs nothing is claimed
 
 
 def test_without_an_optimizer_that_weighs_the_batch_is_not_blamed(measured):
