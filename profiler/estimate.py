@@ -59,8 +59,9 @@ def estimate_memory(
     model: a built-in shape, a config.json, a folder, a Hugging Face id in the local cache, a Transformers config, or
     a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
     memory_GiB: memory of one GPU; every arm then says whether it fits beside RESERVE_GiB, and the largest batch and
-    length that do. shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by
-    layer; what each also holds of gathered layers and of gradients not yet shared out is the category "gathered"
+    length that do; workload["largest_rank"] is the largest rank that does, up to "rank_limit", the largest min(N, K).
+    shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by layer; what each
+    also holds of gathered layers and of gradients not yet shared out is the category "gathered"
     (profiler/sharding.py). whole: trace every layer even where all are alike.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html.
     The other arguments are those of `profile_ranks`.
@@ -117,11 +118,15 @@ def estimate_memory(
         full = predictions[-1]
         for arm, found in zip(arms, predictions):
             _fill(arm, found, full)
+        rank_limit = max(min(module.weight.shape) for module in targets)
+        largest_rank = None
         if memory_GiB is not None:
+            room = int((memory_GiB - RESERVE_GiB) * GiB)
             peaks = Peaks(source, workload, steps, max_positions(subject), whole=whole, shards=shards)
             for number, arm in enumerate(arms):
                 progress("fits", number, len(arms), arm.name)
-                arm.fits = peaks.fits(arm.rank, room=int((memory_GiB - RESERVE_GiB) * GiB))
+                arm.fits = peaks.fits(arm.rank, room)
+            largest_rank = peaks.largest_rank(room, rank_limit)
             progress("fits", len(arms), len(arms), "done")
     progress("estimate", len(arms), len(arms), "done")
     described = {
@@ -132,6 +137,8 @@ def estimate_memory(
         **workload.to_dict(),
         "memory_GiB": memory_GiB,
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
+        "largest_rank": largest_rank,
+        "rank_limit": rank_limit,
         "shards": shards,
         "traced_layers": list(full.traced_layers),
         "rank_of_share": ranks_of_shares(total, per_rank),

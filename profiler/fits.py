@@ -1,4 +1,4 @@
-"""The largest batch and the largest length of an arm's step that a memory holds.
+"""The largest batch and the largest length of an arm's step that a memory holds, and the largest rank.
 
 Each moment of a step takes a number of bytes that is linear in the rank and in the batch and quadratic in the length
 (predict.combined), so a handful of traced steps tells every size of every rank. Where steps of different sizes don't
@@ -50,6 +50,26 @@ class Peaks:
             "fits": self._trace(rank).extended().peak <= room,
             **{f"largest_{name}": self._largest(rank, name, room) for name in UNITS},
         }
+
+    def largest_rank(self, room: int, most: int) -> int:
+        """The largest rank, at most `most`, at the workload's sizes; 0: none; room in bytes."""
+        ranks = sorted(rank for rank, _ in self._traced if rank is not None)
+        nodes = (ranks[0], ranks[-1] if len(ranks) > 1 else 2 * ranks[0])
+
+        def by_trace(rank: int) -> int:
+            return self._trace(rank).extended().peak
+
+        def by_others(rank: int) -> int:
+            return told(rank).extended().peak
+
+        def told(rank: int) -> Traced | None:
+            return combined([self._trace(node) for node in nodes], lagrange(nodes, rank))
+
+        if told(1) is not None:
+            found = largest(by_others, room, 1, nodes[0], most)
+            if found == 0 or abs(by_others(found) - by_trace(found)) <= TOLERANCE * by_trace(found):
+                return found
+        return largest(by_trace, room, 1, nodes[0], most)
 
     def _largest(self, rank: int | None, name: str, room: int) -> int:
         between, kind, at = self._between(rank), (rank is None, name), getattr(self.workload, name)
@@ -107,7 +127,7 @@ class Peaks:
         """At this size, or at the workload's."""
         key = rank, self._sizes(name, size)
         if key not in self._traced:
-            work = replace(self.workload, **{name: size})
+            work = self.workload if size is None else replace(self.workload, **{name: size})
             self._traced[key] = trace(self.source, work, rank, **self.how)
         return self._traced[key]
 

@@ -295,7 +295,17 @@ def _estimate_caption(profile: Profile) -> str:
             f"fits: into {work['memory_GiB']:g} GiB less {work['reserve_GiB']:g} for those; max: the largest batch "
             "of this length, and the largest length (in steps of 64) of this batch."
         )
+        if (rank := work.get("largest_rank")) is not None:
+            lines.append(_largest_rank(rank, work["rank_limit"]))
     return "\n".join(lines)
+
+
+def _largest_rank(rank: int, limit: int) -> str:
+    if rank == limit:
+        return f"Every rank up to {limit}, the largest min(N, K), fits at this batch and length."
+    if rank == 0:
+        return "No rank fits at this batch and length."
+    return f"The largest rank that fits at this batch and length is {rank}."
 
 
 def _style(arm: Arm) -> str:

@@ -231,7 +231,9 @@ def test_what_fits_is_the_largest_that_does(dense):
                 for value in (largest, largest + unit)
             )
             assert fits <= 24 < beyond
+    assert found.workload["largest_rank"] == found.workload["rank_limit"] == 64
     nothing = estimate_memory(str(dense), "4", dtype="fp32", device="cpu", memory_GiB=RESERVE_GiB + 1 / 1024)
+    assert nothing.workload["largest_rank"] == 0
     assert [arm.fits for arm in nothing.arms] == [
         {"fits": False, "largest_batch_size": 0, "largest_seq_len": 0} for _ in nothing.arms
     ]

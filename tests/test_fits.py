@@ -59,6 +59,21 @@ def test_what_others_tell_is_not_believed_where_a_trace_says_otherwise(tmp_path,
     assert bent(source, workload(seq_len=found + 64), 2).extended().peak > room
 
 
+@pytest.mark.parametrize("bend", [0, 3])
+def test_the_largest_rank_is_found(bend, tmp_path, monkeypatch):
+    """Also where ranks above 16 take more than those below tell."""
+
+    def bent(source, work, rank, **how):
+        return trace(source, work, rank and rank + bend * max(0, rank - 16), **how)
+
+    monkeypatch.setattr(fits, "trace", bent)
+    peaks = peaks_of(CONFIGS["dense"], tmp_path, workload())
+    room = bent(peaks.source, workload(), 40).extended().peak
+    assert [peaks.largest_rank(room, 64), peaks.largest_rank(room - 1, 64)] == [40, 39]
+    if not bend:
+        assert [peaks.largest_rank(2 * room, 64), peaks.largest_rank(1, 64)] == [64, 0]
+
+
 @pytest.mark.parametrize("seq_len", [2, 150])
 def test_no_length_is_beyond_the_models_positions(seq_len, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **BASE, "max_position_embeddings": 200}))
