@@ -1,5 +1,5 @@
 """Base weights in 4 bits, as QLoRA has them (Dettmers et al. 2023, arXiv:2305.14314): layers of bitsandbytes in place
-of a model's nn.Linear, all but its output head, as Transformers makes them when it loads such a model so.
+of a model's nn.Linear and Conv1D, all but its output head, as Transformers makes them when it loads such a model so.
 
 Full fine-tuning can't train such weights, so that its arm keeps them as they were. What a kernel of bitsandbytes takes
 and gives back inside itself, such as a weight that it unpacks for a moment, no prediction here knows."""
@@ -39,41 +39,45 @@ def note_on(model: nn.Module, kind: str | None, dtype: str) -> list[str]:
     ]
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """{dotted name: layer} of those that are packed: not stacked experts, which are parameters of their own."""
+    from transformers.pytorch_utils import Conv1D
+
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {name: m for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
+    return {name: m for name, m in model.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head}
 
 
 def quantize(model: nn.Module, kind: str, device: str | torch.device) -> nn.Module:
     """Puts the model on `device` with its linear layers in 4 bits, one by one, their scales quantized too; they compute
     in the dtype that they were in. Works on the meta device. Returns `model`; parameters that other models share with
-    it stay as they are. Raises LoraFastError where it has no nn.Linear besides its head."""
+    it stay as they are. Raises LoraFastError where it has no linear layer besides its head."""
     linears = _linears(model)
     if not linears:
-        raise LoraFastError(f"quantize packs nn.Linear, of which {type(model).__name__} has none besides its head")
+        raise LoraFastError(
+            f"quantize packs nn.Linear and Conv1D, of which {type(model).__name__} has none besides its head"
+        )
     for name, layer in linears.items():
         model.set_submodule(name, _quantized(layer, kind, torch.device(device)))
     model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
     return model.to(device)
 
 
-def _quantized(layer: nn.Linear, kind: str, device: torch.device) -> nn.Linear:
+def _quantized(layer: nn.Module, kind: str, device: torch.device) -> nn.Linear:
     import bitsandbytes
+
+    matrix = layer.weight.detach() if isinstance(layer, nn.Linear) else layer.weight.detach().t()  # (N, K)
 
     if device.type == "meta":  # it keeps its table where it is first used: there it would be without values for good
         bitsandbytes.functional.quantize_blockwise(torch.zeros(1))
     made = bitsandbytes.nn.Linear4bit(
-        layer.in_features,
-        layer.out_features,
+        *matrix.shape[::-1],
         layer.bias is not None,
         compute_dtype=layer.weight.dtype,
         quant_type=kind,
         device="meta",
     )
-    weight = layer.weight.detach().to(device)
     weight = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type=kind, module=made
+        matrix.to(device), requires_grad=False, compress_statistics=True, quant_type=kind, module=made
     )
     made.weight = weight._quantize(device)  # what .to(device) does on every device but meta
     made.bias = layer.bias

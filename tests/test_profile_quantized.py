@@ -33,6 +33,9 @@ CONFIG = {
 }
 
 
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+
+
 @pytest.fixture
 def config(tmp_path):
     def write(model_type="llama", **changes):
@@ -77,10 +80,11 @@ def test_packed_weights_take_what_arithmetic_says(config, kind, dtype):
         ("llama", PEFT, {"dtype": "bf16", "lora_dropout": 0.1}),
         ("qwen2", LORA, {"dtype": "bf16", "lora_dropout": 0.1}),
         ("qwen2", PEFT, {"gradient_checkpointing": True}),
+        ("gpt2", LORA, {"dtype": "bf16"}),  # of Conv1D
     ],
 )
 def test_what_is_predicted_is_what_the_tracker_sees(config, model_type, kind, changes):
-    source, work = resolve(str(config(model_type))), workload(**changes)
+    source, work = resolve(str(config(model_type, **(GPT2 if model_type == "gpt2" else {})))), workload(**changes)
     found, real = predict(source, work, 8, peft=kind == PEFT), measure_arm(source, work, kind, 8)
     assert found.peak / MiB == pytest.approx(real["peak_MiB"], rel=5e-3)
     assert found.peak_phase == real["peak_phase"]
@@ -112,10 +116,11 @@ def test_an_8b_model_in_4_bits_takes_what_readme_says():
     assert f"a peak of {ours:.1f} GiB, and through PEFT's own layers {theirs:.1f} GiB" in readme
 
 
-def test_a_model_is_packed_as_transformers_packs_it(config, tmp_path):
+@pytest.mark.parametrize(("model_type", "changes"), [("llama", {"attention_bias": True}), ("gpt2", GPT2)])
+def test_a_model_is_packed_as_transformers_packs_it(config, tmp_path, model_type, changes):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    plain = build(resolve(str(config(attention_bias=True))), device="cpu", dtype=torch.float32)
+    plain = build(resolve(str(config(model_type, **changes))), device="cpu", dtype=torch.float32)
     plain.save_pretrained(tmp_path / "plain")
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -204,10 +209,9 @@ def test_wrong_input_is_one_line(config, capsys, arguments, says):
     assert out == "" and len(err.splitlines()) == 1 and says in err
 
 
-def test_a_model_without_linear_layers_is_refused(config):
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 512}
-    with pytest.raises(LoraFastError, match=r"quantize packs nn.Linear, of which GPT2LMHeadModel has none"):
-        estimate_memory(str(config("gpt2", **sizes)), "4", quantize="nf4", seq_len=32)
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(LoraFastError, match=r"quantize packs nn.Linear and Conv1D, of which LayerNorm has none"):
+        quantize(torch.nn.LayerNorm(4), "nf4", "cpu")
 
 
 def test_says_that_bitsandbytes_is_missing(config, monkeypatch):
