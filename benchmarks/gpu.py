@@ -2,9 +2,9 @@
 
     python3 benchmarks/gpu.py [--deadline 520] [--out DIR] [--commit NAME] [--only lora_linear,mlp]
 
-Needs torch, triton, transformers, peft, pytest, hypothesis and numpy in this Python, and neither the network nor an
-installed lora-fast: the three source folders are made importable as the one package by links under build/path. (The
-repository's root must not be on sys.path; CONTRIBUTING.md says why.)
+Needs torch, triton, transformers, peft, pytest and numpy in this Python, and neither the network nor an installed
+lora-fast: the three source folders are made importable as the one package by links under build/path. (The repository's
+root must not be on sys.path; CONTRIBUTING.md says why.) Tests of random shapes run where hypothesis is installed.
 
 Results go to --out, else to $OUT, else to benchmarks/results/<GPU>: a CSV per benchmark, and gpu.log, whose last parts
 are the rows of bench_host.py and what the tuner chose, as lora_fast/tuned.json has it; eight files. The parts share the
@@ -43,7 +43,7 @@ SANITIZED = ("test_fused.py", "test_one_layer and 16")
 MAX_WORKERS = 12
 # Benchmarks with kernels enough to be worth compiling ahead.
 COMPILED = ("lora_linear", "train_step_gpu", "mlp", "qkv", "grouped")
-NEEDED = ("triton", "numpy", "transformers", "peft", "pytest", "hypothesis")
+NEEDED = ("triton", "numpy", "transformers", "peft", "pytest")
 
 
 class Part(NamedTuple):

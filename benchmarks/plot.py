@@ -10,11 +10,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 RESULTS = Path(__file__).resolve().parent / "results"
 OPS = ("lora_linear", "qkv", "mlp", "grouped", "train_step")
 FROZEN, AGAIN, PLAIN = "frozen", "frozen again", "lora_fast GEMM without adapters"
@@ -61,6 +56,9 @@ def draw(rows: list[dict[str, str]], path: Path, rank: int = 0) -> None:
     providers = list(dict.fromkeys(row["provider"] for row in chosen if row["provider"] not in (FROZEN, AGAIN)))
     colour = colours(providers)
     named: set[str] = set()
+    from matplotlib import pyplot as plt  # not above: make gpu runs where there may be no matplotlib
+
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(10, 1.8 + 0.75 * len(cases)), layout="constrained")
     for place, of_case in enumerate(cases.values()):
         for row in of_case:

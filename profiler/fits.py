@@ -40,8 +40,8 @@ class Peaks:
         self._traced = {(rank, self._sizes()): step for rank, step in steps.items()}
         ranks = sorted(rank for rank in steps if rank is not None)
         self._ends = (ranks[0], ranks[-1]) if len(ranks) > 2 else ()
-        # Whether combined steps can be relied on, by size, of full fine-tuning and of all ranks.
-        self._trusted: dict[tuple[bool, str], bool] = {}
+        # Whether combined steps can be relied on: for ranks; by size, for full fine-tuning and for all ranks.
+        self._trusted: dict[object, bool] = {}
 
     def fits(self, rank: int | None, room: int) -> dict:
         """{"fits": whether the workload does, "largest_batch_size", "largest_seq_len": the other size as it is; 0 where
@@ -56,44 +56,49 @@ class Peaks:
         ranks = sorted(rank for rank, _ in self._traced if rank is not None)
         nodes = (ranks[0], ranks[-1] if len(ranks) > 1 else 2 * ranks[0])
 
-        def by_trace(rank: int) -> int:
-            return self._trace(rank).extended().peak
-
-        def by_others(rank: int) -> int:
-            return told(rank).extended().peak
-
         def told(rank: int) -> Traced | None:
             return combined([self._trace(node) for node in nodes], lagrange(nodes, rank))
 
-        if told(1) is not None:
-            found = largest(by_others, room, 1, nodes[0], most)
-            if found == 0 or abs(by_others(found) - by_trace(found)) <= TOLERANCE * by_trace(found):
-                return found
-        return largest(by_trace, room, 1, nodes[0], most)
+        return self._search("rank", told, self._trace, room, 1, nodes[0], most)
 
     def _largest(self, rank: int | None, name: str, room: int) -> int:
-        between, kind, at = self._between(rank), (rank is None, name), getattr(self.workload, name)
+        between, at, unit = self._between(rank), getattr(self.workload, name), UNITS[name]
+        most = self.longest if name == LENGTH and self.longest is not None else MOST
+        if at <= unit and self._trace(rank).extended().peak > room:
+            return 0
 
-        def search(peak: Callable[[int], int]) -> int:
-            return largest(
-                peak, room, UNITS[name], at, self.longest if name == LENGTH and self.longest is not None else MOST
-            )
+        def told(size: int) -> Traced | None:
+            return self._combined(between, rank, name, size)
 
-        def by_trace(size: int) -> int:
-            return self._trace(rank, name, size).extended().peak
+        def traced(size: int) -> Traced:
+            return self._trace(rank, name, size)
+
+        return self._search((rank is None, name), told, traced, room, unit, at, most)
+
+    def _search(
+        self,
+        kind: object,
+        told: Callable[[int], Traced | None],
+        traced: Callable[[int], Traced],
+        room: int,
+        unit: int,
+        start: int,
+        most: int,
+    ) -> int:
+        """`largest`, by what others tell of a size; by traces where a trace of the answer says otherwise,
+        which is asked once of a kind."""
 
         def by_others(size: int) -> int:
-            return self._combined(between, rank, name, size).extended().peak
+            return told(size).extended().peak
 
-        if at <= UNITS[name] and self._trace(rank).extended().peak > room:
-            return 0
+        def by_trace(size: int) -> int:
+            return traced(size).extended().peak
+
         if kind not in self._trusted:
-            nodes = self._nodes(name)
-            self._trusted[kind] = self._combined(between, rank, name, nodes[-1] + UNITS[name]) is not None
-            if self._trusted[kind] and (found := search(by_others)):
-                traced = by_trace(found)
-                self._trusted[kind] = abs(by_others(found) - traced) <= TOLERANCE * traced
-        return search(by_others if self._trusted[kind] else by_trace)
+            self._trusted[kind] = told(start + unit) is not None
+            if self._trusted[kind] and (found := largest(by_others, room, unit, start, most)):
+                self._trusted[kind] = abs(by_others(found) - by_trace(found)) <= TOLERANCE * by_trace(found)
+        return largest(by_others if self._trusted[kind] else by_trace, room, unit, start, most)
 
     def _between(self, rank: int | None) -> tuple[int | None, ...]:
         """The ranks whose steps tell this one's: the ends, where they do so at the workload's sizes."""

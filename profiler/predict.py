@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -88,19 +89,9 @@ class Prediction:
         return self.forward_flops + self.backward_flops
 
 
-def predict(
-    source: ModelSource,
-    workload: Workload,
-    rank: int | None,
-    *,
-    peft: bool = False,
-    whole: bool = False,
-    shards: int = 1,
-) -> Prediction:
-    """One arm's step; rank None is full fine-tuning. peft: the adapter is PEFT's. whole: trace every layer even where
-    they are alike. shards: processes that FSDP2 spreads the model over, of which one is meant. Raises LoraFastError
-    where the model can't be traced."""
-    return trace(source, workload, rank, peft=peft, whole=whole, shards=shards).extended()
+def predict(source: ModelSource, workload: Workload, rank: int | None, **how: Any) -> Prediction:
+    """One arm's step; the arguments are those of `trace`."""
+    return trace(source, workload, rank, **how).extended()
 
 
 @dataclass(frozen=True)
@@ -138,7 +129,9 @@ def trace(
     whole: bool = False,
     shards: int = 1,
 ) -> Traced:
-    """What `predict` predicts from."""
+    """One arm's step, at two depths where the layers are alike; rank None is full fine-tuning. peft: the adapter is
+    PEFT's. whole: trace every layer even where they are alike. shards: processes that FSDP2 spreads the model over, of
+    which one is meant. Raises LoraFastError where the model can't be traced."""
     kind = PEFT if peft else FULL if rank is None else LORA
     if workload.backend == "triton":  # kernels read memory; what the operator keeps is the same without them
         workload = replace(workload, backend="auto")

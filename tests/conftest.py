@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+import without_hypothesis
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +37,9 @@ if platform.machine() in ("x86_64", "AMD64"):
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
+without_hypothesis.install()
+from hypothesis import settings  # noqa: E402
 
 # No deadline: a kernel's first call compiles it, and no test here asserts a time. CI draws the same examples each run.
 settings.register_profile("lora-fast", deadline=None, derandomize=bool(os.environ.get("CI")))

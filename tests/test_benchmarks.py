@@ -499,10 +499,50 @@ def test_what_make_gpu_runs(tmp_path, monkeypatch):
     assert "-x" not in listed[0].command and listed[0].environment["TRITON_INTERPRET"] == "0"
 
 
+HIDDEN = """
+import importlib.util, sys
+hidden = {"hypothesis", "_hypothesis_pytestplugin", "matplotlib", "plotly", "optuna", "bitsandbytes", "xdist"}
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in hidden else found(name, package)
+sys.meta_path.insert(0, Hide())
+import pytest
+raise SystemExit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_the_gpu_tests_need_only_what_they_say():
+    """Without any other package they are all collected, and those of hypothesis skip."""
+    names = "test_any_shape or test_help or test_a_group"
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        HIDDEN,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        names,
+        *map(str, gpu.gpu_tests()),
+    ]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "hypothesis is not installed" in done.stdout and "error" not in done.stdout
+
+
 # -------------------------------------------------------------------------------------------------------------- charts
 
 
 def test_charts_are_drawn_from_the_rows(tmp_path):
+    pytest.importorskip("matplotlib")
+
     def row(provider, middle, **changes):
         values = {"ratio_to_frozen": middle, "ratio_low": middle - 0.01, "ratio_high": middle + 0.01}
         case = {"M": 8192, "K": 4096, "N": 4096, "R": 16, "dropout": 0.0, "dtype": "bf16", "gpu": "a GPU", "torch": "2"}
