@@ -79,11 +79,8 @@ def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
     ranks = [arm["rank"] for arm in shown["arms"] if arm["rank"]]
     now = estimate_memory("llama-8b", ranks, **{name: shown["workload"][name] for name in settings[:2]})
     for arm, told in zip(now.arms, shown["arms"], strict=True):
-        assert (arm.by_category, arm.flops_ratio, arm.trainable) == (
-            told["by_category"],
-            told["flops_ratio"],
-            told["trainable"],
-        )
+        assert arm.by_category == pytest.approx(told["by_category"], rel=1e-3, abs=1)
+        assert (arm.flops_ratio, arm.trainable) == (told["flops_ratio"], told["trainable"])
 
 
 def test_the_memory_that_the_profile_shows_is_what_is_predicted_now():
@@ -92,7 +89,8 @@ def test_the_memory_that_the_profile_shows_is_what_is_predicted_now():
     same = {name: work[name] for name in ("batch_size", "seq_len", "dtype", "adapter_dtype", "foreach", "device")}
     now = estimate_memory(work["model"], [arm["rank"] for arm in shown["arms"] if arm["rank"]], **same)
     for arm, told in zip(now.arms, shown["arms"], strict=True):
-        assert arm.peak_MiB == told["predicted_MiB"] == pytest.approx(told["peak_MiB"], rel=0.01)
+        assert arm.peak_MiB == pytest.approx(told["predicted_MiB"], rel=1e-3)
+        assert arm.peak_MiB == pytest.approx(told["peak_MiB"], rel=0.01)
 
 
 def test_the_commands_on_ranks_exist_and_their_example_runs(tmp_path):
