@@ -6,7 +6,8 @@ or not at all, of the third the last line may be cut off. What is in them is not
 place of all but arms.jsonl once the run ends."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +33,11 @@ class UnderWay:
         self._plan = json.loads(to_json({"settings": settings, "environment": environment, "groups": None}))
         earlier = folder.path / PLAN
         if earlier.is_file():
-            before = json.loads(earlier.read_text(encoding="utf-8"))
-            self._compare(before["settings"], before["environment"])
-            self.groups, self.reasons = before["groups"], before.get("reasons", {})
+            with _readable(earlier):
+                before = json.loads(earlier.read_text(encoding="utf-8"))
+                settings, environment = dict(before["settings"]), dict(before["environment"])
+                self.groups, self.reasons = before["groups"], before.get("reasons", {})
+            self._compare(settings, environment)
         elif (folder.path / "arms.jsonl").is_file():
             raise LoraFastError(
                 f"{folder.path} has no {PLAN}, so that its run can't be gone on with; give another --out"
@@ -46,7 +49,7 @@ class UnderWay:
 
     def _compare(self, settings: dict, environment: dict) -> None:
         now = self._plan["settings"]
-        _check_same(self.folder.path, settings, now, settings.keys() | now.keys())
+        _check_same(self.folder.path, settings, now, (settings.keys() | now.keys()) - FREE)
         _check_same(self.folder.path, environment, self._plan["environment"], MACHINE)
 
     def _write(self) -> None:
@@ -60,13 +63,25 @@ class UnderWay:
     def measured(self) -> dict[str, Arm]:
         """Arms that arms.jsonl has a line for, by name."""
         file = self.folder.path / "arms.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        arms = [Arm(**json.loads(line)) for line in lines]
+        with _readable(file):
+            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+            arms = [Arm(**json.loads(line)) for line in lines]
         return {arm.name: arm for arm in arms}
 
     def end(self) -> None:
         for file in (self.folder.path / PLAN, *self.folder.path.glob("rounds-*.jsonl")):
             file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoraFastError(
+            f"{file} is damaged ({type(error).__name__}: {error}), so that its run can't be gone on with; give another "
+            "--out"
+        ) from error
 
 
 def finished(path: Path, settings: dict) -> Profile | None:
@@ -75,14 +90,14 @@ def finished(path: Path, settings: dict) -> Profile | None:
     if not (path / "run.json").is_file():
         return None
     ended = read_profile(path)
-    told = {"arms": [arm.name for arm in ended.arms], **ended.workload}
+    told = {"arms": [arm.name for arm in ended.arms], "layers": ended.layers is not None, **ended.workload}
     now = json.loads(to_json(settings))
-    _check_same(path, told, now, told.keys() & now.keys())
-    return replace(ended, folder=path)
+    _check_same(path, told, now, (told.keys() & now.keys()) - {"price_per_hour"})
+    return replace(ended, folder=path, workload=ended.workload | {"price_per_hour": now["price_per_hour"]})
 
 
 def _check_same(path: Path, told: dict, now: dict, names: Iterable[str]) -> None:
-    for name in sorted(set(names) - FREE):
+    for name in sorted(names):
         if told.get(name) != now.get(name):
             raise LoraFastError(
                 f"{path} was measured with {name}={told.get(name)!r}, and now it is {now.get(name)!r}; --resume needs "

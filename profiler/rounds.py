@@ -142,11 +142,18 @@ def run_rounds(
 
     step(name) takes one step and returns {"step_ms": …} and perhaps other series; an arm whose step raises gets its
     status in the record, and on_failure(name), and is not tried again. between: called after each round. progress: the
-    timed rounds, their number at most, and a word on them."""
+    timed rounds, how many there will be at most, as far as the budget lets tell, and a word on them."""
     # A record that is taken up again goes on with other orders.
     order = random.Random(seed + len(record.rounds))
     left = [name for name in names if name not in record.failed]
-    started = clock()
+    started, already = clock(), len(record.rounds)
+
+    def report(text: str) -> None:
+        done, expected = len(record.rounds), stop.rounds
+        if stop.budget_s is not None and done > already:
+            in_budget = already + math.ceil(stop.budget_s * (done - already) / max(clock() - started, 1e-9))
+            expected = min(expected, max(in_budget, stop.least, done + 1))
+        progress(done, expected, text)
 
     def spent(share: float = 1.0) -> bool:
         return stop.budget_s is not None and clock() - started > share * stop.budget_s
@@ -179,12 +186,12 @@ def run_rounds(
     while left and len(warming) < MAX_WARM_UP and not _warm(warming):
         if len(warming) >= MIN_WARM_UP and spent(WARM_UP_SHARE):
             break
-        progress(len(record.rounds), stop.rounds, f"warm-up {len(warming) + 1}")
+        report(f"warm-up {len(warming) + 1}")
         warming.append({name: sample["step_ms"] for name, sample in one_round().items()})
     record.add("warm_up", {"rounds": len(warming), "stable": _warm(warming)})
     while left and why() is None:
         record.add("round", one_round())
-        progress(len(record.rounds), stop.rounds, f"{len(left)} arms a round")
+        report(f"{len(left)} arms a round")
     if stop.final:
         record.add("stopped", why())
 

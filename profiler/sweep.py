@@ -207,7 +207,7 @@ def profile_ranks(
 
         under_way = None
         if folder:
-            settings = {"arms": [arm.name for arm in arms], **described}
+            settings = {"arms": [arm.name for arm in arms], "layers": layers, **described}
             if resume and (ended := finished(folder.path, settings)):
                 return ended
             under_way = UnderWay(folder, settings, about)

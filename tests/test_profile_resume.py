@@ -86,8 +86,16 @@ def test_a_run_killed_at_several_moments_loses_no_arm_and_no_round(folder):
 
     # A run that has ended is only shown.
     before = (run / "run.json").read_bytes()
-    given = {"batch_size": 2, "seq_len": 16, "device": "cpu", "out": run, "resume": True}
-    assert profile_ranks(str(folder / "config.json"), [2], steps=ROUNDS + 1, **given).to_dict() == profile.to_dict()
+    given = {"batch_size": 2, "seq_len": 16, "device": "cpu", "steps": ROUNDS, "out": run, "resume": True}
+    assert profile_ranks(str(folder / "config.json"), [2], **given).to_dict() == profile.to_dict()
+    priced = profile_ranks(str(folder / "config.json"), [2], price_per_hour=9.0, **given)
+    assert priced.workload["price_per_hour"] == 9
+    for changed, message in (
+        ({"steps": ROUNDS + 1}, f"rounds_wanted={ROUNDS}, and now it is {ROUNDS + 1}"),
+        ({"layers": True}, "layers=False, and now it is True"),
+    ):
+        with pytest.raises(LoraFastError, match=message):
+            profile_ranks(str(folder / "config.json"), [2], **given | changed)
     with pytest.raises(
         LoraFastError, match=r"measured with arms=\['r2', 'full'\], and now it is \['r2', 'r4', 'full'\]"
     ):
@@ -117,6 +125,12 @@ def test_what_does_not_belong_together_is_refused(folder):
         profile_ranks(config, [4], resume=True, **given)
     with pytest.raises(LoraFastError, match="batch_size=2, and now it is 3"):
         profile_ranks(config, [2], resume=True, **given | {"batch_size": 3})
+    (run / "arms.jsonl").write_text("{bro")
+    with pytest.raises(LoraFastError, match=r"arms.jsonl is damaged \(JSONDecodeError.*give another --out"):
+        profile_ranks(config, [2], resume=True, **given)
+    (run / PLAN).write_text("{bro")
+    with pytest.raises(LoraFastError, match=r"resume.json is damaged \(JSONDecodeError"):
+        profile_ranks(config, [2], resume=True, **given)
     (run / PLAN).write_text(json.dumps(plan | {"environment": plan["environment"] | {"torch": "1.0"}}))
     with pytest.raises(LoraFastError, match=r"torch='1.0'"):
         profile_ranks(config, [2], resume=True, **given)

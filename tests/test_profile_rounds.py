@@ -143,6 +143,29 @@ def test_timing_stops_at_what_comes_first():
     assert max(widths(len(record.rounds))) <= 0.02 < max(widths(len(record.rounds) - 1))
 
 
+def test_how_many_rounds_are_left_is_told_by_the_budget():
+    told, clock = [], Clock(0)
+    record, stop = Record(), Stop(500, budget_s=20.0)
+    run_rounds(
+        ARMS,
+        clock.step,
+        stop,
+        record,
+        clock=lambda: clock.now,
+        progress=lambda done, total, _: told.append((done, total)),
+    )
+    done = len(record.rounds)
+    assert told[0] == (0, 500) and [so_far for so_far, _ in told if so_far] == list(range(1, done + 1))
+    assert all(so_far < total <= 500 for so_far, total in told)
+    later = [total for so_far, total in told if so_far > done / 3]
+    assert all(0.7 * done <= total <= 1.4 * done for total in later), (done, later)
+    told.clear()
+    run_rounds(
+        ARMS, clock.step, Stop(9), Record(), clock=lambda: clock.now, progress=lambda done, total, _: told.append(total)
+    )
+    assert set(told) == {9}
+
+
 def test_the_rule_does_not_look_at_ratios():
     """The same noise stops after the same rounds, whatever an arm costs."""
     stop = Stop(500, target_ci=0.03, baseline="full")
