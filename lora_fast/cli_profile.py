@@ -106,7 +106,8 @@ def profile(
     layers: Annotated[
         bool,
         typer.Option(
-            "--layers", help="Also every distinct linear layer by itself: adapted, frozen, and with its weight trained."
+            "--layers",
+            help="Also every distinct adapted layer by itself: with the adapter, frozen, and with its weight trained.",
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -204,10 +205,6 @@ def profile(
 
         console = cli_output.console()
         print_profile(result, console)
-        if result.layers:
-            from lora_fast.profiler.layers_table import layers_table
-
-            console.print(layers_table(result))
         console.print(
             f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
             soft_wrap=True,
@@ -217,10 +214,9 @@ def profile(
         cli_output.say("nothing could be measured; the table and run.json say why for each arm")
         raise typer.Exit(NOTHING_MEASURED)
     if result.too_noisy:
-        cli_output.say(
-            f"noise floor too high: two equal arms differed by up to {result.aa['noise_floor']:.1%}, and so near to "
-            "full fine-tuning's are times that were to be told from it; quiet the machine, or raise --steps"
-        )
+        from lora_fast.profiler.table import hidden
+
+        cli_output.say(hidden(result))
         raise typer.Exit(TOO_NOISY)
 
 

@@ -96,7 +96,7 @@ def estimate_memory(
     )
     with ExitStack() as stack:
         source = _source(model, stack)
-        subject = build(source, device="meta", dtype=workload.torch_dtype)
+        subject = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attn_implementation)
         replace(workload, device="cpu").batch(subject)  # says now that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
         note = note_on(subject, quantize, dtype)
@@ -135,6 +135,7 @@ def estimate_memory(
         "weights": "none",
         "parameters": total,
         **workload.to_dict(),
+        "attn_implementation": getattr(subject.config, "_attn_implementation", None),
         "memory_GiB": memory_GiB,
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
         "largest_rank": largest_rank,

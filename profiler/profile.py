@@ -10,6 +10,8 @@ from lora_fast.profiler.workload import FULL
 SCHEMA_VERSION = 1
 # Two costs that differ by less are the same to anyone who chooses between them.
 EQUAL = 0.02
+# What each arm has in a document beside its own fields, where the run has a price.
+PRICE = "usd_per_million_tokens"
 
 
 @dataclass
@@ -72,6 +74,13 @@ class Arm:
         return asdict(self)
 
 
+def usd_per_million_tokens(arm: Arm, usd_per_hour: float | None) -> float | None:
+    """None where the price or the arm's speed is not known."""
+    if usd_per_hour is None or not arm.tokens_per_s:
+        return None
+    return usd_per_hour / 3600 / arm.tokens_per_s * 1e6
+
+
 @dataclass
 class Profile:
     """What `profile_ranks` measured; `to_dict` is the content of run.json.
@@ -122,12 +131,16 @@ class Profile:
     def lora(self) -> list[Arm]:
         return [arm for arm in self.arms if arm.kind == "lora"]
 
+    def _cost(self, arm: Arm) -> dict:
+        price = self.workload.get("price_per_hour")
+        return {} if price is None else {PRICE: usd_per_million_tokens(arm, price)}
+
     def to_dict(self) -> dict:
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
             "workload": self.workload,
-            "arms": [arm.to_dict() for arm in self.arms],
+            "arms": [arm.to_dict() | self._cost(arm) for arm in self.arms],
             "aa": self.aa,
             "crossover": {name: value.to_dict() for name, value in self.crossover.items()},
             "notes": self.notes,
@@ -142,7 +155,7 @@ class Profile:
         return cls(
             environment=run["environment"],
             workload=run["workload"],
-            arms=[Arm(**arm) for arm in run["arms"]],
+            arms=[Arm(**{name: value for name, value in arm.items() if name != PRICE}) for arm in run["arms"]],
             aa=run["aa"],
             crossover={name: Crossover(**value) for name, value in run["crossover"].items()},
             notes=run["notes"],

@@ -16,6 +16,7 @@ import torch
 import lora_fast
 from lora_fast import LoraFastError
 from lora_fast.profiler.profile import Profile
+from lora_fast.profiler.workload import FULL
 
 
 def environment(device: str) -> dict:
@@ -157,6 +158,13 @@ def default_folder(model_name: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
+# What every version wrote of a run and shows of it.
+_SHOWN = {
+    "workload": ("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules"),
+    "environment": ("torch", "cpu", "gpu", "threads"),
+}
+
+
 def read_profile(path: str | Path) -> Profile:
     """The profile of a run folder, or of its run.json. Raises LoraFastError for what is none."""
     path = Path(path).expanduser()
@@ -169,7 +177,13 @@ def read_profile(path: str | Path) -> Profile:
         run = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(run, dict):
             raise TypeError("its content is not an object")
-        return Profile.from_dict(run)
+        profile = Profile.from_dict(run)
+        for part, names in _SHOWN.items():
+            if missing := [name for name in names if name not in run[part]]:
+                raise LoraFastError(f"{part} lacks {', '.join(missing)}")
+        if not any(arm.kind == FULL for arm in profile.arms):
+            raise LoraFastError("arms lacks full fine-tuning, which every run has")
+        return profile
     except LoraFastError as error:
         raise LoraFastError(f"{file}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from lora_fast.profiler.advice import advise
 from lora_fast.profiler.crossover import COSTS, shares_sentence
-from lora_fast.profiler.price import usd_per_million_tokens
-from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.layers_table import layers_table
+from lora_fast.profiler.profile import Arm, Profile, usd_per_million_tokens
 
 
 def print_profile(profile: Profile, console: Console) -> None:
@@ -24,6 +24,8 @@ def print_profile(profile: Profile, console: Console) -> None:
     for text in sentences(profile):
         lines = textwrap.fill(text, console.width, subsequent_indent="  ", break_on_hyphens=False)
         console.print(Text(lines), soft_wrap=True)
+    if profile.layers:
+        console.print(layers_table(profile))
 
 
 def sentences(profile: Profile) -> list[str]:
@@ -82,7 +84,17 @@ def caption(profile: Profile) -> str:
         )
     else:
         lines.append("Noise floor not measured: no second copy of full fine-tuning or of a rank ran.")
+    if profile.too_noisy:
+        lines.append(f"The answer is hidden: {hidden(profile)}.")
     return "\n".join(lines)
+
+
+def hidden(profile: Profile) -> str:
+    """Of a profile that is too noisy."""
+    return (
+        f"noise floor too high: two equal arms differed by up to {profile.aa['noise_floor']:.1%}, and so near to "
+        "full fine-tuning's are times that were to be told from it; quiet the machine, or raise --steps"
+    )
 
 
 def si(value: float) -> str:

@@ -12,8 +12,9 @@ from rich.console import Console
 from lora_fast import LoraFastError
 from lora_fast.profiler import runs
 from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
-from lora_fast.profiler.price import parse_price, usd_per_million_tokens
-from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.html_charts import figures
+from lora_fast.profiler.price import parse_price
+from lora_fast.profiler.profile import Arm, Profile, usd_per_million_tokens
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
 from lora_fast.profiler.table import live_table, print_profile, si
@@ -229,9 +230,28 @@ def test_a_profile_becomes_json_and_comes_back(profile):
     assert json.loads(to_json(back.to_dict())) == document and printed(back, 120) == printed(profile, 120)
     with pytest.raises(LoraFastError, match="schema_version=2"):
         Profile.from_dict({**document, "schema_version": 2})
-    assert not profile.too_noisy
+    assert not profile.too_noisy and "hidden" not in printed(profile, 120)
     profile.aa["noise_floor"] = 0.11
-    assert profile.too_noisy
+    assert profile.too_noisy and "The answer is hidden: noise floor too high: two equal arms" in printed(profile, 120)
+
+
+def test_without_full_fine_tunings_time_flops_are_drawn(profile):
+    for ratio, each in zip((0.6, 0.7, 0.9, 1.4, 1.0), profile.arms):
+        each.ratio_to_full = each.ratio_ci = each.memory_ratio = None
+        each.flops_ratio, each.forward_flops, each.backward_flops = ratio, 10, 20
+    profile.full.step_ms = profile.full.peak_MiB = None
+    drawn = figures(chart(profile))
+    assert drawn["first"]["title"] == "FLOPs against rank" and "overlay" not in drawn
+    assert drawn["first"]["data"][-1]["y"] == [0.6, 0.7, 0.9, 1.4]
+
+
+def test_a_priced_run_says_what_a_million_tokens_cost(profile):
+    assert "usd_per_million_tokens" not in profile.to_dict()["arms"][0]
+    profile.workload = profile.workload | {"price_per_hour": 3600.0}
+    document = json.loads(to_json(profile.to_dict()))
+    costs = [each["usd_per_million_tokens"] for each in document["arms"]]
+    assert costs[0] == pytest.approx(1e6 / profile.arms[0].tokens_per_s) and costs[3] is None
+    assert json.loads(to_json(Profile.from_dict(document).to_dict())) == document
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -242,7 +242,8 @@ def runs(tmp_path, monkeypatch):
     """Two folders of the same work, one of other work, one of a newer schema, and what is no run."""
     monkeypatch.chdir(tmp_path)
     run = json.loads(RESULTS.read_text())
-    for name, changes in (("a", {}), ("b", {}), ("other", {"batch_size": 8}), ("older", {})):
+    works = (("a", {}), ("b", {}), ("other", {"batch_size": 8}), ("older", {}), ("sharded", {"shards": 8}))
+    for name, changes in (*works, ("foreach", {"foreach": True})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(run | {"workload": run["workload"] | changes}))
     (tmp_path / "newer").mkdir()
@@ -251,6 +252,8 @@ def runs(tmp_path, monkeypatch):
         ("torn", '{"schema_version": 1, "arms": ['),
         ("list", "[]"),
         ("short", '{"schema_version": 1}'),
+        ("armless", json.dumps(run | {"arms": []})),
+        ("nameless", json.dumps(run | {"workload": {"dtype": "fp32"}})),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(content)
@@ -309,6 +312,10 @@ def test_different_work_is_compared_only_when_told(runs, capsys):
         ("torn", "is not the run.json of a run"),
         ("list", "is not the run.json of a run"),
         ("short", "is not the run.json of a run"),
+        ("armless", "arms lacks full fine-tuning"),
+        ("nameless", "workload lacks model, parameters, batch_size, seq_len, target_modules"),
+        ("sharded", "did different work: shards 1 / 8"),
+        ("foreach", "did different work: foreach False / True"),
         ("newer", f"schema_version={SCHEMA_VERSION + 1}"),
     ],
 )
