@@ -276,6 +276,26 @@ def test_offsets_beyond_int32():
     assert_as_exact_as(y, s[:, :3] @ x, s[:, :3].double() @ x.double())
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="takes memory that only a CPU hands out page by page")
+def test_outputs_beyond_32_bits():
+    """Rows of y and of the mask 2²⁶ elements long, of which one tile is computed: the last rows start beyond 2³¹."""
+    M, N, K, R, columns = 40, 1 << 26, 24, 8, 64
+    x, w = pair(M, columns, K, torch.float16)
+    s, b = factors(M, columns, R, torch.float16)
+    kept = random(M, columns, seed=7) > 0
+    masks = torch.empty(M * N, dtype=torch.uint8).as_strided((M, columns // 8), (N, 1))
+    masks.copy_(pack(kept))
+    y = torch.empty(M * N, dtype=torch.float16)
+    module.gemm_lora_kernel[(1,)](
+        x, None, None, w, None, None, s, b, (masks,), None, None, y,
+        ((K, x.stride(0), *w.stride()),), (R,), (s.stride(0), *b.stride()), N, 0, M, N,
+        BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, BLOCK_R=16, GROUP_M=8,
+        DESCRIPTORS=False, W_IS_NK=w.stride(0) == 1, PERSISTENT=False, STORES=1,
+    )  # fmt: skip
+    found, expected = y.view(M, N)[:, :columns], formula([x], [w], [(s, b)], [kept], dtype=x.dtype)
+    assert_as_exact_as(found, expected, formula([x], [w], [(s, b)], [kept]))
+
+
 @settings(max_examples=20)
 @given(
     M=st.integers(1, 40),
