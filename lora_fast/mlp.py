@@ -242,12 +242,14 @@ def lora_swiglu_mlp(
             raise LoraFastError(f"{name} has {len(layer)} parts; expected (weight, lora_A, lora_B, scaling[, bias])")
         layers.append((*layer, None) if len(layer) == 4 else tuple(layer))
     weights, lora_As, lora_Bs, scalings, biases = (list(column) for column in zip(*layers))
-    for i in range(2):
-        check_linear(x, weights[i], lora_As[i], lora_Bs[i], biases[i], dropout_p)
+    for i, name in enumerate(("gate", "up", "down, on gate's and up's result")):
+        taken = x if i < 2 else x.new_empty(1).expand(1, weights[0].shape[0])  # its sizes
+        try:
+            check_linear(taken, weights[i], lora_As[i], lora_Bs[i], biases[i], dropout_p)
+        except LoraFastError as error:
+            raise LoraFastError(f"{name}: {error}") from None
     if weights[0].shape != weights[1].shape:
         raise LoraFastError(f"gate is {tuple(weights[0].shape)}, up is {tuple(weights[1].shape)}; expected one shape")
-    h = x.new_empty(1).expand(1, weights[0].shape[0])  # its sizes
-    check_linear(h, weights[2], lora_As[2], lora_Bs[2], biases[2], dropout_p)
     check_one_dtype(weights)
     x = compute_input(x, weights[0].dtype)
     p = dropout_p if training else 0.0

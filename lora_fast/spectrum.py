@@ -135,7 +135,7 @@ class Spectrum:
     @property
     def numerical_rank(self) -> int | None:
         """#{σ > tolerance · σ₁}: directions that are there at all. None where the largest σ alone are known and all are
-        above it."""
+        above it. Source: Golub and Van Loan, Matrix Computations, section 5.4.1."""
         count = int((self._unit > self.tolerance).sum())
         return count if self.complete or count < len(self.singular_values) else None
 
@@ -166,7 +166,8 @@ class Spectrum:
     @property
     def gap(self) -> Gap | None:
         """The largest σᵢ/σᵢ₊₁ and its i: where to cut with the least said about the choice. A σᵢ₊₁ within the tolerance
-        counts as the tolerance, so that the ratio is finite. None for a zero update and for a single σ."""
+        counts as the tolerance, so that the ratio is finite. None for a zero update and for a single σ. Source: the
+        wider the gap, the less a perturbation turns the subspace that is kept (Wedin, BIT 12, 1972)."""
         unit = self._unit
         if self.is_zero or len(unit) < 2:
             return None
@@ -177,7 +178,7 @@ class Spectrum:
 
     @property
     def relative_size(self) -> float | None:
-        """‖ΔW‖_F / ‖W‖_F, or None where W was not given or is 0."""
+        """‖ΔW‖_F / ‖W‖_F, or None where W was not given or is 0. Source: the definition of a relative perturbation."""
         return self.frobenius_norm / self.weight_norm if self.weight_norm else None
 
     @property
