@@ -85,8 +85,8 @@ class Peaks:
         start: int,
         most: int,
     ) -> int:
-        """`largest`, by what others tell of a size; by traces where a trace of the answer says otherwise,
-        which is asked once of a kind."""
+        """`largest`, by what others tell of a size; by traces where a trace of the answer says otherwise, which is
+        asked once of a kind."""
 
         def by_others(size: int) -> int:
             return told(size).extended().peak
@@ -113,8 +113,10 @@ class Peaks:
         if name == BATCH:
             return (2, 3)
         at, unit = self.workload.seq_len, UNITS[LENGTH]
-        step = at if self.longest is None or 3 * at <= self.longest else max(at // (3 * unit) * unit, 1)
-        return (at, 2 * at, 3 * at) if step == at else (at - 2 * step, at - step, at)
+        if self.longest is None or 3 * at <= self.longest:
+            return (at, 2 * at, 3 * at)
+        step = at // (3 * unit) * unit or at // 4
+        return (at - 2 * step, at - step, at) if step else (at,)
 
     def _combined(self, between: Sequence[int | None], rank: int | None, name: str, size: int) -> Traced | None:
         if name == BATCH and size == 1:

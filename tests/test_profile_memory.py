@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from lora_fast import LoraFastError, apply_lora, lora_parameters
 from lora_fast.profiler import memory, models, process
 from lora_fast.profiler.memory import CATEGORIES, MALLOC, track_step
+from lora_fast.profiler.predict import predict
 from lora_fast.profiler.workload import Workload, optimizer_of, out_of_memory, requested_MiB
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and limits memory as Linux does")
@@ -80,6 +82,15 @@ class Wide(OneLinear):
 
     def forward(self, input_ids, labels):
         return super().forward(input_ids.float(), labels)
+
+
+class Idle(Wide):
+    """A second layer that no gradient reaches, and so without states."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.other = nn.Linear(8, 64, bias=False), nn.Linear(64, 64)
+        self.config = PretrainedConfig(vocab_size=7)
 
 
 class Asks(OneLinear):
@@ -223,6 +234,17 @@ def test_a_kill_counts_as_memory_where_the_system_counts_one_for_memory():
     killed = process._death(-signal.SIGKILL, "", for_memory=True)
     assert killed["status"] == "oom" and "memory ran out" in killed["error"]
     assert process._death(-signal.SIGSEGV, "", for_memory=True)["status"] == "killed"
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_what_no_gradient_reaches_has_no_states(tmp_path, rank):
+    source, work = sent(tmp_path, Idle), workload()
+    real = memory.measure_arm(source, work, "full" if rank is None else "lora", rank)
+    found = predict(source, work, rank)
+    assert {name: size / 2**20 for name, size in found.by_category.items()} == real["by_category_MiB"]
+    assert {name: size / 2**20 for name, size in found.after_step.items()} == real["after_step_MiB"]
+    reached = 8 * 64 if rank is None else rank * (8 + 64)
+    assert found.by_category["optimizer"] == 2 * 4 * reached + 4 * (1 if rank is None else 2)
 
 
 def test_a_child_that_hangs_ends_in_time_and_says_where(tmp_path):
