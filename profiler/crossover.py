@@ -165,7 +165,7 @@ def _of_time(full, lora: list, seed: int) -> Crossover:
 
 def _of_memory(full, lora: list) -> Crossover:
     sized = [arm for arm in lora if arm.memory_ratio is not None or (full.peak_MiB and arm.status == "oom")]
-    if not (full.peak_MiB and sized):
+    if not sized:
         return Crossover(UNMEASURED, reason=_missing(full, full.peak_MiB))
     logs = [math.inf if arm.memory_ratio is None else math.log(arm.memory_ratio) for arm in sized]
     return crossover([arm.rank for arm in sized], logs)

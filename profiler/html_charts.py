@@ -152,7 +152,7 @@ def _ratios(panel: dict) -> dict:
     elif crossover["rank"] is None and None not in crossover["bracket"]:
         data.append(_area(crossover["bracket"], [low] * 2, [high] * 2, RED, "crossover, between"))
     value = "" if full is None else f": {amount(full, unit)}"
-    data.append(_line(ends, [1, 1], GREY, f"full fine-tuning{value}", dash="dash"))
+    data.append(_line(ends, [1, 1], GREY, f"{panel.get('full_name', 'full fine-tuning')}{value}", dash="dash"))
     for other, colour in zip(panel["beside"], (ORANGE, GREEN)):
         hover = f"{other['name']}, r=%{{x:.0f}}: %{{y:.3f}}"
         data.append(_line(*curve(other["points"]), colour, other["name"], dash="dot", hover=hover))

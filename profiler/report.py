@@ -17,9 +17,9 @@ def chart(profile: Profile) -> dict:
 
     panels: time (in an estimate FLOPs) and memory, each a ratio to full fine-tuning over rank. A panel has points
     {rank, ratio, low, high} (low and high: 95% interval, or None), absolute {rank, value} in unit, failed (ranks
-    without a value), full (what a ratio of 1 is, or None), noise (half-width of the band in which equal arms lie, or
-    None), beside (what is drawn with them, each a name and points: another cost, the prediction, PEFT's LoRA), and the
-    crossover: rank, low, high, bracket, text.
+    without a value), full (what a ratio of 1 is, or None; memory's full_name says where it is predicted), noise
+    (half-width of the band in which equal arms lie, or None), beside (what is drawn with them, each a name and points:
+    another cost, the prediction, PEFT's LoRA), and the crossover: rank, low, high, bracket, text.
     overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak,
     the prediction and what went wrong, and the capacity. drift: per arm, each round's step over the arm's median."""
     costs = {"time": _time(profile), "flops": _flops(profile), "memory": _memory(profile)}
@@ -94,10 +94,12 @@ def _memory(profile: Profile) -> dict:
     full = profile.full
     tallest = max((arm.peak_MiB for arm in profile.arms if arm.peak_MiB is not None), default=0)
     scale, unit = (1024, "GiB") if tallest >= 10 * 1024 else (1, "MiB")
+    held_against = full.peak_MiB or (full.predicted_MiB if any(arm.memory_ratio for arm in profile.lora) else None)
     panel = {
         "title": "Peak memory",
         "unit": unit,
-        "full": full.peak_MiB and full.peak_MiB / scale,
+        "full": held_against / scale if held_against else None,
+        "full_name": "full fine-tuning" + (", predicted" if held_against and full.peak_MiB is None else ""),
         "noise": None,
         "points": [
             {"rank": arm.rank, "ratio": arm.memory_ratio, "low": None, "high": None}
@@ -225,7 +227,7 @@ def _draw_panel(axes, panel: dict) -> None:
             color=GREY,
             linewidth=1.5,
             linestyle="--",
-            label=f"full fine-tuning: {amount(panel['full'], panel['unit'])}",
+            label=f"{panel.get('full_name', 'full fine-tuning')}: {amount(panel['full'], panel['unit'])}",
             zorder=2,
         )
         name = panel["title"] if panel["title"].startswith("FLOP") else panel["title"].lower()

@@ -226,6 +226,7 @@ def profile_ranks(
         notes += _predict(arms, source, workload, progress)
         changed()
         _memory_pass(arms, set(before), source, workload, memory_limit_MiB, arm_timeout_s, folder, progress, changed)
+        notes += _memory_ratios(arms)
 
         groups, reasons = (under_way.groups, under_way.reasons) if under_way else (None, {})
         if groups is None:
@@ -322,10 +323,25 @@ def _memory_pass(arms, known, source, workload, limit, timeout_s, folder, progre
             folder.write_arms([done.to_dict() for done in arms if done.name in known])
         changed()
     progress("memory", len(arms), len(arms), "done")
-    full = arms[-1].peak_MiB
-    for arm in arms:
-        if full and arm.peak_MiB:
-            arm.memory_ratio = arm.peak_MiB / full
+
+
+def _memory_ratios(arms: Sequence[Arm]) -> list[str]:
+    """Fill in peaks over full fine-tuning's: where that ran out of memory, as it will on the machines that need LoRA
+    most, over the one that shapes predict; returns a note then."""
+    full = arms[-1]
+    if full.peak_MiB is not None:
+        for arm in arms:
+            if arm.peak_MiB is not None:
+                arm.memory_ratio = arm.peak_MiB / full.peak_MiB
+        return []
+    if full.predicted_MiB is None:
+        return []
+    for arm in arms[:-1]:
+        arm.memory_ratio = (arm.predicted_MiB if arm.peak_MiB is None else arm.peak_MiB) / full.predicted_MiB
+    return [
+        f"full fine-tuning's peak was not measured: memory is held against the {full.predicted_MiB:,.1f} MiB that "
+        "shapes predict of it, and what ran out of memory too is held as predicted"
+    ]
 
 
 def _of_timing(arms: list[Arm], aa: dict | None, timed: list[dict]) -> dict:

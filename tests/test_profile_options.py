@@ -163,3 +163,31 @@ def test_documents_of_the_first_versions_still_load():
     arm = profile.arms[0]
     assert (arm.predicted_MiB, arm.ratio_via, arm.after_step_MiB, profile.layers) == (None, None, None, None)
     assert Profile.from_dict(profile.to_dict()).to_dict() == profile.to_dict()
+
+
+def test_where_full_fine_tuning_runs_out_of_memory_its_prediction_stands_in():
+    from lora_fast.profiler.crossover import crossovers
+    from lora_fast.profiler.profile import Arm
+
+    def arms(full_peak):
+        made = [Arm("lora", rank, rank, 0.1, peak_MiB=peak, predicted_MiB=said) for rank, peak, said in SIZES]
+        made.append(Arm("full", None, 100, 1.0, peak_MiB=full_peak, predicted_MiB=12.0))
+        made[-1].status = "ok" if full_peak else "oom"
+        for arm in made[:-1]:
+            arm.status = "ok" if arm.peak_MiB else "oom"
+        return made
+
+    SIZES = ((2, 4.0, 4.1), (32, 8.0, 8.0), (64, None, 16.0))
+    without = arms(None)
+    (note,) = sweep._memory_ratios(without)
+    assert "held against the 12.0 MiB that shapes predict" in note
+    assert [arm.memory_ratio for arm in without] == pytest.approx([4 / 12, 8 / 12, 16 / 12, None])
+    found = crossovers(without, 0)["memory"]
+    assert found.rank == pytest.approx(48) and found.bracket == (32, 64)
+    measured = arms(10.0)
+    assert sweep._memory_ratios(measured) == []
+    assert [arm.memory_ratio for arm in measured] == pytest.approx([0.4, 0.8, None, 1])
+    assert crossovers(measured, 0)["memory"].bracket == (32, 64)
+    unknown = arms(None)
+    unknown[-1].predicted_MiB = None
+    assert sweep._memory_ratios(unknown) == [] and crossovers(unknown, 0)["memory"].rank is None

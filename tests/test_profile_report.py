@@ -69,7 +69,7 @@ def profile() -> Profile:
     ]
     aa = {"ratio": 0.99, "ci": (0.97, 1.02), "noise_floor": 0.03, "limit": 0.1, "samples_ms": []}
     found = {"time": crossover([1, 8, 64], [-0.2, -0.1, 0.1]), "memory": crossover([1, 8, 64], [-0.3, -0.2, -0.1])}
-    return Profile(MACHINE, WORKLOAD, arms, aa, found, ["a note"])
+    return Profile(MACHINE, dict(WORKLOAD), arms, aa, found, ["a note"])
 
 
 def printed(profile, width, terminal=False) -> str:
