@@ -334,8 +334,8 @@ def _memory_ratios(arms: Sequence[Arm]) -> list[str]:
             if arm.peak_MiB is not None:
                 arm.memory_ratio = arm.peak_MiB / full.peak_MiB
         return []
-    if full.predicted_MiB is None:
-        return []
+    if full.predicted_MiB is None or all(arm.peak_MiB is None for arm in arms):
+        return []  # with nothing measured at all, predictions are estimate's to give
     for arm in arms[:-1]:
         arm.memory_ratio = (arm.predicted_MiB if arm.peak_MiB is None else arm.peak_MiB) / full.predicted_MiB
     return [
