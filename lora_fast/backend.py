@@ -13,6 +13,8 @@ BACKENDS = ("auto", "triton", "torch")
 # cheaper than a dense one.
 MAX_RANK = 512
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Its bf16 arithmetic is wrong (triton issue 11584); the tests repair it.
+INTERPRETED_DTYPES = (torch.float16, torch.float32)
 
 
 @cache
@@ -44,7 +46,7 @@ def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: 
     if device.type == "cpu":
         if not interpreted():
             return "the tensors are on the CPU"
-        if dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and dtype not in INTERPRETED_DTYPES:
             return "Triton's interpreter computes bf16 wrongly"
     else:
         from lora_fast.kernels.devices import gpu_capability  # not at the top: without Triton there is none

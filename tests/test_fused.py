@@ -1,6 +1,6 @@
 """The ops on Triton kernels: values and all gradients against float64, by both routes, and that kernels did run.
 
-Without a GPU Triton's interpreter runs them, on small sizes, in fp32 and fp16."""
+Without a GPU Triton's interpreter runs them, on small sizes."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -13,6 +13,7 @@ from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, n
 
 from lora_fast import (
     LoraFastError,
+    backend,
     fused,
     grouped,
     lora_linear,
@@ -133,15 +134,16 @@ def test_a_group(dtype, p, route):
     check(mine, low, run(flat(eager(scalings, masks, p)), torch.float64, x, *leaves, dys))
 
 
-def test_an_update_of_a_base_in_another_dtype():
-    """A base layer that runs by itself, in fp32, beside an adapter in fp16: the sum in the base's dtype."""
-    x, base = random(33, 24, dtype=torch.float16, seed=1), random(33, 12, seed=2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_update_of_a_base_in_another_dtype(dtype):
+    """A base layer that runs by itself, in fp32, beside an adapter in half of it: the sum in the base's dtype."""
+    x, base = random(33, 24, dtype=dtype, seed=1), random(33, 12, seed=2)
     lora_A, lora_B = random(5, 24, seed=3), random(12, 5, seed=4)
     y = lora_update(x, base, lora_A, lora_B, 0.75, backend="triton")
-    s = (x @ lora_A.half().t()).double()
-    exact = base.double() + s @ (0.75 * lora_B).half().double().t()
+    s = (x @ lora_A.to(dtype).t()).double()
+    exact = base.double() + s @ (0.75 * lora_B).to(dtype).double().t()
     assert y.dtype == torch.float32
-    assert (y.double() - exact).abs().max() <= 2 * torch.finfo(torch.float16).eps * (exact - base.double()).abs().max()
+    assert (y.double() - exact).abs().max() <= 2 * torch.finfo(dtype).eps * (exact - base.double()).abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -442,7 +444,8 @@ def test_more_layers_than_a_kernel_takes():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU computes bf16 rightly, and runs kernels by itself")
-def test_the_interpreter_is_never_taken_by_itself_nor_in_bf16():
+def test_the_interpreter_is_never_taken_by_itself_nor_in_bf16(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED_DTYPES", (torch.float16, torch.float32))  # as it is outside of tests
     x, (weight,), _, (a,), (b,) = random(3, 12), *layers([5], 12, [2], torch.float32)
     with count_launches() as launches:
         lora_linear(x, weight, a, b)
