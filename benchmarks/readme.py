@@ -228,8 +228,8 @@ SVD_ARMS = {
 
 NOT_MEASURED = (
     "**Not yet measured on a GPU.** The kernels are tested in Triton's interpreter against float64, in bf16, "
-    "fp16 and fp32, and compiled for sm_80 to sm_120 and gfx942: registers, spills and shared memory are tested, time is "
-    "not."
+    "fp16 and fp32, and compiled for sm_80 to sm_120 and gfx942: registers, spills and shared memory are tested, time "
+    "is not."
 )
 
 
