@@ -96,5 +96,7 @@ def install() -> None:
         "create_dot": _dot,
     }.items():
         setattr(InterpreterBuilder, name, repaired(getattr(InterpreterBuilder, name)))
+    # Constants, which triton 3.6 has none of.
+    InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(rounded([value]), tl.bfloat16)
     ReduceOps.sum = _sum(ReduceOps.sum)
     backend.INTERPRETED_DTYPES = (*backend.INTERPRETED_DTYPES, torch.bfloat16)
