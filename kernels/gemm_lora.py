@@ -10,15 +10,19 @@ M·N / 8 bytes; a second pass over y (cuBLAS with beta = 1) would read and write
 
 Where the update stands. Without a mask it follows the K-loop, on the loop's own accumulator: nothing of it is live in
 the loop, which keeps the registers and the shared memory of a plain product. With a mask it comes first: dot → mask →
-loop, since a product that is to be masked needs an accumulator of its own, and before the loop there is no other. bias
-and accumulate start the accumulator too. No loop holds a condition, which would undo its pipeline.
+loop, since a product that is to be masked needs an accumulator of its own, and before the loop there is no other.
+accumulate starts the accumulator too. No loop holds a condition, which would undo its pipeline.
+
+Between two tiles of a persistent program the tensor cores would wait for the first loads of the second. Of a tile that
+is `flat` Triton makes one loop of both, over the steps of all tiles: what ends a tile runs inside it while the next
+tile's loads are on their way. That takes a single K-loop, whose accumulator starts at zero, and an update in one block.
 
 Two ways to memory. Tensor descriptors (TMA) from sm_90 on, where every base and row is a multiple of 16 bytes; pointers
 elsewhere. s, b, bias and the masks are small and have any rank or stride: always pointers."""
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_fast.kernels.devices import AMD, capability_of
+from lora_fast.kernels.devices import AMD, capability_of, shared_memory
 from lora_fast.kernels.dropout import spread_bytes
 from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 
@@ -34,8 +38,9 @@ from lora_fast.kernels.launch import Launch, cdiv, next_power_of_2, plan
 
 
 class Tile(NamedTuple):
-    """A program computes block_m × block_n of y, block_k of the sum a step; if persistent, one tile after another. A
-    descriptor stores it in so many parts, side by side, through shared memory for one of them."""
+    """A program computes block_m × block_n of y, block_k of the sum a step; if persistent, one tile after another, and
+    if flat, in a single loop. A descriptor stores it in so many parts, side by side, through shared memory for one of
+    them."""
 
     block_m: int
     block_n: int
@@ -44,6 +49,7 @@ class Tile(NamedTuple):
     num_stages: int
     persistent: bool = False
     stores: int = 1
+    flat: bool = False
 
 
 # Tiles worth timing, from large to small. A large tile reads each element of x and w less often; a small one gives
@@ -51,12 +57,16 @@ class Tile(NamedTuple):
 # shared memory.
 TILES = {
     # wgmma needs 64 rows. 128 × 256 on 8 warps is 128 accumulators a thread, and three stages of it leave room for
-    # storing y by TMA while the next tile's loads are on their way; four do if y is stored by halves. The last two
-    # stream w for decoding: M ≤ 64.
+    # storing y by TMA while the next tile's loads are on their way; four do if y is stored by halves, and beside the
+    # update of a flat tile by quarters. The last two stream w for decoding: M ≤ 64.
     "sm_90": (
+        Tile(128, 256, 64, 8, 4, persistent=True, stores=4, flat=True),
+        Tile(128, 256, 64, 8, 3, persistent=True, stores=2, flat=True),
         Tile(128, 256, 64, 8, 4, persistent=True, stores=2),
         Tile(128, 256, 64, 8, 3, persistent=True),
+        Tile(128, 128, 64, 8, 4, persistent=True, flat=True),
         Tile(128, 128, 64, 8, 4, persistent=True),
+        Tile(64, 128, 64, 4, 4, persistent=True, flat=True),
         Tile(64, 128, 64, 4, 4, persistent=True),
         Tile(64, 64, 128, 4, 4, persistent=True),
         Tile(64, 32, 128, 4, 5, persistent=True),
@@ -106,6 +116,7 @@ TILES = {
 SMS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170, "gfx942": 304}
 GROUP_M = 8  # so many tiles downwards before the next column of tiles
 BLOCK_R = 32  # adapters of larger rank are summed in blocks of this
+FLAT_RANK = 64  # and up to this one in a single block, if the tile is flat
 
 
 def uses_descriptors(capability: tuple[int, int]) -> bool:
@@ -121,10 +132,33 @@ def architecture(capability: tuple[int, int]) -> str:
     return "sm_80" if capability in ((8, 0), (8, 7)) else "sm_89"
 
 
+def rank_block(rank: int, *, flat: bool) -> int:
+    """How many ranks are added up at a time: a power of two, and the 16 that a tensor core takes at least."""
+    return min(max(next_power_of_2(rank), 16), FLAT_RANK if flat else BLOCK_R)
+
+
+def _fits(tile: Tile, rank: int | None, capability: tuple[int, int]) -> bool:
+    """Whether a tile serves calls with this `rank`, as `candidates` has it."""
+    if not tile.flat:
+        return True
+    if rank is None or rank > FLAT_RANK:
+        return False
+    loads = (tile.block_m + tile.block_n) * (tile.num_stages * tile.block_k + rank_block(rank, flat=True))
+    stored, barriers = tile.block_m * tile.block_n // tile.stores, 128
+    return 2 * (loads + stored) + barriers <= shared_memory(capability)
+
+
 def candidates(
-    dtype: torch.dtype, capability: tuple[int, int], *, pairs: int = 1, masks: int = 0, aligned: bool = True
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    *,
+    pairs: int = 1,
+    masks: int = 0,
+    aligned: bool = True,
+    rank: int | None = None,
 ) -> tuple[Tile, ...]:
-    """The tiles that `pick_tile` and the tuner choose from, for so many products and masks."""
+    """The tiles that `pick_tile` and the tuner choose from, for so many products and masks. rank: of the update, where
+    flat tiles may be used: the call has one product, no mask, nothing to accumulate to."""
     name = architecture(capability)
     if not pairs:
         return TILES["update"]
@@ -135,20 +169,13 @@ def candidates(
     most = 128 if masks == 0 or (masks == 1 and name in ("sm_90", "sm_100")) else 64
     if not aligned:
         name, most = "unaligned", 32 if masks == 0 else 16
-    return tuple(tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
+    small = (tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
+    return tuple(tile for tile in small if _fits(tile, rank, capability))
 
 
-def pick_tile(
-    M: int,
-    N: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    *,
-    pairs: int = 1,
-    masks: int = 0,
-    aligned: bool = True,
-) -> Tile:
-    """The tile with the least modelled time: rounds of tiles over the SMs, times a tile's time per step of the sum."""
+def ranked_tiles(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], **kind: Any) -> list[Tile]:
+    """The `candidates` of this kind, by modelled time: rounds of tiles over the SMs, times a tile's time per step of
+    the sum. Where it is the same, in the order of TILES."""
 
     def cost(tile: Tile) -> int:
         rounds = cdiv(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), SMS[architecture(capability)])
@@ -156,7 +183,12 @@ def pick_tile(
         # an SM and ns, costs as much as 180 multiply-adds at 3.7 TFLOP/s an SM.
         return rounds * (tile.block_m * tile.block_n + 180 * (tile.block_m + tile.block_n))
 
-    return min(candidates(dtype, capability, pairs=pairs, masks=masks, aligned=aligned), key=cost)
+    return sorted(candidates(dtype, capability, **kind), key=cost)
+
+
+def pick_tile(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], **kind: Any) -> Tile:
+    """The first of `ranked_tiles`."""
+    return ranked_tiles(M, N, dtype, capability, **kind)[0]
 
 
 # --- Kernel -----------------------------------------------------------------------------------------------------------
@@ -208,16 +240,22 @@ def _add_product(
 
 
 @triton.jit
+def _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R: tl.constexpr):
+    """acc + s[rows, start:last] b[start:last, columns], BLOCK_R ranks at most."""
+    stride_sm, stride_br, stride_bn = strides
+    r = start + tl.arange(0, BLOCK_R).to(tl.int64)
+    s_pointers = s + rows[:, None] * stride_sm + r[None, :]
+    b_pointers = b + r[:, None] * stride_br + columns[None, :] * stride_bn
+    s_tile = tl.load(s_pointers, (rows < M)[:, None] & (r < last)[None, :], 0.0)  # (BLOCK_M, BLOCK_R)
+    b_tile = tl.load(b_pointers, (r < last)[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_R, BLOCK_N)
+    return tl.dot(s_tile, b_tile, acc, input_precision="ieee")
+
+
+@triton.jit
 def _add_update(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
     """acc + s[rows, first:last] b[first:last, columns]."""
-    stride_sm, stride_br, stride_bn = strides
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
-        r = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        s_pointers = s + rows[:, None] * stride_sm + r[None, :]
-        b_pointers = b + r[:, None] * stride_br + columns[None, :] * stride_bn
-        s_tile = tl.load(s_pointers, (rows < M)[:, None] & (r < last)[None, :], 0.0)  # (BLOCK_M, BLOCK_R)
-        b_tile = tl.load(b_pointers, (r < last)[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_R, BLOCK_N)
-        acc = tl.dot(s_tile, b_tile, acc, input_precision="ieee")
+        acc = _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R)
     return acc
 
 
@@ -225,10 +263,10 @@ def _add_update(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: t
 def _store(y, acc, row, column, M, N, DESCRIPTORS: tl.constexpr, STORES: tl.constexpr):
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if DESCRIPTORS and STORES == 2:
+    if DESCRIPTORS and STORES > 1:
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        y.store([row, column], left.to(y.dtype))
-        y.store([row, column + BLOCK_N // 2], right.to(y.dtype))
+        _store(y, left, row, column, M, N, DESCRIPTORS, STORES // 2)
+        _store(y, right, row, column + BLOCK_N // 2, M, N, DESCRIPTORS, STORES // 2)
     elif DESCRIPTORS:
         y.store([row, column], acc.to(y.dtype))
     else:
@@ -255,6 +293,7 @@ def gemm_lora_kernel(
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
     DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr, STORES: tl.constexpr,
+    FLAT: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0)
     stop = start + 1  # without PERSISTENT a loop of one turn, which the compiler removes
@@ -262,7 +301,9 @@ def gemm_lora_kernel(
     if PERSISTENT:
         stop = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         step = tl.num_programs(0)
-    for tile in tl.range(start, stop, step):
+    if FLAT:
+        tl.assume(sizes[0][0] > 0)  # no tile without a step of its K-loop: one loop can serve both
+    for tile in tl.range(start, stop, step, flatten=FLAT):
         tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
@@ -283,8 +324,6 @@ def gemm_lora_kernel(
             kept = tl.load(mask_pointers, (rows < M)[:, None] & (mask_columns < stride_mask)[None, :], 0)
             acc += tl.where(spread_bytes(kept, BLOCK_M, BLOCK_N), part, 0.0)
             first = last
-        if bias is not None:
-            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
         if accumulate is not None:
             if DESCRIPTORS:
                 acc += accumulate.load([row, column]).to(tl.float32)
@@ -299,8 +338,12 @@ def gemm_lora_kernel(
         if len(sizes) > 2:
             acc = _add_product(acc, x2, w2, sizes[2], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
 
-        if len(masks) == 0:
+        if FLAT:
+            acc = _add_block(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R)
+        elif len(masks) == 0:
             acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2)
+        if bias is not None:
+            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
         _store(y, acc, row, column, M, N, DESCRIPTORS, STORES)
 
 
@@ -421,7 +464,8 @@ def prepare(
         s.shape[0],
         b.shape[1],
     )
-    kind = s.dtype, capability, len(masks), aligned, descriptors, w_is_nk
+    flat_rank = s.shape[1] if len(xs) == 1 and not masks and accumulate is None else None
+    kind = s.dtype, capability, len(masks), aligned, flat_rank, descriptors, w_is_nk
     return Prepared(*_plan(numbers, *kind, tile, _sms(s.device)), descriptors, w_is_nk)
 
 
@@ -432,6 +476,7 @@ def _plan(
     capability: tuple[int, int],
     masks: int,
     aligned: bool,
+    flat_rank: int | None,
     descriptors: bool,
     w_is_nk: bool,
     tile: Tile | None,
@@ -439,7 +484,12 @@ def _plan(
 ) -> tuple[Tile, Launch]:
     """The tile, picked where none is given, and the launch with these `numbers`, the kernel's from `sizes` on."""
     sizes, ranks, *_, M, N = numbers
-    tile = tile or pick_tile(M, N, dtype, capability, pairs=len(sizes), masks=masks, aligned=aligned)
+    kind = {"pairs": len(sizes), "masks": masks, "aligned": aligned, "rank": flat_rank}
+    tile = tile or pick_tile(M, N, dtype, capability, **kind)
+    if tile.flat and not (descriptors and flat_rank and flat_rank <= FLAT_RANK):
+        raise ValueError(
+            f"a flat tile takes descriptors, one product and an update of r ≤ {FLAT_RANK} and no mask: {tile}"
+        )
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     return tile, Launch(
         gemm_lora_kernel,
@@ -448,12 +498,13 @@ def _plan(
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        BLOCK_R=min(max(next_power_of_2(max(ranks)), 16), BLOCK_R),
+        BLOCK_R=rank_block(max(ranks), flat=tile.flat),
         GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors,
         W_IS_NK=w_is_nk,
         PERSISTENT=tile.persistent,
         STORES=tile.stores,
+        FLAT=tile.flat,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -22,12 +22,11 @@ from lora_fast.kernels.gemm_lora import (
     Prepared,
     Tile,
     are_aligned,
-    candidates,
     gemm_lora,
     gemm_lora_sum,
     is_aligned,
-    pick_tile,
     prepare,
+    ranked_tiles,
 )
 from lora_fast.kernels.launch import plan
 from lora_fast.kernels.partials import Sum, add_up
@@ -35,8 +34,8 @@ from lora_fast.tuning import size_class
 
 UPDATE_FIRST = "cublas, update first"
 ONE_READ, TWO_READS = "triton, one read of dy", "two reads of dy"
-# Tiles that the tuner tries beside the one that the model of `pick_tile` prefers.
-TRIED_TILES = 3
+# Tiles that the tuner tries: those that the model of `ranked_tiles` prefers.
+TRIED_TILES = 4
 # Partial sums of dS and dB, in bytes of dY, from which on one read of dY isn't timed against two.
 MOST_PARTIAL = 3
 
@@ -79,17 +78,14 @@ def _routes(
     pairs: int,
     masks: int,
     aligned: bool,
+    rank: int,
 ) -> dict[str, Tile | None]:
-    """{name: tile} of all routes: the `others`, then the tile that the model of `pick_tile` prefers and a few more for
-    the tuner to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
-    kind = {"pairs": pairs, "masks": masks, "aligned": aligned}
-    best = pick_tile(M, N, dtype, capability, **kind)
-    more = [tile for tile in candidates(dtype, capability, **kind) if tile != best]
-    tiles = {
-        f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}": t
-        for t in (best, *more[:TRIED_TILES])
-    }
-    return dict.fromkeys(others) | tiles
+    """{name: tile} of all routes: the `others`, then the tiles that the model of `ranked_tiles` prefers, for the tuner
+    to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
+    kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": None if pairs > 1 or masks else rank}
+    tiles = ranked_tiles(M, N, dtype, capability, **kind)[:TRIED_TILES]
+    names = (f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles)
+    return dict.fromkeys(others) | {name + " flat" * t.flat: t for name, t in zip(names, tiles)}
 
 
 def _place(step: str, device: torch.device, *operands: Tensor) -> tuple:
@@ -121,7 +117,7 @@ def _product(
     if route is None:
         lies = layout(xs, weights, ws)
         M, N = s.shape[0], b.shape[1]
-        kind = capability_of(s), len(xs), len(masks), lies["aligned"]
+        kind = capability_of(s), len(xs), len(masks), lies["aligned"], b.shape[0]
         tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
 
         def prepared(name: str) -> Prepared:

@@ -95,7 +95,9 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
               dtype=torch.bfloat16, first=1):  # fmt: skip
         """This call with every tile that it may be given; the first ones without --all."""
         aligned = N % (8 if uses_descriptors(TARGETS[target].capability) else 16) == 0
-        shipped = candidates(dtype, TARGETS[target].capability, pairs=pairs, masks=masks, aligned=aligned)
+        rank = R if pairs == 1 and not masks and not added else None
+        kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": rank}
+        shipped = candidates(dtype, TARGETS[target].capability, **kind)
         for i, tile in enumerate(shipped):
 
             def call(capability, tile=tile):
@@ -114,7 +116,7 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
                 )
 
             # Each K-loop, and the update's loop where it has a pipeline: it must not stand in for a K-loop.
-            loops = pairs + (masks < 2) if pairs and aligned and dtype != torch.float32 else 0
+            loops = pairs + (masks < 2 and not tile.flat) if pairs and aligned and dtype != torch.float32 else 0
             yield Case("gemm_lora", label, call, loops, wide=aligned, thorough=i >= first)
 
     # Forward: x Wᵀ with a weight that lies transposed. dx: the weight as it lies.
@@ -431,6 +433,8 @@ def resources_nvidia(cubin: bytes) -> dict[str, int]:
 MMA = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 TMA_LOAD = re.compile(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global")
 CP_ASYNC = re.compile(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (?:0x([0-9a-f]+)|(\d+))")
+# A wgmma may still run while the next step is prepared.
+OVERLAPS = re.compile(r"wgmma\.wait_group\S* [1-9]")
 LOAD = re.compile(r"ld\.global\S*?(?:\.v(\d))?\.[a-z]+(\d+)\s")
 
 
@@ -452,6 +456,7 @@ def instructions_nvidia(ptx: str) -> dict[str, Any]:
         # Loops that multiply, and those of them that fetch ahead while they do.
         "mma_loops": sum(bool(MMA.search(loop)) for loop in loops),
         "async_mma_loops": sum(bool(MMA.search(loop)) and fetches_ahead(loop) for loop in loops),
+        "overlapped_wgmma_loops": sum(bool(OVERLAPS.search(loop)) for loop in loops),
     }
 
 
@@ -572,6 +577,10 @@ def problems(row: dict) -> list[str]:
     if row["main_loops"] and not amd:
         if row["async_mma_loops"] < row["main_loops"]:
             found.append(f"{row['async_mma_loops']} loops fetch ahead, of {row['main_loops']} main loops")
+        if row["target"] == "sm_90" and row["overlapped_wgmma_loops"] < row["main_loops"]:
+            found.append(
+                f"{row['overlapped_wgmma_loops']} loops multiply on while they prepare, of {row['main_loops']}"
+            )
         if row["cp_async_less"] and not narrow:
             found.append(f"{row['cp_async_less']} asynchronous copies of less than 16 bytes")
         instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(row["target"], "mma_sync")

@@ -193,6 +193,36 @@ def test_many_tiles(capability, persistent):
             )
 
 
+@pytest.mark.skipif(not module.uses_descriptors(NEWEST), reason="flat tiles take descriptors")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("R", [1, 16, 40, 64])
+def test_flat_tiles_one_after_another(dtype, R):
+    """Each of three programs ends a tile while the next one's loads are on their way, and again."""
+    tile = Tile(32, 64, 32, 4, 3, persistent=True, stores=4, flat=True)
+    if DEVICE.type == "cuda":
+        tile = tile._replace(block_m=64, block_n=128, block_k=64, stores=2)
+    with mock.patch.object(module, "_sms", lambda device: 3):
+        for M, N, K in ((170, 136, 72), (33, 1000, 24)):
+            x, w = pair(M, N, K, dtype)
+            bias = random(N, dtype=dtype, seed=9)
+            for by_rows in (w, w.contiguous()):
+                check([x], [by_rows], [factors(M, N, R, dtype)], bias=bias, capability=NEWEST, tile=tile)
+
+
+def test_what_a_flat_tile_can_not_do():
+    dtype, tile = torch.float16, Tile(64, 64, 64, 4, 3, persistent=True, flat=True)
+    x, w = pair(33, 72, 48, dtype)
+    for refused in (
+        {"s": random(33, 65, dtype=dtype), "b": random(65, 72, dtype=dtype)},
+        {"mask": pack(draw_mask(33, 72))},
+        {"accumulate": random(33, 72, dtype=dtype)},
+        {"capability": POINTERS},
+    ):
+        call = dict(zip("sb", factors(33, 72, 8, dtype))) | {"capability": (9, 0)} | refused
+        with pytest.raises(ValueError, match="a flat tile takes"):
+            gemm_lora(x, w, **call, tile=tile)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", ["linear", "conv1d", "mixed", "sliced"])
 def test_layouts(layout, capability, descriptors):
@@ -290,7 +320,7 @@ def test_outputs_beyond_32_bits():
         x, None, None, w, None, None, s, b, (masks,), None, None, y,
         ((K, x.stride(0), *w.stride()),), (R,), (s.stride(0), *b.stride()), N, 0, M, N,
         BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, BLOCK_R=16, GROUP_M=8,
-        DESCRIPTORS=False, W_IS_NK=w.stride(0) == 1, PERSISTENT=False, STORES=1,
+        DESCRIPTORS=False, W_IS_NK=w.stride(0) == 1, PERSISTENT=False, STORES=1, FLAT=False,
     )  # fmt: skip
     found, expected = y.view(M, N)[:, :columns], formula([x], [w], [(s, b)], [kept], dtype=x.dtype)
     assert_as_exact_as(found, expected, formula([x], [w], [(s, b)], [kept]))
@@ -330,7 +360,7 @@ def test_every_tile(name):
     if DEVICE.type == "cuda":
         if name in SMS and name != architecture(NEWEST):
             pytest.skip(f"the tiles of {name} may need more shared memory than this GPU has")
-        M, N, K = 2070, 2184, 1096  # several tiles, and many steps of their loops
+        M, N, K = 4170, 4232, 1096  # several tiles for a program, and many steps of their loops
         dtype = torch.float32 if name == "fp32" else torch.bfloat16
     for tile in TILES[name]:
         xs, ws = ((), ()) if name == "update" else zip(pair(M, N, K, dtype))
@@ -348,6 +378,8 @@ def test_tiles_fit_the_problem():
     assert pick_tile(8192, 4096, bf16, (9, 0), aligned=False) in TILES["unaligned"]
     assert pick_tile(8192, 4096, bf16, AMD) in TILES["gfx942"]
     assert pick_tile(8192, 4096, bf16, (0, 0)) in TILES["sm_89"]
+    of_rank = {rank: pick_tile(8192, 4096, bf16, (9, 0), rank=rank) for rank in (1, 16, 17, 64, 65, None)}
+    assert [tile.stores * tile.flat for tile in of_rank.values()] == [4, 4, 2, 2, 0, 0]
     assert set(SMS) == set(TILES) - {"fp32", "unaligned", "update"}
     for capability in ((0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), AMD):
         for dtype in (bf16, torch.float32):

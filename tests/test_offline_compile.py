@@ -59,7 +59,7 @@ def row_of(**changed) -> dict:
         "shared": 100,
         "shared_limit": 100,
     }
-    row |= {"wide": True, "main_loops": 1, "fp64_loops": 0, "async_mma_loops": 1}
+    row |= {"wide": True, "main_loops": 1, "fp64_loops": 0, "async_mma_loops": 1, "overlapped_wgmma_loops": 1}
     row |= {"cp_async_less": 0, "cp_async_16": 1, "tma_loads": 0}
     return row | {"ld_global_16": 0, "wgmma": 4, "tcgen05": 0, "mma_sync": 0} | changed
 
@@ -74,6 +74,7 @@ def row_of(**changed) -> dict:
         ({"cp_async_16": 0}, "no 16-byte load"),
         ({"wgmma": 0, "mma_sync": 4}, "no wgmma"),
         ({"async_mma_loops": 0}, "fetch ahead"),
+        ({"overlapped_wgmma_loops": 0}, "multiply on"),
         ({"main_loops": 0, "fp64_loops": 2}, "fp64 loops"),
         ({"cp_async_less": 2}, "less than 16 bytes"),
         ({"error": "PTXASError"}, "PTXASError"),
