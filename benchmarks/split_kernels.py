@@ -25,9 +25,9 @@ from lora_fast.kernels.gemm_lora import (
     Tile,
     _add_product,
     _add_update,
+    _finish,
     _place,
     _sms,
-    _store,
     are_aligned,
     candidates,
     pick_tile,
@@ -68,7 +68,7 @@ def split_dropout(x: Tensor, p: float, seed: int) -> tuple[Tensor, Tensor]:
 def _update_first_kernel(
     x, w, sizes, s, b, update_strides, rank, kept, stride_kept, y, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, STORES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     stop = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0)):
@@ -78,12 +78,15 @@ def _update_first_kernel(
         columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
         inside = (rows < M)[:, None] & (columns < N)[None, :]
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, rank, BLOCK_R, 1)
+        acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, rank, BLOCK_R, 1, False)
         if kept is not None:
             keep = tl.load(kept + rows[:, None] * stride_kept + columns[None, :], inside, 0)  # (BLOCK_M, BLOCK_N)
             acc = tl.where(keep != 0, acc, 0.0)
         acc = _add_product(acc, x, w, sizes, row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
-        _store(y, acc, row, column, M, N, DESCRIPTORS, STORES)
+        # fmt: off
+        _finish(y, acc, s, b, (), None, (), update_strides, 0, row, column, M, N,
+                BLOCK_R, DESCRIPTORS, False, PARTS)
+        # fmt: on
 
 
 def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -124,10 +127,10 @@ def _launch(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None, til
         operand(x, tile.block_m, tile.block_k), operand(stored_w, *w_block) if descriptors else w,
         (K, x.stride(0), w.stride(0), w.stride(1)),
         s, b, (s.stride(0), b.stride(0), b.stride(1)), R, kept, 0 if kept is None else kept.stride(0),
-        operand(y, tile.block_m, tile.block_n // tile.stores), M, N,
+        operand(y, tile.block_m, tile.block_n // tile.parts), M, N,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_R=min(max(triton.next_power_of_2(R), 16), BLOCK_R), GROUP_M=GROUP_M,
-        DESCRIPTORS=descriptors, W_IS_NK=w_is_nk, STORES=tile.stores,
+        DESCRIPTORS=descriptors, W_IS_NK=w_is_nk, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return y

@@ -1,8 +1,9 @@
-"""Matrix product plus low-rank update in one pass over the result: y = x w + mask ∘ (s b) + bias + accumulate.
+"""Matrix product plus low-rank update in one pass over the result: y = x w + mask ∘ (s b) + bias.
 
     forward   y  = x Wᵀ + S (s'·lora_B)ᵀ + bias            w = weight.t(), s = S (M, R), b = (s'·lora_B).t()
     backward  dx = dy W + m ∘ (dS lora_A)                  x = dy, w = weight, s = dS (M, R), b = lora_A
     q, k, v   dx = Σᵢ dyᵢ Wᵢ + Σᵢ mᵢ ∘ (dSᵢ lora_Aᵢ)       the K-loops follow one another on one accumulator
+    update    y  = accumulate + m ∘ (s b)                  no product: what a base layer of another kind gave is there
 
 All in fp32, rounded once to x's dtype. Bytes: x, w, s, b and what is optional are read, y is written; programs that
 run together share rows of x and columns of w in L2. Added to the plain product are R / K of its FLOPs, and for a mask
@@ -10,12 +11,13 @@ M·N / 8 bytes; a second pass over y (cuBLAS with beta = 1) would read and write
 
 Where the update stands. Without a mask it follows the K-loop, on the loop's own accumulator: nothing of it is live in
 the loop, which keeps the registers and the shared memory of a plain product. With a mask it comes first: dot → mask →
-loop, since a product that is to be masked needs an accumulator of its own, and before the loop there is no other.
-accumulate starts the accumulator too. No loop holds a condition, which would undo its pipeline.
+loop, since a product that is to be masked needs an accumulator of its own, and before the loop there is no other. No
+loop holds a condition, which would undo its pipeline.
 
 Between two tiles of a persistent program the tensor cores would wait for the first loads of the second. Of a tile that
 is `flat` Triton makes one loop of both, over the steps of all tiles: what ends a tile runs inside it while the next
-tile's loads are on their way. That takes a single K-loop, whose accumulator starts at zero, and an update in one block.
+tile's loads are on their way. That takes a single K-loop, whose accumulator starts at zero, and updates in one block;
+a masked one follows the loop there too, a part of the columns at a time, of which one has a second accumulator.
 
 Two ways to memory. Tensor descriptors (TMA) from sm_90 on, where every base and row is a multiple of 16 bytes; pointers
 elsewhere. s, b, bias and the masks are small and have any rank or stride: always pointers."""
@@ -48,7 +50,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     persistent: bool = False
-    stores: int = 1
+    parts: int = 1
     flat: bool = False
 
 
@@ -57,12 +59,12 @@ class Tile(NamedTuple):
 # shared memory.
 TILES = {
     # wgmma needs 64 rows. 128 × 256 on 8 warps is 128 accumulators a thread, and three stages of it leave room for
-    # storing y by TMA while the next tile's loads are on their way; four do if y is stored by halves, and beside the
-    # update of a flat tile by quarters. The last two stream w for decoding: M ≤ 64.
+    # storing y by TMA while the next tile's loads are on their way; four do if y is stored in parts. The last two
+    # stream w for decoding: M ≤ 64.
     "sm_90": (
-        Tile(128, 256, 64, 8, 4, persistent=True, stores=4, flat=True),
-        Tile(128, 256, 64, 8, 3, persistent=True, stores=2, flat=True),
-        Tile(128, 256, 64, 8, 4, persistent=True, stores=2),
+        Tile(128, 256, 64, 8, 3, persistent=True, parts=2, flat=True),
+        Tile(128, 256, 64, 8, 4, persistent=True, parts=4, flat=True),
+        Tile(128, 256, 64, 8, 4, persistent=True, parts=2),
         Tile(128, 256, 64, 8, 3, persistent=True),
         Tile(128, 128, 64, 8, 4, persistent=True, flat=True),
         Tile(128, 128, 64, 8, 4, persistent=True),
@@ -137,15 +139,18 @@ def rank_block(rank: int, *, flat: bool) -> int:
     return min(max(next_power_of_2(rank), 16), FLAT_RANK if flat else BLOCK_R)
 
 
-def _fits(tile: Tile, rank: int | None, capability: tuple[int, int]) -> bool:
-    """Whether a tile serves calls with this `rank`, as `candidates` has it."""
-    if not tile.flat:
-        return True
+def _has_room(tile: Tile, capability: tuple[int, int], masks: int, rank: int | None) -> bool:
+    """Whether a flat tile can be used for updates of this rank: in one block, beside all else in shared memory, and of
+    masked ones with 160 accumulators a thread at most."""
     if rank is None or rank > FLAT_RANK:
         return False
-    loads = (tile.block_m + tile.block_n) * (tile.num_stages * tile.block_k + rank_block(rank, flat=True))
-    stored, barriers = tile.block_m * tile.block_n // tile.stores, 128
-    return 2 * (loads + stored) + barriers <= shared_memory(capability)
+    columns = tile.block_n // tile.parts
+    if masks and tile.block_m * (tile.block_n + columns) > 160 * 32 * tile.num_warps:
+        return False
+    stages = tile.num_stages * tile.block_k * (tile.block_m + tile.block_n)
+    update = rank_block(rank, flat=True) * (tile.block_m + (columns if masks else tile.block_n))
+    barriers = 128
+    return 2 * (stages + update + tile.block_m * columns) + barriers <= shared_memory(capability)
 
 
 def candidates(
@@ -157,8 +162,8 @@ def candidates(
     aligned: bool = True,
     rank: int | None = None,
 ) -> tuple[Tile, ...]:
-    """The tiles that `pick_tile` and the tuner choose from, for so many products and masks. rank: of the update, where
-    flat tiles may be used: the call has one product, no mask, nothing to accumulate to."""
+    """The tiles that `pick_tile` and the tuner choose from, for so many products and masks. rank: the largest of the
+    updates', where there is one product; without it no tile is flat."""
     name = architecture(capability)
     if not pairs:
         return TILES["update"]
@@ -169,8 +174,15 @@ def candidates(
     most = 128 if masks == 0 or (masks == 1 and name in ("sm_90", "sm_100")) else 64
     if not aligned:
         name, most = "unaligned", 32 if masks == 0 else 16
-    small = (tile for tile in TILES[name] if tile.block_m * tile.block_n <= most * 32 * tile.num_warps)
-    return tuple(tile for tile in small if _fits(tile, rank, capability))
+    return tuple(
+        tile
+        for tile in TILES[name]
+        if (
+            _has_room(tile, capability, masks, rank)
+            if tile.flat
+            else tile.block_m * tile.block_n <= most * 32 * tile.num_warps
+        )
+    )
 
 
 def ranked_tiles(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], **kind: Any) -> list[Tile]:
@@ -252,28 +264,72 @@ def _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R: tl
 
 
 @triton.jit
-def _add_update(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr):
+def _add_update(
+    acc, s, b, strides, rows, columns, M, N, first, last,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     """acc + s[rows, first:last] b[first:last, columns]."""
-    for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
-        acc = _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R)
+    if FLAT:  # a loop beside the K-loop would keep Triton from making one of that and the tiles'
+        acc = _add_block(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R)
+    else:
+        for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
+            acc = _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R)
     return acc
 
 
 @triton.jit
-def _store(y, acc, row, column, M, N, DESCRIPTORS: tl.constexpr, STORES: tl.constexpr):
+def _add_masked(
+    acc, s, b, masks, ranks, strides, stride_mask, row, column, M, N,
+    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ mask ∘ (s[row:] b[:, column:]), over the adapters that lie side by side in s and b."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if DESCRIPTORS and STORES > 1:
+    rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+    first = 0
+    for i in tl.static_range(len(masks)):
+        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        last = first + ranks[i]
+        part = _add_update(part, s, b, strides, rows, columns, M, N, first, last, BLOCK_R, STAGES, FLAT)
+        bytes = column // 8 + tl.arange(0, BLOCK_N // 8)
+        mask_pointers = masks[i] + rows[:, None] * stride_mask + bytes[None, :]
+        # A row's bytes are bounded by the stride, whose divisors Triton knows: 16-byte loads.
+        kept = tl.load(mask_pointers, (rows < M)[:, None] & (bytes < stride_mask)[None, :], 0)
+        acc += tl.where(spread_bytes(kept, BLOCK_M, BLOCK_N), part, 0.0)
+        first = last
+    return acc
+
+
+@triton.jit
+def _finish(
+    y, acc, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
+    BLOCK_R: tl.constexpr, DESCRIPTORS: tl.constexpr, FLAT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """y[row:, column:] = acc, with what it still lacks, in parts side by side."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if DESCRIPTORS and PARTS > 1:
+        HALF: tl.constexpr = PARTS // 2
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        _store(y, left, row, column, M, N, DESCRIPTORS, STORES // 2)
-        _store(y, right, row, column + BLOCK_N // 2, M, N, DESCRIPTORS, STORES // 2)
-    elif DESCRIPTORS:
-        y.store([row, column], acc.to(y.dtype))
+        # fmt: off
+        _finish(y, left, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
+                BLOCK_R, DESCRIPTORS, FLAT, HALF)
+        _finish(y, right, s, b, masks, bias, ranks, update_strides, stride_mask, row, column + BLOCK_N // 2, M, N,
+                BLOCK_R, DESCRIPTORS, FLAT, HALF)
+        # fmt: on
     else:
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
         columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
-        tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+        if FLAT:
+            acc = _add_masked(acc, s, b, masks, ranks, update_strides, stride_mask, row, column, M, N, BLOCK_R, 1, FLAT)
+        if bias is not None:
+            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
+        if DESCRIPTORS:
+            y.store([row, column], acc.to(y.dtype))
+        else:
+            rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -284,7 +340,7 @@ def gemm_lora_kernel(
     b,  # (ΣR, N)
     masks,  # of uint8 (M, stride_mask), a bit for each column of y
     bias,  # (N,) or None
-    accumulate,  # as y, or None
+    accumulate,  # as y, or None; only where there is no x
     y,  # (M, N), contiguous
     sizes,  # for each pair K, stride_xm, stride_wk, stride_wn
     ranks,  # how ΣR is divided among the masks; the whole without masks
@@ -292,7 +348,7 @@ def gemm_lora_kernel(
     stride_mask, stride_accumulate,
     M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr, STORES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr, PERSISTENT: tl.constexpr, PARTS: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0)
@@ -308,29 +364,19 @@ def gemm_lora_kernel(
         row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
         rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
         columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        first = 0
-        # Side by side, the pipelines of several short loops take more registers than there are.
-        STAGES: tl.constexpr = 1 if len(masks) > 1 else 2
-        for i in tl.static_range(len(masks)):
-            part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            last = first + ranks[i]
-            part = _add_update(part, s, b, update_strides, rows, columns, M, N, first, last, BLOCK_R, STAGES)
-            mask_columns = tile_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-            mask_pointers = masks[i] + rows[:, None] * stride_mask + mask_columns[None, :]
-            # A row's bytes are bounded by the stride, whose divisors Triton knows: 16-byte loads.
-            kept = tl.load(mask_pointers, (rows < M)[:, None] & (mask_columns < stride_mask)[None, :], 0)
-            acc += tl.where(spread_bytes(kept, BLOCK_M, BLOCK_N), part, 0.0)
-            first = last
+        if not FLAT:
+            # Side by side, the pipelines of several short loops take more registers than there are.
+            STAGES: tl.constexpr = 1 if len(masks) > 1 else 2
+            acc = _add_masked(
+                acc, s, b, masks, ranks, update_strides, stride_mask, row, column, M, N, BLOCK_R, STAGES, FLAT
+            )
         if accumulate is not None:
-            if DESCRIPTORS:
-                acc += accumulate.load([row, column]).to(tl.float32)
-            else:
-                pointers = accumulate + rows[:, None] * stride_accumulate + columns[None, :]
-                acc += tl.load(pointers, inside, 0.0).to(tl.float32)
-
+            inside = (rows < M)[:, None] & (columns < N)[None, :]
+            acc += tl.load(accumulate + rows[:, None] * stride_accumulate + columns[None, :], inside, 0.0).to(
+                tl.float32
+            )
         if len(sizes) > 0:
             acc = _add_product(acc, x0, w0, sizes[0], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
         if len(sizes) > 1:
@@ -338,13 +384,12 @@ def gemm_lora_kernel(
         if len(sizes) > 2:
             acc = _add_product(acc, x2, w2, sizes[2], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
 
-        if FLAT:
-            acc = _add_block(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R)
-        elif len(masks) == 0:
-            acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2)
-        if bias is not None:
-            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
-        _store(y, acc, row, column, M, N, DESCRIPTORS, STORES)
+        if len(masks) == 0:
+            acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2, FLAT)
+        # fmt: off
+        _finish(y, acc, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
+                BLOCK_R, DESCRIPTORS, FLAT, PARTS)
+        # fmt: on
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -365,7 +410,7 @@ def gemm_lora(
     """x (M, K), w (K, N), s (M, R), b (R, N), bias (N,), mask uint8 (M, ⌈N / 8⌉), accumulate (M, N) → y (M, N), new.
 
     All of one dtype but the mask. The last dimension of x, s and accumulate is contiguous; w and b have any strides.
-    Without x and w: the update alone, mask ∘ (s b) + bias + accumulate."""
+    Without x and w: the update alone, mask ∘ (s b) + bias, and only then + accumulate."""
     return gemm_lora_sum(
         () if x is None else (x,),
         () if w is None else (w,),
@@ -392,10 +437,10 @@ def gemm_lora_sum(
     tile: Tile | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Tensor:
-    """y = Σᵢ xᵢ wᵢ + Σⱼ maskⱼ ∘ (sⱼ bⱼ) + bias + accumulate in one launch: xᵢ (M, Kᵢ), wᵢ (Kᵢ, N), i < 3 → y (M, N).
+    """y = Σᵢ xᵢ wᵢ + Σⱼ maskⱼ ∘ (sⱼ bⱼ) + bias in one launch: xᵢ (M, Kᵢ), wᵢ (Kᵢ, N), i < 3 → y (M, N).
 
     s (M, ΣR) and b (ΣR, N) hold the adapters side by side. With masks (one each, or none at all), `ranks` says where
-    one ends and the next begins; without, they are one product."""
+    one ends and the next begins; without, they are one product. Without any x also + accumulate (M, N)."""
     if s.shape[0] == 0 or b.shape[1] == 0:
         return s.new_empty(s.shape[0], b.shape[1])
     prepared = prepare(xs, ws, s, b, ranks=ranks, masks=masks, accumulate=accumulate, tile=tile, capability=capability)
@@ -430,9 +475,8 @@ class Prepared(NamedTuple):
         m, n, k = tile.block_m, tile.block_n, tile.block_k
         xs = [describe(x, [m, k]) for x in xs]
         ws = [describe(w.t(), [n, k]) if self.w_is_nk else describe(w, [k, n]) for w in ws]
-        added = None if accumulate is None else describe(accumulate, [m, n])
-        stored = describe(y, [m, n // tile.stores])
-        self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, added, stored)
+        stored = describe(y, [m, n // tile.parts])
+        self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, None, stored)
         return y
 
 
@@ -453,8 +497,7 @@ def prepare(
     w_is_nk = _is_nk(ws)
     aligned = bool(xs) and are_aligned(xs, ws, capability)
     descriptors = aligned and uses_descriptors(capability)
-    if accumulate is not None and not is_aligned(accumulate, descriptors):
-        aligned = descriptors = False
+    assert accumulate is None or not xs, "nothing is added to a product's result"
     numbers = (
         tuple((x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)),
         tuple(ranks) if masks and ranks else (s.shape[1],),
@@ -464,7 +507,7 @@ def prepare(
         s.shape[0],
         b.shape[1],
     )
-    flat_rank = s.shape[1] if len(xs) == 1 and not masks and accumulate is None else None
+    flat_rank = max(numbers[1]) if len(xs) == 1 else None
     kind = s.dtype, capability, len(masks), aligned, flat_rank, descriptors, w_is_nk
     return Prepared(*_plan(numbers, *kind, tile, _sms(s.device)), descriptors, w_is_nk)
 
@@ -487,9 +530,7 @@ def _plan(
     kind = {"pairs": len(sizes), "masks": masks, "aligned": aligned, "rank": flat_rank}
     tile = tile or pick_tile(M, N, dtype, capability, **kind)
     if tile.flat and not (descriptors and flat_rank and flat_rank <= FLAT_RANK):
-        raise ValueError(
-            f"a flat tile takes descriptors, one product and an update of r ≤ {FLAT_RANK} and no mask: {tile}"
-        )
+        raise ValueError(f"a flat tile takes descriptors, one product and updates of r ≤ {FLAT_RANK}: {tile}")
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     return tile, Launch(
         gemm_lora_kernel,
@@ -503,7 +544,7 @@ def _plan(
         DESCRIPTORS=descriptors,
         W_IS_NK=w_is_nk,
         PERSISTENT=tile.persistent,
-        STORES=tile.stores,
+        PARTS=tile.parts,
         FLAT=tile.flat,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

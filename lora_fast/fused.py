@@ -78,11 +78,11 @@ def _routes(
     pairs: int,
     masks: int,
     aligned: bool,
-    rank: int,
+    rank: int | None,
 ) -> dict[str, Tile | None]:
     """{name: tile} of all routes: the `others`, then the tiles that the model of `ranked_tiles` prefers, for the tuner
     to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
-    kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": None if pairs > 1 or masks else rank}
+    kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": rank}
     tiles = ranked_tiles(M, N, dtype, capability, **kind)[:TRIED_TILES]
     names = (f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles)
     return dict.fromkeys(others) | {name + " flat" * t.flat: t for name, t in zip(names, tiles)}
@@ -117,7 +117,8 @@ def _product(
     if route is None:
         lies = layout(xs, weights, ws)
         M, N = s.shape[0], b.shape[1]
-        kind = capability_of(s), len(xs), len(masks), lies["aligned"], b.shape[0]
+        rank = max(ranks if masks else b.shape[:1]) if len(xs) == 1 else None
+        kind = capability_of(s), len(xs), len(masks), lies["aligned"], rank
         tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
 
         def prepared(name: str) -> Prepared:

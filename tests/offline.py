@@ -95,7 +95,7 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
               dtype=torch.bfloat16, first=1):  # fmt: skip
         """This call with every tile that it may be given; the first ones without --all."""
         aligned = N % (8 if uses_descriptors(TARGETS[target].capability) else 16) == 0
-        rank = R if pairs == 1 and not masks and not added else None
+        rank = R if pairs == 1 else None
         kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": rank}
         shipped = candidates(dtype, TARGETS[target].capability, **kind)
         for i, tile in enumerate(shipped):
@@ -123,17 +123,17 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
     yield from cases("forward, r=64", first=9)
     yield from cases("forward, r=16, bias", R=16, bias=True, M=8192, first=2 if target == "sm_90" else 0)
     yield from cases("forward, r=512", R=512, first=0)
-    yield from cases("forward, Conv1D, r=16, accumulate", R=16, weight_t=False, added=True, first=0)
-    yield from cases("dx, r=16, accumulate", R=16, weight_t=False, added=True, first=0)
-    yield from cases("dx, mask, r=16", R=16, masks=1, weight_t=False, first=0)
-    yield from cases("dx, mask, r=64, accumulate", masks=1, weight_t=False, added=True)
+    yield from cases("forward, Conv1D, r=16, bias", R=16, weight_t=False, bias=True, first=0)
+    yield from cases("dx, r=16", R=16, weight_t=False, first=2 if target == "sm_90" else 0)
+    yield from cases("dx, mask, r=16", R=16, masks=1, weight_t=False, first=1 if target == "sm_90" else 0)
+    yield from cases("dx, mask, r=64", masks=1, weight_t=False, first=2 if target == "sm_90" else 1)
     yield from cases("dx of q, k, v, r=16", pairs=3, R=48, weight_t=False)
     yield from cases("dx of gate, up, masks, r=64", pairs=2, masks=2, weight_t=False, first=0)
     yield from cases("dx of q, k, v, masks, r=16", pairs=3, masks=3, R=16, weight_t=False)
     yield from cases("dx of q, k, v, masks, r=64", pairs=3, masks=3, weight_t=False, first=0)
     yield from cases("forward, odd sizes, r=64", K=4097, N=4097)
     yield from cases("forward, sizes of 8 mod 16, r=64", K=4104, N=4104)
-    yield from cases("dx, odd sizes, mask, r=16, accumulate", K=4097, N=4097, R=16, masks=1, weight_t=False, added=True)
+    yield from cases("dx, odd sizes, mask, r=16", K=4097, N=4097, R=16, masks=1, weight_t=False)
     yield from cases("dx of q, k, v, odd sizes, masks, r=16", K=4097, N=4097, R=16, pairs=3, masks=3, first=0)
     yield from cases("update, masks, r=16, accumulate", pairs=0, masks=3, R=16, weight_t=False, added=True)
     yield from cases("update, mask, r=64", pairs=0, masks=1, weight_t=False, first=0)
@@ -149,14 +149,14 @@ def gemm_lora_cases(target: str) -> Iterator[Case]:
             ranks=[R] * masks,
             masks=[meta(M, -(-N // 8), dtype=torch.uint8)] * masks,
             bias=meta(N) if extra else None,
-            accumulate=meta(M, N) if extra else None,
+            accumulate=meta(M, N) if extra and not pairs else None,
             capability=capability,
         )
 
     for kind, settings in {
-        "forward, bias, accumulate": {"extra": True},
+        "forward, bias": {"extra": True},
         "dx of q, k, v, masks": {"pairs": 3, "masks": 3, "weight_t": False},
-        "update, masks, accumulate": {"pairs": 0, "masks": 2, "extra": True},
+        "update, masks, bias, accumulate": {"pairs": 0, "masks": 2, "extra": True},
     }.items():
         yield from ones("gemm_lora", target, kind, functools.partial(one, **settings), M=70, N=144, K=80, R=16)
 
@@ -524,6 +524,8 @@ SPILLS = [
         8,
         "two numbers, for five blocks on a multiprocessor",
     ),
+    ("gemm_lora_kernel", r"dx, r=16 .*BLOCK_M=64, BLOCK_N=64,.*", r"sm_80|sm_89", 8, "for one more block"),
+    ("gemm_lora_kernel", r"dx of q, k, v, masks, .* R=1 .*", r"sm_120", 8, "for one more block"),
     ("_project_kernel", r"S, p=0.1, r=16.*", r"sm_100", 24, "of drawing the masks; no chip was at hand to tune on"),
     ("_cholesky_kernel", r"r=16, vectors .*", r"sm_120", 8, "for one more block on a multiprocessor"),
     ("_jacobi_kernel", r"r=64, vectors .*", r"sm_120", 24, "of 128 registers; fp64 is slow on this chip"),

@@ -124,12 +124,11 @@ def test_forward(dtype, R, capability, descriptors):
 @pytest.mark.parametrize("R", RANKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_under_dropout(dtype, R, capability, descriptors):
-    """dx = dy W + m ∘ (dS A): w is the weight as it lies, b is lora_A as it lies, and dx is added to another's."""
+    """dx = dy W + m ∘ (dS A): w is the weight as it lies, b is lora_A as it lies."""
     dy, weight = random(33, 48, dtype=dtype), random(48, 72, dtype=dtype, seed=1)
     ds, lora_A = random(33, R, dtype=dtype, seed=2), random(R, 72, dtype=dtype, seed=3)
-    other = random(33, 72, dtype=dtype, seed=4)
-    check([dy], [weight], [(ds, lora_A)], [draw_mask(33, 72)], accumulate=other, capability=capability)
-    assert descriptors.call_count == (4 if capability >= (9, 0) else 0)
+    check([dy], [weight], [(ds, lora_A)], [draw_mask(33, 72)], capability=capability)
+    assert descriptors.call_count == (3 if capability >= (9, 0) else 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -189,7 +188,7 @@ def test_many_tiles(capability, persistent):
                 [w[:, :N]],
                 [factors(150, N, 20, dtype)],
                 capability=capability,
-                tile=tile._replace(block_n=32, stores=2),
+                tile=tile._replace(block_n=32, parts=2),
             )
 
 
@@ -198,15 +197,19 @@ def test_many_tiles(capability, persistent):
 @pytest.mark.parametrize("R", [1, 16, 40, 64])
 def test_flat_tiles_one_after_another(dtype, R):
     """Each of three programs ends a tile while the next one's loads are on their way, and again."""
-    tile = Tile(32, 64, 32, 4, 3, persistent=True, stores=4, flat=True)
+    tile = Tile(32, 64, 32, 4, 3, persistent=True, parts=4, flat=True)
     if DEVICE.type == "cuda":
-        tile = tile._replace(block_m=64, block_n=128, block_k=64, stores=2)
+        tile = tile._replace(block_m=64, block_n=128, block_k=64, parts=2)
     with mock.patch.object(module, "_sms", lambda device: 3):
         for M, N, K in ((170, 136, 72), (33, 1000, 24)):
             x, w = pair(M, N, K, dtype)
             bias = random(N, dtype=dtype, seed=9)
             for by_rows in (w, w.contiguous()):
                 check([x], [by_rows], [factors(M, N, R, dtype)], bias=bias, capability=NEWEST, tile=tile)
+            two = [factors(M, N, rank, dtype, seed=rank) for rank in (R, 12)]
+            for masked in (two[:1], two):  # two: q, k, v of which one has a weight
+                masks = [draw_mask(M, N, seed) for seed in range(len(masked))]
+                check([x], [w], masked, masks, bias=bias, capability=NEWEST, tile=tile)
 
 
 def test_what_a_flat_tile_can_not_do():
@@ -214,8 +217,6 @@ def test_what_a_flat_tile_can_not_do():
     x, w = pair(33, 72, 48, dtype)
     for refused in (
         {"s": random(33, 65, dtype=dtype), "b": random(65, 72, dtype=dtype)},
-        {"mask": pack(draw_mask(33, 72))},
-        {"accumulate": random(33, 72, dtype=dtype)},
         {"capability": POINTERS},
     ):
         call = dict(zip("sb", factors(33, 72, 8, dtype))) | {"capability": (9, 0)} | refused
@@ -226,7 +227,7 @@ def test_what_a_flat_tile_can_not_do():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", ["linear", "conv1d", "mixed", "sliced"])
 def test_layouts(layout, capability, descriptors):
-    """Weights of nn.Linear and of Conv1D; s, accumulate and x as views with longer rows; a w without unit stride."""
+    """Weights of nn.Linear and of Conv1D; s and x as views with longer rows; a w without unit stride."""
     dtype, M, N, K, R = torch.float16, 33, 72, 48, 8
     x = random(M, 2 * K, dtype=dtype)[:, K:]
     linear, conv1d = random(N, K, dtype=dtype, seed=1).t(), random(K, N, dtype=dtype, seed=2)
@@ -239,9 +240,8 @@ def test_layouts(layout, capability, descriptors):
         "mixed": ([x, x], [linear, conv1d]),
         "sliced": ([x], [sliced]),
     }[layout]
-    accumulate = random(M, 2 * N, dtype=dtype, seed=6)[:, :N]
-    check(xs, ws, [(s, b)], accumulate=accumulate, capability=capability)
-    check(xs, ws, [(s, b.t().contiguous().t())], accumulate=accumulate, capability=capability)
+    check(xs, ws, [(s, b)], capability=capability)
+    check(xs, ws, [(s, b.t().contiguous().t())], capability=capability)
     assert bool(descriptors.call_count) == (layout in ("linear", "conv1d") and capability >= (9, 0))
 
 
@@ -320,7 +320,7 @@ def test_outputs_beyond_32_bits():
         x, None, None, w, None, None, s, b, (masks,), None, None, y,
         ((K, x.stride(0), *w.stride()),), (R,), (s.stride(0), *b.stride()), N, 0, M, N,
         BLOCK_M=64, BLOCK_N=columns, BLOCK_K=32, BLOCK_R=16, GROUP_M=8,
-        DESCRIPTORS=False, W_IS_NK=w.stride(0) == 1, PERSISTENT=False, STORES=1, FLAT=False,
+        DESCRIPTORS=False, W_IS_NK=w.stride(0) == 1, PERSISTENT=False, PARTS=1, FLAT=False,
     )  # fmt: skip
     found, expected = y.view(M, N)[:, :columns], formula([x], [w], [(s, b)], [kept], dtype=x.dtype)
     assert_as_exact_as(found, expected, formula([x], [w], [(s, b)], [kept]))
@@ -379,7 +379,7 @@ def test_tiles_fit_the_problem():
     assert pick_tile(8192, 4096, bf16, AMD) in TILES["gfx942"]
     assert pick_tile(8192, 4096, bf16, (0, 0)) in TILES["sm_89"]
     of_rank = {rank: pick_tile(8192, 4096, bf16, (9, 0), rank=rank) for rank in (1, 16, 17, 64, 65, None)}
-    assert [tile.stores * tile.flat for tile in of_rank.values()] == [4, 4, 2, 2, 0, 0]
+    assert [tile.flat for tile in of_rank.values()] == [True, True, True, True, False, False]
     assert set(SMS) == set(TILES) - {"fp32", "unaligned", "update"}
     for capability in ((0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), AMD):
         for dtype in (bf16, torch.float32):
