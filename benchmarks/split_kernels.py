@@ -26,6 +26,7 @@ from lora_fast.kernels.gemm_lora import (
     _add_product,
     _add_update,
     _finish,
+    _indices,
     _place,
     _sms,
     are_aligned,
@@ -73,20 +74,16 @@ def _update_first_kernel(
     stop = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), stop, tl.num_programs(0)):
         tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
-        inside = (rows < M)[:, None] & (columns < N)[None, :]
+        place = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
+        update = s, b, update_strides
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, rank, BLOCK_R, 1, False)
+        acc = _add_update(acc, update, place, 0, rank, BLOCK_R, 1, False)
         if kept is not None:
-            keep = tl.load(kept + rows[:, None] * stride_kept + columns[None, :], inside, 0)  # (BLOCK_M, BLOCK_N)
-            acc = tl.where(keep != 0, acc, 0.0)
-        acc = _add_product(acc, x, w, sizes, row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
-        # fmt: off
-        _finish(y, acc, s, b, (), None, (), update_strides, 0, row, column, M, N,
-                BLOCK_R, DESCRIPTORS, False, PARTS)
-        # fmt: on
+            rows, columns, in_rows, in_columns = _indices(acc, place)
+            pointers = kept + rows[:, None] * stride_kept + columns[None, :]
+            acc = tl.where(tl.load(pointers, in_rows & in_columns, 0) != 0, acc, 0.0)  # (BLOCK_M, BLOCK_N)
+        acc = _add_product(acc, x, w, sizes, place, BLOCK_K, DESCRIPTORS, W_IS_NK)
+        _finish(y, acc, update, (), (), 0, None, place, BLOCK_R, DESCRIPTORS, False, PARTS)
 
 
 def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None = None) -> Tensor:

@@ -217,34 +217,41 @@ def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
+def _indices(acc, place):
+    """Rows (BLOCK_M) and columns (BLOCK_N) of y that stand in acc, and which of them (BLOCK_M, 1), (1, BLOCK_N) y has.
+
+    place: the first row, the first column, M, N."""
+    row, column, M, N = place
+    rows = row.to(tl.int64) + tl.arange(0, acc.shape[0])
+    columns = column.to(tl.int64) + tl.arange(0, acc.shape[1])
+    return rows, columns, (rows < M)[:, None], (columns < N)[None, :]
+
+
+@triton.jit
 def _load_w(w, k, column, W_IS_NK: tl.constexpr):
     """w[k:, column:] by its descriptor, which is of w or of w transposed: whichever has contiguous rows."""
     return w.load([column, k]).T if W_IS_NK else w.load([k, column])
 
 
 @triton.jit
-def _add_product(
-    acc, x, w, sizes, row, column, M, N, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr
-):
+def _add_product(acc, x, w, sizes, place, BLOCK_K: tl.constexpr, DESCRIPTORS: tl.constexpr, W_IS_NK: tl.constexpr):
     """acc + x[rows] w[:, columns]: the main loop."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
     K, stride_xm, stride_wk, stride_wn = sizes
     if DESCRIPTORS:
+        row, column, _, _ = place
         for k in range(0, K, BLOCK_K):
             x_tile = x.load([row, k])  # (BLOCK_M, BLOCK_K)
             w_tile = _load_w(w, k, column, W_IS_NK)  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
     else:
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        rows, columns, in_rows, in_columns = _indices(acc, place)
         ks = tl.arange(0, BLOCK_K)
         x_pointers = x + rows[:, None] * stride_xm + ks[None, :]
         w_pointers = w + ks[:, None] * stride_wk + columns[None, :] * stride_wn
         for k in range(0, K, BLOCK_K):
             inside = ks < K - k
-            x_tile = tl.load(x_pointers, (rows < M)[:, None] & inside[None, :], 0.0)  # (BLOCK_M, BLOCK_K)
-            w_tile = tl.load(w_pointers, inside[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_K, BLOCK_N)
+            x_tile = tl.load(x_pointers, in_rows & inside[None, :], 0.0)  # (BLOCK_M, BLOCK_K)
+            w_tile = tl.load(w_pointers, inside[:, None] & in_columns, 0.0)  # (BLOCK_K, BLOCK_N)
             acc = tl.dot(x_tile, w_tile, acc, input_precision="ieee")
             x_pointers += BLOCK_K
             w_pointers += BLOCK_K * stride_wk
@@ -252,84 +259,76 @@ def _add_product(
 
 
 @triton.jit
-def _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R: tl.constexpr):
-    """acc + s[rows, start:last] b[start:last, columns], BLOCK_R ranks at most."""
+def _add_block(acc, update, place, first, last, BLOCK_R: tl.constexpr):
+    """acc + s[rows, first:last] b[first:last, columns], BLOCK_R ranks at most. update: s, b and their strides."""
+    s, b, strides = update
     stride_sm, stride_br, stride_bn = strides
-    r = start + tl.arange(0, BLOCK_R).to(tl.int64)
+    rows, columns, in_rows, in_columns = _indices(acc, place)
+    r = first + tl.arange(0, BLOCK_R).to(tl.int64)
     s_pointers = s + rows[:, None] * stride_sm + r[None, :]
     b_pointers = b + r[:, None] * stride_br + columns[None, :] * stride_bn
-    s_tile = tl.load(s_pointers, (rows < M)[:, None] & (r < last)[None, :], 0.0)  # (BLOCK_M, BLOCK_R)
-    b_tile = tl.load(b_pointers, (r < last)[:, None] & (columns < N)[None, :], 0.0)  # (BLOCK_R, BLOCK_N)
+    s_tile = tl.load(s_pointers, in_rows & (r < last)[None, :], 0.0)  # (BLOCK_M, BLOCK_R)
+    b_tile = tl.load(b_pointers, (r < last)[:, None] & in_columns, 0.0)  # (BLOCK_R, BLOCK_N)
     return tl.dot(s_tile, b_tile, acc, input_precision="ieee")
 
 
 @triton.jit
 def _add_update(
-    acc, s, b, strides, rows, columns, M, N, first, last,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr,
+    acc, update, place, first, last, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr
 ):  # fmt: skip
     """acc + s[rows, first:last] b[first:last, columns]."""
     if FLAT:  # a loop beside the K-loop would keep Triton from making one of that and the tiles'
-        acc = _add_block(acc, s, b, strides, rows, columns, M, N, first, last, BLOCK_R)
+        acc = _add_block(acc, update, place, first, last, BLOCK_R)
     else:
         for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
-            acc = _add_block(acc, s, b, strides, rows, columns, M, N, start, last, BLOCK_R)
+            acc = _add_block(acc, update, place, start, last, BLOCK_R)
     return acc
 
 
 @triton.jit
 def _add_masked(
-    acc, s, b, masks, ranks, strides, stride_mask, row, column, M, N,
-    BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr,
+    acc, update, masks, ranks, stride_mask, place, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, FLAT: tl.constexpr
 ):  # fmt: skip
-    """acc + Σ mask ∘ (s[row:] b[:, column:]), over the adapters that lie side by side in s and b."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
-    rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+    """acc + Σ mask ∘ (s[rows] b[:, columns]), over the adapters that lie side by side in s and b."""
+    rows, _, in_rows, _ = _indices(acc, place)
+    bytes = place[1] // 8 + tl.arange(0, acc.shape[1] // 8)
     first = 0
     for i in tl.static_range(len(masks)):
-        part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         last = first + ranks[i]
-        part = _add_update(part, s, b, strides, rows, columns, M, N, first, last, BLOCK_R, STAGES, FLAT)
-        bytes = column // 8 + tl.arange(0, BLOCK_N // 8)
-        mask_pointers = masks[i] + rows[:, None] * stride_mask + bytes[None, :]
+        part = tl.zeros(acc.shape, tl.float32)
+        part = _add_update(part, update, place, first, last, BLOCK_R, STAGES, FLAT)
         # A row's bytes are bounded by the stride, whose divisors Triton knows: 16-byte loads.
-        kept = tl.load(mask_pointers, (rows < M)[:, None] & (bytes < stride_mask)[None, :], 0)
-        acc += tl.where(spread_bytes(kept, BLOCK_M, BLOCK_N), part, 0.0)
+        pointers = masks[i] + rows[:, None] * stride_mask + bytes[None, :]
+        kept = tl.load(pointers, in_rows & (bytes < stride_mask)[None, :], 0)  # (BLOCK_M, BLOCK_N / 8)
+        acc += tl.where(spread_bytes(kept, acc.shape[0], acc.shape[1]), part, 0.0)
         first = last
     return acc
 
 
 @triton.jit
 def _finish(
-    y, acc, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
+    y, acc, update, masks, ranks, stride_mask, bias, place,
     BLOCK_R: tl.constexpr, DESCRIPTORS: tl.constexpr, FLAT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """y[row:, column:] = acc, with what it still lacks, in parts side by side."""
-    BLOCK_M: tl.constexpr = acc.shape[0]
-    BLOCK_N: tl.constexpr = acc.shape[1]
+    """y[rows, columns] = acc + bias and, if flat, masked updates; in parts side by side."""
+    row, column, M, N = place
     if DESCRIPTORS and PARTS > 1:
-        HALF: tl.constexpr = PARTS // 2
-        left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-        # fmt: off
-        _finish(y, left, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
-                BLOCK_R, DESCRIPTORS, FLAT, HALF)
-        _finish(y, right, s, b, masks, bias, ranks, update_strides, stride_mask, row, column + BLOCK_N // 2, M, N,
-                BLOCK_R, DESCRIPTORS, FLAT, HALF)
-        # fmt: on
+        HALF: tl.constexpr = acc.shape[1] // 2
+        MORE: tl.constexpr = PARTS // 2
+        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        _finish(y, left, update, masks, ranks, stride_mask, bias, place, BLOCK_R, DESCRIPTORS, FLAT, MORE)
+        place = row, column + HALF, M, N
+        _finish(y, right, update, masks, ranks, stride_mask, bias, place, BLOCK_R, DESCRIPTORS, FLAT, MORE)
     else:
-        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        rows, columns, in_rows, in_columns = _indices(acc, place)
         if FLAT:
-            acc = _add_masked(acc, s, b, masks, ranks, update_strides, stride_mask, row, column, M, N, BLOCK_R, 1, FLAT)
+            acc = _add_masked(acc, update, masks, ranks, stride_mask, place, BLOCK_R, 1, FLAT)
         if bias is not None:
-            acc += tl.load(bias + columns, columns < N, 0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + columns[None, :], in_columns, 0.0).to(tl.float32)
         if DESCRIPTORS:
             y.store([row, column], acc.to(y.dtype))
         else:
-            rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-            inside = (rows < M)[:, None] & (columns < N)[None, :]
-            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), inside)
+            tl.store(y + rows[:, None] * N + columns[None, :], acc.to(y.dtype.element_ty), in_rows & in_columns)
 
 
 @triton.jit
@@ -361,35 +360,27 @@ def gemm_lora_kernel(
         tl.assume(sizes[0][0] > 0)  # no tile without a step of its K-loop: one loop can serve both
     for tile in tl.range(start, stop, step, flatten=FLAT):
         tile_m, tile_n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        row, column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        rows = row.to(tl.int64) + tl.arange(0, BLOCK_M)
-        columns = column.to(tl.int64) + tl.arange(0, BLOCK_N)
+        place = tile_m * BLOCK_M, tile_n * BLOCK_N, M, N
+        update = s, b, update_strides
 
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if not FLAT:
             # Side by side, the pipelines of several short loops take more registers than there are.
             STAGES: tl.constexpr = 1 if len(masks) > 1 else 2
-            acc = _add_masked(
-                acc, s, b, masks, ranks, update_strides, stride_mask, row, column, M, N, BLOCK_R, STAGES, FLAT
-            )
+            acc = _add_masked(acc, update, masks, ranks, stride_mask, place, BLOCK_R, STAGES, FLAT)
         if accumulate is not None:
-            inside = (rows < M)[:, None] & (columns < N)[None, :]
-            acc += tl.load(accumulate + rows[:, None] * stride_accumulate + columns[None, :], inside, 0.0).to(
-                tl.float32
-            )
+            rows, columns, in_rows, in_columns = _indices(acc, place)
+            pointers = accumulate + rows[:, None] * stride_accumulate + columns[None, :]
+            acc += tl.load(pointers, in_rows & in_columns, 0.0).to(tl.float32)
         if len(sizes) > 0:
-            acc = _add_product(acc, x0, w0, sizes[0], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
+            acc = _add_product(acc, x0, w0, sizes[0], place, BLOCK_K, DESCRIPTORS, W_IS_NK)
         if len(sizes) > 1:
-            acc = _add_product(acc, x1, w1, sizes[1], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
+            acc = _add_product(acc, x1, w1, sizes[1], place, BLOCK_K, DESCRIPTORS, W_IS_NK)
         if len(sizes) > 2:
-            acc = _add_product(acc, x2, w2, sizes[2], row, column, M, N, BLOCK_K, DESCRIPTORS, W_IS_NK)
-
+            acc = _add_product(acc, x2, w2, sizes[2], place, BLOCK_K, DESCRIPTORS, W_IS_NK)
         if len(masks) == 0:
-            acc = _add_update(acc, s, b, update_strides, rows, columns, M, N, 0, ranks[0], BLOCK_R, 2, FLAT)
-        # fmt: off
-        _finish(y, acc, s, b, masks, bias, ranks, update_strides, stride_mask, row, column, M, N,
-                BLOCK_R, DESCRIPTORS, FLAT, PARTS)
-        # fmt: on
+            acc = _add_update(acc, update, place, 0, ranks[0], BLOCK_R, 2, FLAT)
+        _finish(y, acc, update, masks, ranks, stride_mask, bias, place, BLOCK_R, DESCRIPTORS, FLAT, PARTS)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
