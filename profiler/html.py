@@ -335,5 +335,7 @@ def _method(estimated: bool) -> str:
         "arm's step over full fine-tuning's in the same round, with a 95% interval from resampled rounds. A second "
         "copy of full fine-tuning (of the smallest rank, where there is no room) runs among the arms; how far its "
         "ratio's interval reaches from 1 is the noise floor. A crossover is where the ratios, made non-decreasing in "
-        "the rank, pass 1, on a straight line in r."
+        "the rank, pass 1, on a straight line in r. Utilization is the step's FLOPs a second over what a large matrix "
+        "product reached on the same machine right before; full-equivalent utilization counts full fine-tuning's FLOPs "
+        "in the arm's time, since LoRA does fewer."
     )

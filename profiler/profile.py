@@ -26,7 +26,8 @@ class Arm:
     category; samples_ms are the timed steps, in the order of the rounds. forward_flops, backward_flops: predicted, of
     one step, a multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak
     that shapes predict. executed_tflops_s: the step's FLOPs over its time, in 10¹² a second; full_equivalent_tflops_s:
-    full fine-tuning's FLOPs over its time, what a full step of the same tokens would have done. fits: of an estimate
+    full fine-tuning's FLOPs over its time, what a full step of the same tokens would have done; executed_utilization,
+    full_equivalent_utilization: the same over what a large matrix product reached beside them. fits: of an estimate
     for a given memory, whether the arm fits, largest_batch_size at the same length and largest_seq_len at the same
     batch (0: none)."""
 
@@ -61,6 +62,8 @@ class Arm:
     predicted_by_category: dict[str, float] | None = None
     executed_tflops_s: float | None = None
     full_equivalent_tflops_s: float | None = None
+    executed_utilization: float | None = None
+    full_equivalent_utilization: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     fits: dict | None = None
 

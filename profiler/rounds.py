@@ -70,6 +70,7 @@ class Record:
     warm_ups: list[dict] = field(default_factory=list)
     stopped: str | None = None
     at: str | None = None
+    product_tflops_s: float | None = None
 
     @classmethod
     def open(cls, path: Path | None) -> "Record":
@@ -112,11 +113,14 @@ class Record:
             self.failed |= value
         elif kind == "warm_up":
             self.warm_ups.append(value)
+        elif kind == "product_tflops_s":
+            self.product_tflops_s = value
         else:
             self.stopped = value
 
     def add(self, kind: str, value) -> None:
-        """kind: "round", {arm: {series: value}}; "failed", {arm: status}; "at", an arm; "warm_up"; "stopped"."""
+        """kind: "round", {arm: {series: value}}; "failed", {arm: status}; "at", an arm; "warm_up"; "stopped";
+        "product_tflops_s", of the machine."""
         self._take({kind: value})
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora, remove_lora
+from lora_fast.backend import why_not_triton
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
@@ -192,6 +194,7 @@ def profile_ranks(
             "parameters": total,
             **workload.to_dict(),
             "attn_implementation": getattr(subject.config, "_attn_implementation", None),
+            "implementation": _implementation(workload, wanted),
             "rounds_wanted": steps,
             "time_budget_s": time_budget_s,
             "target_ci": target_ci,
@@ -251,7 +254,7 @@ def profile_ranks(
     for arm in arms:
         if arm.name in reasons and arm.error is None:
             arm.error = reasons[arm.name]
-    _add_utilization(arms)
+    _add_utilization(arms, described["product_tflops_s"])
     path = folder.path if folder else None
     profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, path, rows)
     if folder:
@@ -277,6 +280,15 @@ def _probe(model: nn.Module, workload: Workload) -> tuple[list[tuple[str, nn.Mod
     return targets, sum(sum(module.weight.shape) for _, module in targets)
 
 
+def _implementation(workload: Workload, ranks: Sequence[int]) -> str:
+    """Which code `backend` comes to on this machine: Triton kernels, or PyTorch and why."""
+    device, told = torch.device(workload.device), {}
+    for rank in ranks:
+        reason = why_not_triton(workload.backend, "lora_linear", device, workload.torch_dtype, rank)
+        told.setdefault("Triton kernels" if reason is None else f"PyTorch: {reason}", []).append(f"r{rank}")
+    return next(iter(told)) if len(told) == 1 else "; ".join(f"{names[-1]} {of}" for of, names in told.items())
+
+
 def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) -> list[str]:
     """Fill in what shapes predict, and FLOPs; returns a note where they can't. A measurement does without."""
     try:
@@ -297,13 +309,16 @@ def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) ->
     return []
 
 
-def _add_utilization(arms: list[Arm]) -> None:
+def _add_utilization(arms: list[Arm], product_tflops_s: float | None) -> None:
     full = next(arm for arm in arms if arm.kind == "full")
     for arm in arms:
         if arm.step_ms is not None and arm.forward_flops is not None:
             # FLOPs per ms, over 10⁹, are 10¹² FLOPs per s.
             arm.executed_tflops_s = (arm.forward_flops + arm.backward_flops) / arm.step_ms / 1e9
             arm.full_equivalent_tflops_s = (full.forward_flops + full.backward_flops) / arm.step_ms / 1e9
+            if product_tflops_s:
+                arm.executed_utilization = arm.executed_tflops_s / product_tflops_s
+                arm.full_equivalent_utilization = arm.full_equivalent_tflops_s / product_tflops_s
 
 
 def _memory_pass(arms, known, source, workload, limit, timeout_s, folder, progress, changed) -> None:
@@ -348,12 +363,14 @@ def _of_timing(arms: list[Arm], aa: dict | None, timed: list[dict]) -> dict:
     """What the workload's description says of the time pass."""
     warm_ups = [one for group in timed for one in group["warm_ups"]]
     stops = {group["stopped"] for group in timed if group["stopped"]}
+    rates = [group["product_tflops_s"] for group in timed if group["product_tflops_s"]]
     return {
         "rounds": max((len(arm.samples_ms) for arm in arms), default=0),
         "warm_up_rounds": max((one["rounds"] for one in warm_ups), default=0),
         "warm_up_stable": all(one["stable"] for one in warm_ups),
         "stopped_by": stops.pop() if len(stops) == 1 else ", ".join(sorted(stops)) or None,
         "widest_half_width": widest(arms, aa),
+        "product_tflops_s": statistics.median(rates) if rates else None,
     }
 
 

@@ -191,7 +191,11 @@ def _of_measurement(profile: Profile) -> list[Column]:
     for header, field in (("TFLOP/s", "executed_tflops_s"), ("full-eq. TFLOP/s", "full_equivalent_tflops_s")):
         if known(field):
             rate = attrgetter(field)
-            every.append(Column(header, 8, lambda arm, rate=rate: _digits(rate(arm)), rate))
+            every.append(Column(header, 9, lambda arm, rate=rate: _digits(rate(arm)), rate))
+    for header, field in (("util.", "executed_utilization"), ("full-eq. util.", "full_equivalent_utilization")):
+        if known(field):
+            rate = attrgetter(field)
+            every.append(Column(header, 8, lambda arm, rate=rate: _percent(rate(arm)), rate))
     every.append(Column("peak MiB", 0, _peak, lambda arm: arm.peak_MiB))
     if known("predicted_MiB"):
         every.append(Column("predicted", 3, _predicted, lambda arm: arm.predicted_MiB))
@@ -267,6 +271,10 @@ def _two_digits(value: float | None) -> str:
 def _digits(value: float | None) -> str:
     """Three significant ones."""
     return "–" if value is None else f"{value:#.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _predicted(arm: Arm) -> str:

@@ -10,8 +10,10 @@ import copy
 import faulthandler
 import gc
 import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ from lora_fast.profiler.workload import (
     train_peft,
 )
 
+# A large product: from which time on a longer one would not be much faster, and how large at most.
+PRODUCT_MS, PRODUCT_SIDE, PRODUCTS = 5.0, 8192, 9
 SERIES = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "cpu_ms")
 
 
@@ -93,9 +97,12 @@ def time_arms(
     record: the file that rounds are written to as they end, and taken up from; None: none. arm_timeout_s: ends this
     process if building an arm or a step of it takes longer.
     Returns {"status": "ok", "arms": {name: {"status": "ok", a list with one value per timed round for each of SERIES}},
-    "warm_ups", "stopped"}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs out of memory or
-    raises has its status and error instead, and no values, since a partial series can't be paired; the others go on."""
+    "warm_ups", "stopped", "product_tflops_s"}. cpu_ms is the CPU time of all threads, empty on a GPU. An arm that runs
+    out of memory or raises has its status and error instead, and no values, since a partial series can't be paired; the
+    others go on."""
     kept = Record.open(None if record is None else Path(record))
+    if kept.product_tflops_s is None:
+        kept.add("product_tflops_s", product_tflops_s(torch.device(workload.device), workload.torch_dtype))
     # Nobody needs the weights as they were: then they never all are on a GPU that may not hold them.
     alone = workload.quantize and not any(name.startswith(FULL) for name in arms)
     model = build(
@@ -156,7 +163,12 @@ def results(record: Record, arms: Sequence[str]) -> dict:
         name: record.failed.get(name) or {"status": "ok", **{of: record.series(name, of) for of in SERIES}}
         for name in arms
     }
-    return {"arms": found, "warm_ups": record.warm_ups, "stopped": record.stopped}
+    return {
+        "arms": found,
+        "warm_ups": record.warm_ups,
+        "stopped": record.stopped,
+        "product_tflops_s": record.product_tflops_s,
+    }
 
 
 @contextlib.contextmanager
@@ -230,6 +242,27 @@ def timed(call: Callable[[], None], device: torch.device) -> float:
     marks[1].record()
     torch.cuda.synchronize()
     return marks[0].elapsed_time(marks[1])
+
+
+def product_tflops_s(device: torch.device, dtype: torch.dtype) -> float:
+    """10¹² FLOPs a second of a large matrix product, a multiply-add being two: the median of PRODUCTS square ones, as
+    large as takes PRODUCT_MS, and no larger than PRODUCT_SIDE. What a training step could reach on this machine were it
+    nothing but such products."""
+    side = 256
+    while True:
+        generator = torch.Generator(device).manual_seed(0)
+        left, right = (torch.randn(side, side, device=device, dtype=dtype, generator=generator) for _ in range(2))
+        out = torch.empty_like(left)
+        product = partial(torch.mm, left, right, out=out)
+        times = [timed(product, device) for _ in range(PRODUCTS)]
+        ms = statistics.median(times)
+        if ms >= PRODUCT_MS or side >= PRODUCT_SIDE:
+            break
+        side *= 2
+    del left, right, out, product
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * side**3 / ms / 1e9
 
 
 def _step(arm: _Arm, batch, mark: Callable[[], None]) -> None:

@@ -101,6 +101,9 @@ def test_the_document_holds_every_arm(finished):
         full_flops = full["forward_flops"] + full["backward_flops"]
         assert arm["flops_ratio"] == pytest.approx(flops / full_flops)
         assert arm["full_equivalent_tflops_s"] == pytest.approx(full_flops / arm["step_ms"] / 1e9)
+        for kind in ("executed", "full_equivalent"):
+            share = arm[f"{kind}_tflops_s"] / work["product_tflops_s"]
+            assert arm[f"{kind}_utilization"] == pytest.approx(share) and 0 < share < 1.5
     for arm in (low, high):
         assert arm["ratio_ci"][0] <= arm["ratio_to_full"] <= arm["ratio_ci"][1]
         assert arm["cpu_ratio"] > 0

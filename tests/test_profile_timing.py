@@ -313,3 +313,27 @@ def test_a_sweep_without_room_for_full_beside_the_ranks_still_has_ratios(monkeyp
 def test_sources_travel_as_json():
     source = ModelSource("shape", "llama-5m", "llama-5m")
     assert ModelSource(**json.loads(json.dumps(source.to_dict()))) == source
+
+
+@pytest.mark.parametrize("ms, side", [(10.0, 256), (1.0, 512)])
+def test_a_large_product_is_one_that_takes_long_enough(monkeypatch, ms, side):
+    """2 n³ FLOPs in the time of the median product; a larger one is tried while that time is short."""
+    shapes = []
+
+    def clocked(call, device):
+        call()
+        shapes.append(call.keywords["out"].shape)
+        return ms * (1 + len(shapes) % 3)  # the median of 1, 2 and 3 is 2
+
+    monkeypatch.setattr(timing, "timed", clocked)
+    monkeypatch.setattr(timing, "PRODUCT_SIDE", 512)
+    assert timing.product_tflops_s(torch.device("cpu"), torch.float32) == pytest.approx(2 * side**3 / (2 * ms) / 1e9)
+    assert shapes[-1] == (side, side)
+
+
+def test_the_product_is_timed_once_for_a_run_that_is_taken_up(sent, tmp_path):
+    record = tmp_path / "rounds.jsonl"
+    first = time_arms(sent(), WORK, ARMS[:2], rounds=3, least=3, final=False, record=str(record))
+    again = time_arms(sent(), WORK, ARMS[:2], rounds=6, record=str(record))
+    assert again["product_tflops_s"] == first["product_tflops_s"] > 0
+    assert record.read_text().count("product_tflops_s") == 1
