@@ -337,5 +337,5 @@ def _method(estimated: bool) -> str:
         "ratio's interval reaches from 1 is the noise floor. A crossover is where the ratios, made non-decreasing in "
         "the rank, pass 1, on a straight line in r. Utilization is the step's FLOPs a second over what a large matrix "
         "product reached on the same machine right before; full-equivalent utilization counts full fine-tuning's FLOPs "
-        "in the arm's time, since LoRA does fewer."
+        "in the arm's time, so that of two arms the faster one has more of it."
     )

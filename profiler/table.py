@@ -188,14 +188,14 @@ def _of_measurement(profile: Profile) -> list[Column]:
     if known("flops_ratio"):
         flops = _relative("flops_ratio", "forward_flops")
         every.append(Column("FLOPs", 2, lambda arm: _two_digits(flops(arm)), flops))
-    for header, field in (("TFLOP/s", "executed_tflops_s"), ("full-eq. TFLOP/s", "full_equivalent_tflops_s")):
+    if known("executed_utilization"):
+        unit, kind, show = "util.", "utilization", _percent
+    else:  # the first versions timed no matrix product to hold them against
+        unit, kind, show = "TFLOP/s", "tflops_s", _digits
+    for header, field in ((unit, f"executed_{kind}"), (f"full-eq. {unit}", f"full_equivalent_{kind}")):
         if known(field):
             rate = attrgetter(field)
-            every.append(Column(header, 9, lambda arm, rate=rate: _digits(rate(arm)), rate))
-    for header, field in (("util.", "executed_utilization"), ("full-eq. util.", "full_equivalent_utilization")):
-        if known(field):
-            rate = attrgetter(field)
-            every.append(Column(header, 8, lambda arm, rate=rate: _percent(rate(arm)), rate))
+            every.append(Column(header, 8, lambda arm, rate=rate: show(rate(arm)), rate))
     every.append(Column("peak MiB", 0, _peak, lambda arm: arm.peak_MiB))
     if known("predicted_MiB"):
         every.append(Column("predicted", 3, _predicted, lambda arm: arm.predicted_MiB))

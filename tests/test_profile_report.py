@@ -109,21 +109,24 @@ def full_house(profile) -> None:
         made.forward_flops, made.backward_flops = 10**12, 2 * 10**12
         made.predicted_MiB = 101.0 + (made.rank or 0)
         made.executed_tflops_s = made.full_equivalent_tflops_s = 0.0123
-        made.executed_utilization, made.full_equivalent_utilization = 0.347, 0.52
 
 
 @pytest.mark.parametrize("width", [80, 100, 120, 160, 240])
 @pytest.mark.parametrize("terminal", [False, True])
-def test_columns_go_before_a_number_is_cut(profile, width, terminal):
+@pytest.mark.parametrize("unit", ["TFLOP/s", "util."])
+def test_columns_go_before_a_number_is_cut(profile, width, terminal, unit):
     full_house(profile)
+    if unit == "util.":
+        for made in profile.arms:
+            made.executed_utilization, made.full_equivalent_utilization = 0.347, 0.52
     text = printed(profile, width, terminal)
     rows = text.partition("Medians of")[0].splitlines()
     assert max(map(len, rows)) <= width and "…" not in text
     header = next(line for line in rows if "trained" in line)
     for never_goes in ("rank", "step ms", "time vs full", "peak MiB", "$/1M tok"):
         assert never_goes in header
-    assert ("full-eq. TFLOP/s" in header) == (width == 240) and ("FLOPs" in header) == (width >= 100)
-    assert ("full-eq. util." in header) == ("34.7%" in text) == (width == 240)
+    assert (f"full-eq. {unit}" in header) == (width == 240) and ("FLOPs" in header) == (width >= 100)
+    assert ("34.7%" in text) == (width == 240 and unit == "util.")
 
 
 def test_prediction_price_and_flops_stand_beside_the_measurement(profile):
