@@ -180,6 +180,9 @@ def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:
     arm.peak_MiB, arm.peak_phase = found.peak / MiB, found.peak_phase
     arm.by_category = {category: size / MiB for category, size in found.by_category.items()}
     arm.phase_peaks_MiB = {phase: sum(held.values()) / MiB for phase, held in found.phases.items()}
+    arm.phase_categories_MiB = {
+        phase: {category: size / MiB for category, size in held.items()} for phase, held in found.phases.items()
+    }
     arm.memory_ratio = found.peak / full.peak
     arm.forward_flops, arm.backward_flops = found.forward_flops, found.backward_flops
     arm.flops_ratio = found.flops / full.flops

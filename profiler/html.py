@@ -191,6 +191,7 @@ CAPTIONS = {
     "first": "Ratio to full fine-tuning; below 1 LoRA is cheaper. The diamond is the crossover.",
     "memory-ratio": "Ratio to full fine-tuning's peak.",
     "memory": "At each arm's peak, by what it is.",
+    "phases": "At the peak within the forward, the backward and the optimizer's step.",
     "overlay": "Each cost has a crossover of its own, where its line passes 1.",
     "layers": "A step of one layer, forward and backward, over that of the layer with its weight trained.",
     "drift": "Each step over its arm's median: what moves all lines together is the machine, and cancels in ratios.",

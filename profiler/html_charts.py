@@ -25,6 +25,8 @@ def figures(description: dict) -> dict[str, dict]:
             found[key] = _ratios(panel)
     if any(arm["by_category"] or arm["problem"] for arm in description["memory"]["arms"]):
         found["memory"] = _stack(description["memory"])
+    if any(arm["by_phase"] for arm in description["memory"]["arms"]):
+        found["phases"] = _phases(description["memory"])
     if len(description["overlay"]) > 1:
         found["overlay"] = _overlay(description["overlay"])
     if description["drift"]:
@@ -222,18 +224,7 @@ def _stack(memory: dict) -> dict:
         capacity = None
     scale, unit = (1024, "GiB") if max(tallest, capacity or 0) >= 2000 else (1, "MiB")
     names = [arm["name"] for arm in arms]
-    data = [
-        {
-            "type": "bar",
-            "name": category,
-            "x": names,
-            "y": [arm["by_category"].get(category, 0) / scale for arm in arms],
-            "hovertemplate": f"%{{x}}<br>{category}: %{{y:.2f}} {unit}<extra></extra>",
-            "marker": {"color": colour},
-        }
-        for category, colour in STACK.items()
-        if any(arm["by_category"].get(category, 0) > 0.001 * tallest for arm in arms)
-    ]
+    data = _piled(names, [arm["by_category"] for arm in arms], tallest, scale, unit)
     predicted = [arm for arm in arms if arm["predicted_MiB"] is not None]
     if predicted:
         data.append(
@@ -258,6 +249,33 @@ def _stack(memory: dict) -> dict:
     layout = _layout(None, unit, 0, top) | {"barmode": "stack", "bargap": 0.35}
     layout["xaxis"] = {"type": "category", "categoryarray": names, "automargin": True}
     return {"title": "What the memory holds", "data": data, "layout": layout}
+
+
+def _phases(memory: dict) -> dict:
+    bars = [(arm["name"], phase, held) for arm in memory["arms"] for phase, held in arm["by_phase"].items()]
+    tallest = max(sum(held.values()) for _, _, held in bars)
+    scale, unit = (1024, "GiB") if tallest >= 2000 else (1, "MiB")
+    places = [[name for name, _, _ in bars], [phase for _, phase, _ in bars]]
+    layout = _layout(None, unit, 0, 1.05 * tallest / scale) | {"barmode": "stack", "bargap": 0.25}
+    layout["xaxis"] = {"type": "multicategory", "automargin": True, "tickfont": {"size": 10}}
+    data = _piled(places, [held for _, _, held in bars], tallest, scale, unit)
+    return {"title": "What the memory holds in each phase", "data": data, "layout": layout}
+
+
+def _piled(x: list, held: list[dict[str, float]], tallest: float, scale: float, unit: str) -> list[dict]:
+    """A bar at each x, of the categories that it holds in MiB; those that nowhere show are left out."""
+    return [
+        {
+            "type": "bar",
+            "name": category,
+            "x": x,
+            "y": [one.get(category, 0) / scale for one in held],
+            "hovertemplate": f"%{{x}}<br>{category}: %{{y:.2f}} {unit}<extra></extra>",
+            "marker": {"color": colour},
+        }
+        for category, colour in STACK.items()
+        if any(one.get(category, 0) > 0.001 * tallest for one in held)
+    ]
 
 
 def _rounds(drift: list[dict]) -> dict:

@@ -212,9 +212,9 @@ def measure_arm(
     """Build one arm ("lora", "full" or "peft") in this process, which should be fresh, and measure its step.
 
     memory_limit_MiB bounds what this process may take on top of what it had before the model was built.
-    Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, peak_phase, after_step_MiB, and
-    resident_peak_MiB (CPU on Linux): the resident peak less what the process holds besides tensors, which is mostly
-    code."""
+    Returns status "ok" with peak_MiB, by_category_MiB, phase_peaks_MiB, phase_categories_MiB, peak_phase and
+    after_step_MiB, as track_step names them, and resident_peak_MiB (CPU on Linux): the resident peak less what the
+    process holds besides tensors, which is mostly code."""
     device = torch.device(workload.device)
     on_cpu = device.type == "cpu"
     _load_libraries(source, workload, kind)
@@ -252,11 +252,16 @@ def measure_arm(
         "peak_MiB": (tracked["peak"] if on_cpu else torch.cuda.max_memory_allocated(device)) / MiB,
         "tracked_peak_MiB": tracked["peak"] / MiB,
         "resident_peak_MiB": highest - besides if on_cpu and besides is not None and highest is not None else None,
-        "by_category_MiB": {name: size / MiB for name, size in tracked["by_category"].items()},
-        "phase_peaks_MiB": {name: size / MiB for name, size in tracked["phase_peaks"].items()},
+        "by_category_MiB": _in_MiB(tracked["by_category"]),
+        "phase_peaks_MiB": _in_MiB(tracked["phase_peaks"]),
+        "phase_categories_MiB": {phase: _in_MiB(held) for phase, held in tracked["phase_categories"].items()},
         "peak_phase": tracked["peak_phase"],
-        "after_step_MiB": {name: size / MiB for name, size in tracked["after_step"].items()},
+        "after_step_MiB": _in_MiB(tracked["after_step"]),
     }
+
+
+def _in_MiB(sizes: dict[str, int]) -> dict[str, float]:
+    return {name: size / MiB for name, size in sizes.items()}
 
 
 def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:

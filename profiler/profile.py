@@ -20,13 +20,15 @@ class Arm:
     the rounds; ratios are to full fine-tuning, paired. ratio_via: the rank beside which both this arm and full
     fine-tuning were timed, where the two could not share a process; the ratio is then a quotient of paired ratios.
 
-    status: "ok"; "oom": memory ran out; "timeout": it hung; "killed", by a signal and not for memory; "failed". error
-    says what happened, also where only one of the passes is missing. peak_MiB and by_category (MiB, at the peak) come
-    from the memory pass, in an estimate from shapes; after_step_MiB: what is held after the optimizer's step, by
-    category; samples_ms are the timed steps, in the order of the rounds. forward_flops, backward_flops: predicted, of
-    one step, a multiply-add being two; flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak
-    that shapes predict. executed_tflops_s: the step's FLOPs over its time, in 10¹² a second; full_equivalent_tflops_s:
-    full fine-tuning's FLOPs over its time, what a full step of the same tokens would have done; executed_utilization,
+    status: "ok"; "oom": memory ran out; "timeout": it hung; "killed", by a signal and not for memory; "failed".
+    error says what happened, also where only one of the passes is missing. peak_MiB and by_category (MiB, at the
+    peak) come from the memory pass, in an estimate from shapes; phase_peaks_MiB and phase_categories_MiB: the peak
+    within forward, backward and optimizer, and what it held (a CUDA allocator's own peak is of the step);
+    after_step_MiB: what is held after the optimizer's step, by category; samples_ms are the timed steps, in the
+    order of the rounds. forward_flops, backward_flops: predicted, of one step, a multiply-add being two;
+    flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes predict.
+    executed_tflops_s: the step's FLOPs over its time, in 10¹² a second; full_equivalent_tflops_s: full
+    fine-tuning's FLOPs over its time, what a full step of the same tokens would have done; executed_utilization,
     full_equivalent_utilization: the same over what a large matrix product reached beside them. fits: of an estimate
     for a given memory, whether the arm fits, largest_batch_size at the same length and largest_seq_len at the same
     batch (0: none)."""
@@ -53,6 +55,7 @@ class Arm:
     peak_phase: str | None = None
     by_category: dict[str, float] | None = None
     phase_peaks_MiB: dict[str, float] | None = None
+    phase_categories_MiB: dict[str, dict[str, float]] | None = None
     resident_peak_MiB: float | None = None
     after_step_MiB: dict[str, float] | None = None
     forward_flops: int | None = None

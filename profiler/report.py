@@ -20,8 +20,9 @@ def chart(profile: Profile) -> dict:
     without a value), full (what a ratio of 1 is, or None; memory's full_name says where it is predicted), noise
     (half-width of the band in which equal arms lie, or None), beside (what is drawn with them, each a name and points:
     another cost, the prediction, PEFT's LoRA), and the crossover: rank, low, high, bracket, text.
-    overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak,
-    the prediction and what went wrong, and the capacity. drift: per arm, each round's step over the arm's median."""
+    overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak
+    and at each phase's, the prediction and what went wrong, and the capacity. drift: per arm, each round's step over
+    the arm's median."""
     costs = {"time": _time(profile), "flops": _flops(profile), "memory": _memory(profile)}
     for cost, panel in costs.items():
         found = profile.crossover.get(cost, Crossover(UNMEASURED, reason="it was not looked for"))
@@ -132,6 +133,7 @@ def _bars(profile: Profile) -> dict:
                 "name": arm.name,
                 "peak_MiB": arm.peak_MiB,
                 "by_category": arm.by_category or {},
+                "by_phase": arm.phase_categories_MiB or {},
                 "predicted_MiB": arm.predicted_MiB,
                 "problem": _problem(arm),
             }

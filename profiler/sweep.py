@@ -332,6 +332,7 @@ def _memory_pass(arms, known, source, workload, limit, timeout_s, folder, progre
         arm.status, arm.error, arm.requested_MiB = result["status"], result.get("error"), result.get("requested_MiB")
         arm.peak_MiB, arm.peak_phase = result.get("peak_MiB"), result.get("peak_phase")
         arm.by_category, arm.phase_peaks_MiB = result.get("by_category_MiB"), result.get("phase_peaks_MiB")
+        arm.phase_categories_MiB = result.get("phase_categories_MiB")
         arm.resident_peak_MiB, arm.after_step_MiB = result.get("resident_peak_MiB"), result.get("after_step_MiB")
         known.add(arm.name)
         if folder:

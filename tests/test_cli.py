@@ -94,6 +94,10 @@ def test_the_document_holds_every_arm(finished):
         assert len(arm["samples_ms"]) == 6 and arm["step_ms"] > 0
         assert arm["tokens_per_s"] == pytest.approx(32e3 / arm["step_ms"])
         assert sum(arm["by_category"].values()) == pytest.approx(arm["peak_MiB"])
+        assert list(arm["phase_categories_MiB"]) == ["forward", "backward", "optimizer"]
+        for phase, held in arm["phase_categories_MiB"].items():
+            assert sum(held.values()) == pytest.approx(arm["phase_peaks_MiB"][phase])
+        assert arm["phase_categories_MiB"][arm["peak_phase"]] == arm["by_category"]
         assert arm["predicted_MiB"] == pytest.approx(arm["peak_MiB"], rel=1e-3)
         assert sum(arm["predicted_by_category"].values()) == pytest.approx(arm["predicted_MiB"])
         flops = arm["forward_flops"] + arm["backward_flops"]

@@ -188,6 +188,16 @@ def test_figures_are_what_plotly_takes(profile):
         plotly.Figure(data=figure["data"], layout=figure["layout"])  # raises for any property that it does not know
 
 
+def test_each_phase_has_a_bar_of_what_it_holds(profile):
+    held = {"weights": 20.0, "activations": 5.0}
+    profile.lora[0].phase_categories_MiB = {"forward": held, "backward": held | {"gradients": 2.0}}
+    figure = figures(chart(profile))["phases"]
+    found = {trace["name"]: trace["y"] for trace in figure["data"]}
+    assert found == {"weights": [20.0, 20.0], "gradients": [0.0, 2.0], "activations": [5.0, 5.0]}
+    assert figure["data"][0]["x"] == [["r1", "r1"], ["forward", "backward"]]
+    pytest.importorskip("plotly.graph_objects").Figure(data=figure["data"], layout=figure["layout"])
+
+
 def test_out_of_memory_is_a_cross_on_the_line_of_the_capacity(profile):
     run = profile.to_dict()
     run["workload"] = run["workload"] | {"memory_limit_MiB": 150.0}
