@@ -17,7 +17,7 @@ from lora_fast.profiler.price import parse_price
 from lora_fast.profiler.profile import Arm, Profile, usd_per_million_tokens
 from lora_fast.profiler.report import chart, draw_png
 from lora_fast.profiler.runs import RunFolder, default_folder, to_json, write_whole
-from lora_fast.profiler.table import live_table, print_profile, si
+from lora_fast.profiler.table import live_table, print_profile, reason, si
 
 WORKLOAD = {
     "model": "llama-5m",
@@ -86,6 +86,7 @@ def test_the_table_says_it_all(profile):
     assert cells[8:] == ["18.2", "5,626", "0.91", "[0.89,", "0.94]", "0.91", "141", "0.74"]
     assert "out of memory" in next(line for line in text.splitlines() if line.strip().startswith("512 "))
     assert "r512: out of memory, at an allocation of 64.0 MiB" in text
+    assert reason(arm(512, status="oom", error="x", requested_MiB=3 / 1024)).endswith("an allocation of 3.0 KiB")
     assert "Noise floor ±3.0%" in text and "0.990 [0.970, 1.020]" in text
     assert "Crossover in time: LoRA stops being cheaper than full fine-tuning at r≈" in text
     assert "between r=8 and r=64" in text and "Crossover in memory: none up to r=64" in text

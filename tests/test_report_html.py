@@ -211,6 +211,13 @@ def test_out_of_memory_is_a_cross_on_the_line_of_the_capacity(profile):
     (predicted,) = (trace for trace in data if trace["name"].startswith("predicted"))
     assert dict(zip(predicted["x"], predicted["y"]))["r256"] == 198.0
     assert all(trace["y"][4] == 0 for trace in data if trace["type"] == "bar")
+    # Without a limit it is the machine's memory, where the arms come near it.
+    run["workload"] = run["workload"] | {"memory_limit_MiB": None}
+    for memory, shown in ((400.0, False), (300.0, True)):
+        run["arms"][4] |= {"status": "ok", "peak_MiB": 198.0}
+        run["environment"] = run["environment"] | {"memory_MiB": memory}
+        data = figures(chart(type(profile).from_dict(json.loads(json.dumps(run)))))["memory"]["data"]
+        assert any("capacity 300 MiB" in trace["name"] for trace in data) == shown
 
 
 def test_the_description_has_every_curve(profile):
