@@ -1,6 +1,7 @@
 """What the commands of `lora-fast` share: where JSON goes, the width of tables, progress and warnings on stderr."""
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -49,11 +50,15 @@ def console():
 
 
 def quiet_transformers() -> None:
-    """Transformers' and the Hub's own bars would run through ours."""
+    """Transformers' and the Hub's own bars would run through ours, and so would what libraries tell the code that calls
+    them: deprecations, which kernels bitsandbytes did not find."""
     import transformers
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:  # with -W or PYTHONWARNINGS somebody asked for them
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
 
 
 @contextlib.contextmanager

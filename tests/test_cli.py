@@ -1,6 +1,7 @@
 """The command `lora-fast`: whole runs as a user starts them, and every kind of wrong input with its exit code."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_the_document_holds_every_arm(finished):
     assert high["peak_MiB"] > low["peak_MiB"]
     assert set(document["crossover"]) == {"time", "flops", "memory"}
     assert document["crossover"]["memory"]["r_max"] == 16
+
+
+def test_what_libraries_warn_their_callers_of_is_not_shown(folder):
+    """PEFT's model gives deprecation warnings of Transformers, and bitsandbytes misses kernels."""
+    pytest.importorskip("peft")
+    script = """
+from lora_fast import cli_output
+from lora_fast.profiler.models import resolve
+from lora_fast.profiler.predict import predict
+from lora_fast.profiler.workload import Workload
+cli_output.quiet_transformers()
+print(predict(resolve("tiny/config.json"), Workload(batch_size=2, seq_len=16, dtype="fp32"), 2, peft=True).peak)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_the_chart_is_a_png(finished, folder):
