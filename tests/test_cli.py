@@ -129,7 +129,8 @@ from lora_fast.profiler.models import resolve
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.workload import Workload
 cli_output.quiet_transformers()
-print(predict(resolve("tiny/config.json"), Workload(batch_size=2, seq_len=16, dtype="fp32"), 2, peft=True).peak)
+work = Workload(batch_size=2, seq_len=16, dtype="fp32", target_modules="all-linear", device="cpu", seed=0)
+print(predict(resolve("tiny/config.json"), work, 2, peft=True).peak)
 """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run(
