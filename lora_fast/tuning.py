@@ -5,6 +5,8 @@ on: sizes (M rounded up to a power of two), dtype, and, as the step names them, 
 aligned, whether there is a bias. It is looked up in this process, in the table that ships with the package
 (`tuned.json`: empty until shapes were measured on a GPU), and in the user's cache file; else the candidates are timed
 on the call's own tensors (median of repetitions with a cold L2 cache) and the winner is kept in all processes to come.
+A kernel whose result isn't that of the library's route, by whatever fault of whichever compiler, is told of and not
+timed.
 
 Given the tables the choice is deterministic. The shipped table holds for every version of torch and triton, its rows
 for those that run first: the same GPU then chooses the same everywhere, and a choice measured under other versions is
@@ -16,6 +18,7 @@ is remembered. Where memory is too short for it, the first candidate is this pro
 every step of a training near the limit."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,10 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_fast.config import warn
 
 SCHEMA_VERSION = 2
+# ‖difference‖ / ‖result‖ of two candidates that is no rounding: that of bf16 is below 0.01, as is that of TF32.
+WRONG = 0.03
 _choices: dict[tuple[str, str], str] = {}
 # What follows from choices, by all that they depend on as it comes: looked up in a fraction of the time that it takes
 # to write that down as `_choices` has it. Batches of ever new lengths would fill the memory: beyond so many all are
@@ -115,14 +121,19 @@ def _may_time() -> bool:
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of each candidate that runs; one whose tile doesn't fit this GPU is left out."""
+def _time(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
+    """Median milliseconds of each candidate that runs, and computes what the first that is no kernel of ours does; one
+    whose tile doesn't fit this GPU is left out."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
+    reference = next((name for name in candidates if not name.startswith("triton")), None)
     ms = {}
     for name, call in candidates.items():
         try:
+            if reference not in (name, None) and (off := _difference(call, candidates[reference])) > WRONG:
+                warn(f"{name} differs from {reference} by {off:.0%} and is left out; please report it: {versions()}")
+                continue
             ms[name] = do_bench(call, warmup=10, rep=40, return_mode="median")
         except OutOfResources:
             continue
@@ -133,6 +144,22 @@ def _time(candidates: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
                 raise
             warn(f"{name} failed to compile or run and is left out: {type(error).__name__}: {error}")
     return ms
+
+
+def _difference(call: Callable[[], Tensor], reference: Callable[[], Tensor]) -> float:
+    """‖result − expected‖_F / ‖expected‖_F; 0 where memory is too short to tell, or what is expected is not finite."""
+    try:
+        squares = torch.zeros(2, dtype=torch.float64, device="cpu")
+        # In parts, since fp32 copies of the whole could be what doesn't fit any more.
+        for result, expected in zip(call().split(1024), reference().split(1024), strict=True):
+            expected = expected.float()
+            squares += torch.stack([(result.float() - expected).square().sum(), expected.square().sum()]).double().cpu()
+    except torch.OutOfMemoryError:
+        return 0.0
+    difference, size = squares.tolist()
+    if not math.isfinite(size) or difference == 0:
+        return 0.0
+    return math.sqrt(difference / size) if size and math.isfinite(difference) else math.inf
 
 
 def run(step: str, sizes: Mapping[str, Any], device: torch.device, candidates: Mapping[str, Callable[[], Any]]) -> Any:

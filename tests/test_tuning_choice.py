@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from lora_fast import tuning
+from lora_fast import LoraFastWarning, tuning
 
 GPU = torch.device("cuda", 0)
 SIZES = {"M": 100, "N": 64, "dtype": torch.bfloat16}
@@ -28,6 +28,8 @@ def ms(monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    # What a candidate gives here is its name, which can't be subtracted from another.
+    monkeypatch.setattr(tuning, "_difference", lambda call, reference: 0.0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU of a test")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     new_process(monkeypatch)
@@ -118,6 +120,45 @@ def test_a_home_that_cannot_be_written_costs_nothing_but_the_memory(ms, monkeypa
 def test_a_tile_that_does_not_fit_is_left_out(ms):
     ms["triton b"] = OutOfResources(300_000, 232_448, "shared memory")
     assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
+
+
+def test_a_kernel_that_computes_something_else_is_left_out_and_told_of(ms, monkeypatch):
+    off = {"triton a": 0.004, "triton b": 0.5}
+    monkeypatch.setattr(tuning, "_difference", lambda call, reference: off[call.args[0]] if reference() else None)
+    with pytest.warns(LoraFastWarning, match="triton b differs from cublas by 50% and is left out"):
+        assert tuning.run("linear_lora", SIZES, GPU, candidates()) == "triton a"
+    assert rows_kept()[KEY]["ms"] == {"cublas": 3.0, "triton a": 2.0}
+    # Where every candidate is a kernel of ours there is nothing to hold them against.
+    assert tuning.run("other", SIZES, GPU, candidates(names=("triton a", "triton b"))) == "triton b"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_how_far_two_results_lie_apart(dtype):
+    """Over more rows than are looked at at once; a single wrong tile of many shows."""
+    expected = torch.randn(2500, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rounded = (expected.double() * (1 + 2**-8)).to(dtype)
+    wrong = expected.clone()
+    wrong[2400:, :32] = 0
+
+    def difference(result, expected=expected):
+        return tuning._difference(lambda: result, lambda: expected)
+
+    assert difference(expected) == 0.0
+    assert 0 < difference(rounded) < tuning.WRONG / 3
+    exact = float((wrong.double() - expected.double()).norm() / expected.double().norm())
+    assert difference(wrong) == pytest.approx(exact, rel=1e-4) and exact > 4 * tuning.WRONG
+    wrong[0, 0] = float("nan")
+    assert difference(wrong) == float("inf")
+    assert difference(expected, wrong) == 0.0  # of what is not finite nothing can be said
+    assert difference(torch.zeros(3, 4), torch.zeros(3, 4)) == 0.0
+    assert difference(torch.ones(3, 4), torch.zeros(3, 4)) == float("inf")
+
+
+def test_memory_too_short_to_compare_is_no_difference():
+    def fails():
+        raise torch.OutOfMemoryError("of a test")
+
+    assert tuning._difference(fails, fails) == 0.0
 
 
 def test_while_a_graph_is_captured_the_first_runs_and_nothing_is_kept(ms, monkeypatch):
