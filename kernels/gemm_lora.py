@@ -53,6 +53,12 @@ class Tile(NamedTuple):
     parts: int = 1
     flat: bool = False
 
+    @property
+    def name(self) -> str:
+        """Such as "128x256x64 w8 s3 p2 flat": each tile that a call may take has another."""
+        name = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        return name + (f" p{self.parts}" if self.parts > 1 else "") + (" flat" if self.flat else "")
+
 
 # Tiles worth timing, from large to small. A large tile reads each element of x and w less often; a small one gives
 # every SM something to do when M is small. tests/test_offline_compile.py holds each to its chip's registers and
@@ -66,6 +72,7 @@ TILES = {
         Tile(128, 256, 64, 8, 4, persistent=True, parts=4, flat=True),
         Tile(128, 256, 64, 8, 4, persistent=True, parts=2),
         Tile(128, 256, 64, 8, 3, persistent=True),
+        Tile(128, 256, 64, 8, 3, persistent=True, parts=4, flat=True),
         Tile(128, 128, 64, 8, 4, persistent=True, flat=True),
         Tile(128, 128, 64, 8, 4, persistent=True),
         Tile(64, 128, 64, 4, 4, persistent=True, flat=True),

@@ -84,8 +84,7 @@ def _routes(
     to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
     kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": rank}
     tiles = ranked_tiles(M, N, dtype, capability, **kind)[:TRIED_TILES]
-    names = (f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles)
-    return dict.fromkeys(others) | {name + " flat" * t.flat: t for name, t in zip(names, tiles)}
+    return dict.fromkeys(others) | {f"triton {tile.name}": tile for tile in tiles}
 
 
 def _place(step: str, device: torch.device, *operands: Tensor) -> tuple:

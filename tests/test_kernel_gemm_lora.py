@@ -385,7 +385,9 @@ def test_tiles_fit_the_problem():
         for dtype in (bf16, torch.float32):
             for pairs in range(4):
                 for masks in range(4):
-                    assert candidates(dtype, capability, pairs=pairs, masks=masks)
+                    for rank in (16, 64, None):
+                        tiles = candidates(dtype, capability, pairs=pairs, masks=masks, rank=rank)
+                        assert tiles and len({tile.name for tile in tiles}) == len(tiles)
 
 
 def test_rows_are_aligned_to_what_reads_them():
