@@ -88,7 +88,7 @@ def _update_first_kernel(
 
 def update_first(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None = None) -> Tensor:
     """x (M, K), w (K, N), s (M, R), b (R, N), kept int8 (M, N) → x w + kept ∘ (s b) (M, N), on a GPU in the fastest of
-    the tiles that our own kernel chooses from."""
+    the tiles that our own kernel chooses from where an update stands before the loop."""
     if not runs_kernels(x):
         update = s @ b if kept is None else (s @ b) * kept
         return update.addmm_(x, w)

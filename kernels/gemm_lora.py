@@ -148,8 +148,8 @@ def rank_block(rank: int, *, flat: bool) -> int:
 
 def _has_room(tile: Tile, capability: tuple[int, int], masks: int, rank: int | None) -> bool:
     """Whether a flat tile can be used for updates of this rank: in one block, beside all else in shared memory, and of
-    masked ones with 160 accumulators a thread at most."""
-    if rank is None or rank > FLAT_RANK:
+    a masked one with 160 accumulators a thread at most. Several masks would spill."""
+    if rank is None or rank > FLAT_RANK or masks > 1:
         return False
     columns = tile.block_n // tile.parts
     if masks and tile.block_m * (tile.block_n + columns) > 160 * 32 * tile.num_warps:
@@ -527,7 +527,7 @@ def _plan(
     sizes, ranks, *_, M, N = numbers
     kind = {"pairs": len(sizes), "masks": masks, "aligned": aligned, "rank": flat_rank}
     tile = tile or pick_tile(M, N, dtype, capability, **kind)
-    if tile.flat and not (descriptors and flat_rank and flat_rank <= FLAT_RANK):
+    if tile.flat and not (descriptors and flat_rank is not None and flat_rank <= FLAT_RANK):
         raise ValueError(f"a flat tile takes descriptors, one product and updates of r ≤ {FLAT_RANK}: {tile}")
     tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
     return tile, Launch(

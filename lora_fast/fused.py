@@ -6,6 +6,7 @@ dx) once more; "cublas, update first", which writes the update and lets cuBLAS a
 bytes, but the update is read inside a long product that leaves memory idle, and y is rounded once instead of twice. For
 dS and dB one read of dy, with partial sums, or two."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ from lora_fast.tuning import size_class
 
 UPDATE_FIRST = "cublas, update first"
 ONE_READ, TWO_READS = "triton, one read of dy", "two reads of dy"
-# Tiles that the tuner tries: those that the model of `ranked_tiles` prefers.
-TRIED_TILES = 4
+# Tiles that the tuner tries: those that the model of `ranked_tiles` prefers, of one size that many at most. It knows
+# nothing of what tells these apart, and takes each GPU for the largest of its kind.
+TRIED_TILES, TRIED_OF_A_SIZE = 5, 3
 # Partial sums of dS and dB, in bytes of dY, from which on one read of dY isn't timed against two.
 MOST_PARTIAL = 3
 
@@ -83,8 +85,12 @@ def _routes(
     """{name: tile} of all routes: the `others`, then the tiles that the model of `ranked_tiles` prefers, for the tuner
     to try. M by its `size_class`, so that what was chosen for one M is a route for all that share it."""
     kind = {"pairs": pairs, "masks": masks, "aligned": aligned, "rank": rank}
-    tiles = ranked_tiles(M, N, dtype, capability, **kind)[:TRIED_TILES]
-    return dict.fromkeys(others) | {f"triton {tile.name}": tile for tile in tiles}
+    tiles, sizes = [], Counter()
+    for tile in ranked_tiles(M, N, dtype, capability, **kind):
+        sizes[tile[:3]] += 1
+        if sizes[tile[:3]] <= TRIED_OF_A_SIZE:
+            tiles.append(tile)
+    return dict.fromkeys(others) | {f"triton {tile.name}": tile for tile in tiles[:TRIED_TILES]}
 
 
 def _place(step: str, device: torch.device, *operands: Tensor) -> tuple:

@@ -99,7 +99,7 @@ def _profiles(profiles: list[Profile], names: list[str], charts: list[dict]) -> 
         "<h2>All arms</h2>" + "".join(_table(p, names[n], several) for n, p in enumerate(profiles)),
         "<h2>Why costs are as they are</h2>" + runs + "".join(_why(p) for p in profiles) + "</div>",
         "<h2>Settings and environment</h2>" + runs + _settings(profiles) + "</div>",
-        f"<h2>Method</h2>{''.join(f'<p>{_method(e)}</p>' for e in sorted({p.estimated for p in profiles}))}",
+        f"<h2>Method</h2>{''.join(f'<p>{text}</p>' for text in dict.fromkeys(map(_method, profiles)))}",
     ]
 
 
@@ -321,8 +321,8 @@ def _value(value) -> str:
     return "–" if value is None else str(value)
 
 
-def _method(estimated: bool) -> str:
-    if estimated:
+def _method(profile: Profile) -> str:
+    if profile.estimated:
         return (
             "Predicted: one training step was traced for every arm on tensors that have shapes and no memory, through "
             "the layers that would run, at two depths; from these each number, and memory moment by moment, is "
@@ -336,7 +336,11 @@ def _method(estimated: bool) -> str:
         "arm's step over full fine-tuning's in the same round, with a 95% interval from resampled rounds. A second "
         "copy of full fine-tuning (of the smallest rank, where there is no room) runs among the arms; how far its "
         "ratio's interval reaches from 1 is the noise floor. A crossover is where the ratios, made non-decreasing in "
-        "the rank, pass 1, on a straight line in r. Utilization is the step's FLOPs a second over what a large matrix "
-        "product reached on the same machine right before; full-equivalent utilization counts full fine-tuning's FLOPs "
-        "in the arm's time, so that of two arms the faster one has more of it."
+        "the rank, pass 1, on a straight line in r."
+    ) + (
+        " Utilization is the step's FLOPs a second over what a large matrix product reached before the rounds; "
+        "full-equivalent utilization counts full fine-tuning's FLOPs in the arm's time, so that of two arms the faster "
+        "one has more of it."
+        if any(arm.executed_utilization is not None for arm in profile.arms)
+        else ""
     )

@@ -220,7 +220,8 @@ def _stack(memory: dict) -> dict:
     arms, capacity = memory["arms"], memory["capacity_MiB"]
     tallest = max((value for arm in arms for value in (arm["peak_MiB"], arm["predicted_MiB"]) if value), default=0)
     problems = [arm for arm in arms if arm["problem"]]
-    if capacity and not problems and tallest < NEAR * capacity:
+    out_of_memory = any(arm["problem"] in ("out of memory", "does not fit") for arm in arms)
+    if capacity and not out_of_memory and tallest < NEAR * capacity:
         capacity = None
     scale, unit = (1024, "GiB") if max(tallest, capacity or 0) >= 2000 else (1, "MiB")
     names = [arm["name"] for arm in arms]

@@ -194,7 +194,6 @@ def profile_ranks(
             "parameters": total,
             **workload.to_dict(),
             "attn_implementation": getattr(subject.config, "_attn_implementation", None),
-            "implementation": _implementation(workload, wanted),
             "rounds_wanted": steps,
             "time_budget_s": time_budget_s,
             "target_ci": target_ci,
@@ -217,6 +216,8 @@ def profile_ranks(
             records = folder.path
         else:
             records = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")))
+
+        described["implementation"] = _implementation(workload, wanted)
 
         def changed() -> None:
             watch(Profile(about, described, arms, None, {}))
@@ -286,7 +287,7 @@ def _implementation(workload: Workload, ranks: Sequence[int]) -> str:
     for rank in ranks:
         reason = why_not_triton(workload.backend, "lora_linear", device, workload.torch_dtype, rank)
         told.setdefault("Triton kernels" if reason is None else f"PyTorch: {reason}", []).append(f"r{rank}")
-    return next(iter(told)) if len(told) == 1 else "; ".join(f"{names[-1]} {of}" for of, names in told.items())
+    return next(iter(told)) if len(told) == 1 else "; ".join(f"{', '.join(names)}: {of}" for of, names in told.items())
 
 
 def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) -> list[str]:

@@ -102,7 +102,8 @@ def time_arms(
     others go on."""
     kept = Record.open(None if record is None else Path(record))
     if kept.product_tflops_s is None:
-        kept.add("product_tflops_s", product_tflops_s(torch.device(workload.device), workload.torch_dtype))
+        with time_limit(arm_timeout_s), contextlib.suppress(torch.OutOfMemoryError):  # no arm's fault
+            kept.add("product_tflops_s", product_tflops_s(torch.device(workload.device), workload.torch_dtype))
     # Nobody needs the weights as they were: then they never all are on a GPU that may not hold them.
     alone = workload.quantize and not any(name.startswith(FULL) for name in arms)
     model = build(

@@ -1,15 +1,15 @@
 """Teaches Triton's interpreter to compute in bf16, so that what runs on a GPU in bf16 is tested without one.
 
-The interpreter holds a bf16 number as 16 bits in NumPy's uint16, which has no such type, and computes with them as
-if they were integers (triton issue 11584); a cast to bf16 cuts the last bits off where a GPU rounds. Here arithmetic
-widens them to fp32, where every bf16 number is exact, and rounds the result to the nearest bf16, ties to even, as a GPU
-does; a dot adds up in fp32 as its tensor cores do. What only moves numbers (loads, stores, views, selects) was right
-before."""
+The interpreter holds a bf16 number as 16 bits in NumPy's uint16, which has no such type, and computes with them as if
+they were integers (triton issue 11584); a cast to bf16 cuts the last bits off where a GPU rounds. Arithmetic widens
+them to fp32, where every bf16 number is exact, and rounds the fp32 result to the nearest bf16, ties to even, as a GPU
+does; a dot adds up in fp32 as its tensor cores do. Sums and scans in bf16 are refused. What only moves numbers (loads,
+stores, views, selects) was right before."""
 
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 from lora_fast import backend
 
@@ -76,13 +76,13 @@ def _dot(method):
     return dot
 
 
-def _sum(method):
-    def summed(self, input):
+def _refused(method):
+    def added_up(self, input):
         if input.dtype.scalar == tl.bfloat16:
             raise NotImplementedError("a sum in bf16: on a GPU its rounding would depend on the tile; sum in fp32")
         return method(self, input)
 
-    return summed
+    return added_up
 
 
 def install() -> None:
@@ -98,5 +98,6 @@ def install() -> None:
         setattr(InterpreterBuilder, name, repaired(getattr(InterpreterBuilder, name)))
     # Constants, which triton 3.6 has none of.
     InterpreterBuilder.get_bf16 = lambda self, value: TensorHandle(rounded([value]), tl.bfloat16)
-    ReduceOps.sum = _sum(ReduceOps.sum)
+    for operations, name in ((ReduceOps, "sum"), (ScanOps, "cumsum"), (ScanOps, "cumprod")):
+        setattr(operations, name, _refused(getattr(operations, name)))
     backend.INTERPRETED_DTYPES = (*backend.INTERPRETED_DTYPES, torch.bfloat16)

@@ -41,6 +41,18 @@ def assert_as_exact_as(result: Tensor, eager: Tensor, exact: Tensor, *, factor: 
     assert actual <= bound, f"relative error {actual:.3g}, allowed {bound:.3g}"
 
 
+def assert_rounded_once(result: Tensor, exact: Tensor) -> None:
+    """Sums of numbers in half precision are in fp32: rounded to half at the end, a result errs no more than the exact
+    one so rounded; in fp32 it errs hardly at all. A sum of some hundred products rounded on its way errs by half as
+    as much again at least."""
+    if result.dtype == torch.float32:
+        bound = 16 * torch.finfo(torch.float32).eps
+    else:
+        bound = 1.02 * error(exact.to(result.dtype), exact)
+    actual = error(result, exact)
+    assert actual <= bound, f"relative error {actual:.3g}, rounded once {bound:.3g}"
+
+
 def assert_product(result: Tensor, left: Tensor, right: Tensor) -> None:
     """Each element of `result` differs from left @ right by no more than rounding can explain; both in result's dtype.
 

@@ -432,6 +432,7 @@ def resources_nvidia(cubin: bytes) -> dict[str, int]:
 
 MMA = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
 TMA_LOAD = re.compile(r"cp\.async\.bulk\.tensor\S*\.shared::\w+\.global")
+TMA_STORE = re.compile(r"cp\.async\.bulk\.tensor\S*\.global\.shared")
 CP_ASYNC = re.compile(r"cp\.async\.c[ag]\.\S+ \[[^]]*\], \[[^]]*\], (?:0x([0-9a-f]+)|(\d+))")
 # A wgmma may still run while the next step is prepared.
 OVERLAPS = re.compile(r"wgmma\.wait_group\S* [1-9]")
@@ -457,6 +458,8 @@ def instructions_nvidia(ptx: str) -> dict[str, Any]:
         "mma_loops": sum(bool(MMA.search(loop)) for loop in loops),
         "async_mma_loops": sum(bool(MMA.search(loop)) and fetches_ahead(loop) for loop in loops),
         "overlapped_wgmma_loops": sum(bool(OVERLAPS.search(loop)) for loop in loops),
+        # What ends a tile stands in the loop that multiplies: Triton made one of the tiles' loop and this.
+        "flat_loops": sum(bool(MMA.search(loop) and TMA_STORE.search(loop)) for loop in loops),
     }
 
 
@@ -585,6 +588,8 @@ def problems(row: dict) -> list[str]:
             found.append(
                 f"{row['overlapped_wgmma_loops']} loops multiply on while they prepare, of {row['main_loops']}"
             )
+        if "FLAT=True" in row["tile"] and not row["flat_loops"]:
+            found.append("a flat tile's loops are two")
         if row["cp_async_less"] and not narrow:
             found.append(f"{row['cp_async_less']} asynchronous copies of less than 16 bytes")
         instruction = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(row["target"], "mma_sync")

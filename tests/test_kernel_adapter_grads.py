@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_product, count_launches, nan_filled, random
+from kernel_support import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as,
+    assert_product,
+    assert_rounded_once,
+    count_launches,
+    nan_filled,
+    random,
+)
 
 from lora_fast.kernels.adapter_grads import Tile, grad_a, grad_s_and_b, partial_bytes, pick_a_tile, pick_s_and_b_tile
 
@@ -60,6 +69,17 @@ def check_a(ds, x, ranks=None, masks=None, tile=None):
 def test_s_and_b(R, dtype):
     dy, b, s = random(M, N, dtype=dtype), random(N, R, dtype=dtype, seed=1), random(M, R, dtype=dtype, seed=2)
     check_s_and_b(dy, b, s, SMALL._replace(ranks=padded(R)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_once(dtype):
+    dy, b, s = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(300, 500), (500, 12), (300, 12)]))
+    ds, db = check_s_and_b(dy, b, s, SMALL)
+    assert_rounded_once(ds, dy.double() @ b.double())
+    assert_rounded_once(db, dy.double().t() @ s.double() * SCALE)
+    packed, bits = random_masks(2, 300, 500)
+    da = check_a(torch.cat([s, ds], 1), dy, (12, 12), (packed, bits))
+    assert_rounded_once(da, torch.cat([f.double().t() @ (dy.double() * m) for f, m in zip((s, ds), bits)]))
 
 
 @pytest.mark.parametrize("rows, columns, splits", [(64, 128, 1), (16, 128, 3), (64, 32, 9)])

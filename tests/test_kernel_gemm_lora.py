@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, assert_as_exact_as, error, nan_filled, random
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_rounded_once, error, nan_filled, random
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -192,20 +192,41 @@ def test_many_tiles(capability, persistent):
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["pointers", "descriptors", "flat"])
+def test_rounded_once(dtype, masked, kind):
+    if kind != "pointers" and not module.uses_descriptors(NEWEST):
+        pytest.skip("takes descriptors")
+    tile = Tile(32, 64, 32, 4, 3, persistent=True, parts=2, flat=kind == "flat")
+    M, N, K, R = 70, 136, 512, 24
+    x, w = pair(M, N, K, dtype)
+    s, b = (factor * (K / R) ** 0.25 for factor in factors(M, N, R, dtype))  # an update of the product's size
+    masks, bias = [draw_mask(M, N)] if masked else [], random(N, dtype=dtype, seed=9, scale=K**0.5)
+    y = check([x], [w], [(s, b)], masks, bias=bias, tile=tile, capability=POINTERS if kind == "pointers" else NEWEST)
+    assert_rounded_once(y, formula([x], [w], [(s, b)], masks, bias))
+
+
 @pytest.mark.skipif(not module.uses_descriptors(NEWEST), reason="flat tiles take descriptors")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("R", [1, 16, 40, 64])
+@pytest.mark.parametrize("R", [0, 1, 16, 40, 64])
 def test_flat_tiles_one_after_another(dtype, R):
     """Each of three programs ends a tile while the next one's loads are on their way, and again."""
     tile = Tile(32, 64, 32, 4, 3, persistent=True, parts=4, flat=True)
     if DEVICE.type == "cuda":
         tile = tile._replace(block_m=64, block_n=128, block_k=64, parts=2)
     with mock.patch.object(module, "_sms", lambda device: 3):
-        for M, N, K in ((170, 136, 72), (33, 1000, 24)):
+        for M, N, K in ((170, 136, 72), (33, 520, 24)):
             x, w = pair(M, N, K, dtype)
             bias = random(N, dtype=dtype, seed=9)
             for by_rows in (w, w.contiguous()):
-                check([x], [by_rows], [factors(M, N, R, dtype)], bias=bias, capability=NEWEST, tile=tile)
+                if R:
+                    check([x], [by_rows], [factors(M, N, R, dtype)], bias=bias, capability=NEWEST, tile=tile)
+                else:  # no update at all
+                    y = gemm_lora(x, by_rows, *factors(M, N, 0, dtype), bias=bias, capability=NEWEST, tile=tile)
+                    assert_rounded_once(y, formula([x], [by_rows], [], bias=bias))
+            if R == 0:
+                continue
             two = [factors(M, N, rank, dtype, seed=rank) for rank in (R, 12)]
             for masked in (two[:1], two):  # two: q, k, v of which one has a weight
                 masks = [draw_mask(M, N, seed) for seed in range(len(masked))]

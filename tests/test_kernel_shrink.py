@@ -6,7 +6,15 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_product, nan_filled, random
+from kernel_support import (
+    DEVICE,
+    DTYPES,
+    assert_as_exact_as,
+    assert_product,
+    assert_rounded_once,
+    nan_filled,
+    random,
+)
 
 from lora_fast.kernels.dropout import draw_bytes, threshold
 from lora_fast.kernels.shrink import Tile, pick_tile, shrink
@@ -51,6 +59,17 @@ def test_values_with_dropout(ranks, dtype):
     x, a = random(M, K, dtype=dtype), random(sum(ranks), K, dtype=dtype, seed=1)
     _, mask = check(x, a, ranks, seed=seed_of(3), dropout_p=0.3)
     assert mask.shape == (len(ranks), M, 9) and mask.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rounded_once(dtype, splits):
+    x, a = random(M, 500, dtype=dtype), random(20, 500, dtype=dtype, seed=1)
+    s, _ = check(x, a, tile=SMALL._replace(splits=splits))
+    assert_rounded_once(s, x.double() @ a.double().t())
+    s, mask = check(x, a, (12, 8), seed=seed_of(3), dropout_p=0.3, tile=SMALL)
+    parts = zip(unpacked(mask, 500), a.double().split((12, 8)))
+    assert_rounded_once(s, torch.cat([(x.double() * kept) @ part.t() for kept, part in parts], 1))
 
 
 @given(

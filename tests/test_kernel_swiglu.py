@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, error, nan_filled, random
+from kernel_support import DEVICE, DTYPES, assert_rounded_once, error, nan_filled, random
 
 from lora_fast.kernels import swiglu
 from lora_fast.kernels.shrink import shrink
@@ -117,6 +117,29 @@ def test_forward_is_as_exact_as_pytorch(M, N, R, dtype):
 )
 def test_backward_is_as_exact_as_pytorch(M, N, ranks, dtype):
     check_backward(backward_inputs(M, N, ranks, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_once(dtype):
+    """h, dg and du are what is rounded; S, dA_down, dB_gate and dB_up are sums over what was."""
+    M, N = 300, 500
+    g, u, a = forward_inputs(M, N, 12, dtype)
+    h, s, _ = check_forward((g, u, a))
+    exact_h, _ = torch_forward(g.double(), u.double(), a.double(), keep_all(M, N))
+    assert_rounded_once(h, exact_h)
+    assert_rounded_once(s, h.double() @ a.double().t())
+    arguments = backward_inputs(M, N, (12, 8, 12), dtype)
+    results = check_backward(arguments)
+    dg, du, da, db_gate, db_up = results
+    exact = torch_backward(*double(arguments), 0.5, 3.0, keep_all(M, N))
+    assert_rounded_once(dg, exact[0])
+    assert_rounded_once(du, exact[1])
+    _, g, u, ds_down, s_gate, s_up = double(arguments)
+    h, _ = torch_forward(g, u, a.double(), keep_all(M, N))
+    # An h or two lie so near the middle that fp32 falls on the other side.
+    assert error(da, ds_down.t() @ h.to(dtype).double()) < 2e-5
+    assert_rounded_once(db_gate, 0.5 * dg.double().t() @ s_gate)
+    assert_rounded_once(db_up, 3.0 * du.double().t() @ s_up)
 
 
 # From 16 columns on: a gradient of a number or two is a sum that cancels, where PyTorch's error is a matter of luck.

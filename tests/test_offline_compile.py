@@ -76,6 +76,8 @@ def row_of(**changed) -> dict:
         ({"async_mma_loops": 0}, "fetch ahead"),
         ({"overlapped_wgmma_loops": 0}, "multiply on"),
         ({"main_loops": 0, "fp64_loops": 2}, "fp64 loops"),
+        ({"tile": "FLAT=True", "flat_loops": 1}, None),
+        ({"tile": "FLAT=True", "flat_loops": 0}, "loops are two"),
         ({"cp_async_less": 2}, "less than 16 bytes"),
         ({"error": "PTXASError"}, "PTXASError"),
     ],
@@ -102,9 +104,17 @@ $L__BB0_2:
 $L__BB0_3:
     cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1, {%r2, %r3}], [%r4];
     cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];
+$L__BB0_4:
+    wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2, p;
+    wgmma.wait_group.sync.aligned 1;
+    cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {%r1, %r2}], [%r3];
+    @%p1 bra $L__BB0_4;
 """
     counted = offline.instructions_nvidia(ptx)
-    assert counted["wgmma"] == counted["mma_sync"] == counted["tma_loads"] == 1
+    assert (
+        counted["mma_sync"] == counted["tma_loads"] == counted["flat_loops"] == counted["overlapped_wgmma_loops"] == 1
+    )
+    assert counted["wgmma"] == 2
     assert (counted["cp_async_16"], counted["cp_async_less"]) == (1, 1)
     assert (counted["ld_global_16"], counted["ld_global_less"]) == (1, 1)
-    assert (counted["mma_loops"], counted["async_mma_loops"]) == (2, 2)
+    assert (counted["mma_loops"], counted["async_mma_loops"]) == (3, 2)

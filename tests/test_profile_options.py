@@ -1,11 +1,13 @@
 """Options of a profile that change the answer: recorded, obeyed, and PEFT and single layers beside it."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from lora_fast import LoraFastError
+from lora_fast import LoraFastError, backend
 from lora_fast.profiler import layers, profile_ranks, sweep
 from lora_fast.profiler.layers_table import layers_table
 from lora_fast.profiler.models import build, resolve
@@ -191,3 +193,16 @@ def test_where_full_fine_tuning_runs_out_of_memory_its_prediction_stands_in():
     unknown = arms(None)
     unknown[-1].predicted_MiB = None
     assert sweep._memory_ratios(unknown) == [] and crossovers(unknown, 0)["memory"].rank is None
+
+
+def test_a_run_says_which_implementation_its_backend_came_to(monkeypatch):
+    cpu = workload(backend="auto")
+    assert sweep._implementation(cpu, [8, 600]) == "PyTorch: the tensors are on the CPU"
+    assert sweep._implementation(replace(cpu, backend="torch"), [8]) == "PyTorch: backend='torch' was asked for"
+    # As on a GPU, which takes ranks up to a limit.
+    gpu = partial(backend.triton_unsupported, "lora_linear", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    monkeypatch.setattr(sweep, "why_not_triton", lambda asked, op, device, dtype, rank: gpu(rank))
+    assert sweep._implementation(cpu, [8, 64]) == "Triton kernels"
+    expected = "r8, r512: Triton kernels; r513: PyTorch: r=513 is above 512"
+    assert sweep._implementation(cpu, [8, 512, 513]) == expected

@@ -188,7 +188,25 @@ def test_figures_are_what_plotly_takes(profile):
         plotly.Figure(data=figure["data"], layout=figure["layout"])  # raises for any property that it does not know
 
 
-def test_each_phase_has_a_bar_of_what_it_holds(profile):
+def test_the_method_tells_of_utilization_where_there_is_one():
+    profile = read_profile(RESULTS)
+    for each in profile.arms:
+        each.executed_utilization = None
+    assert "Utilization is" not in page([profile], ["run"])
+    profile.lora[0].executed_utilization = 0.5
+    assert "Utilization is" in page([profile], ["run"])
+
+
+def test_a_capacity_is_drawn_where_memory_is_what_was_lacking():
+    profile = read_profile(RESULTS)
+    profile.environment["memory_MiB"] = 24_000.0
+    for status, drawn in (("timeout", False), ("oom", True)):
+        profile.arms[1].status, profile.arms[1].peak_MiB = status, None
+        assert any("capacity" in trace["name"] for trace in figures(chart(profile))["memory"]["data"]) == drawn
+
+
+def test_each_phase_has_a_bar_of_what_it_holds():
+    profile = read_profile(RESULTS)
     held = {"weights": 20.0, "activations": 5.0}
     profile.lora[0].phase_categories_MiB = {"forward": held, "backward": held | {"gradients": 2.0}}
     figure = figures(chart(profile))["phases"]
