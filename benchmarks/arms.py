@@ -70,7 +70,7 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 
     key = (*x.shape, w.shape[1], w.stride(), x.dtype)
     if key not in _tiles:
-        tiles = candidates(x.dtype, torch.cuda.get_device_capability(x.device))
+        tiles = candidates(x.dtype, torch.cuda.get_device_capability(x.device), rank=0)
         _tiles[key] = fastest({tile: lambda tile=tile: call(tile) for tile in tiles})
     return call(_tiles[key])
 
