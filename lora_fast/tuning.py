@@ -35,6 +35,7 @@ from lora_fast.config import warn
 SCHEMA_VERSION = 2
 # ‖difference‖ / ‖result‖ of two candidates that is no rounding: that of bf16 is below 0.01, as is that of TF32.
 WRONG = 0.03
+FEW = 1024
 _choices: dict[tuple[str, str], str] = {}
 # What follows from choices, by all that they depend on as it comes: looked up in a fraction of the time that it takes
 # to write that down as `_choices` has it. Batches of ever new lengths would fill the memory: beyond so many all are
@@ -147,17 +148,19 @@ def _time(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def _difference(call: Callable[[], Tensor], reference: Callable[[], Tensor]) -> float:
-    """‖result − expected‖_F / ‖expected‖_F; 0 where memory is too short to tell, or what is expected is not finite."""
+    """‖result − expected‖_F / ‖expected‖_F; 0 where that can't tell: memory is too short, what is expected is not finite,
+    or so few numbers that they may all be what cancelling terms left."""
     try:
-        squares = torch.zeros(2, dtype=torch.float64, device="cpu")
+        squares, numbers = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
         # In parts, since fp32 copies of the whole could be what doesn't fit any more.
         for result, expected in zip(call().split(1024), reference().split(1024), strict=True):
+            numbers += expected.numel()
             expected = expected.float()
             squares += torch.stack([(result.float() - expected).square().sum(), expected.square().sum()]).double().cpu()
     except torch.OutOfMemoryError:
         return 0.0
     difference, size = squares.tolist()
-    if not math.isfinite(size) or difference == 0:
+    if not math.isfinite(size) or difference == 0 or numbers < FEW:
         return 0.0
     return math.sqrt(difference / size) if size and math.isfinite(difference) else math.inf
 

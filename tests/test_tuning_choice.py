@@ -150,8 +150,9 @@ def test_how_far_two_results_lie_apart(dtype):
     wrong[0, 0] = float("nan")
     assert difference(wrong) == float("inf")
     assert difference(expected, wrong) == 0.0  # of what is not finite nothing can be said
-    assert difference(torch.zeros(3, 4), torch.zeros(3, 4)) == 0.0
-    assert difference(torch.ones(3, 4), torch.zeros(3, 4)) == float("inf")
+    zeros = torch.zeros(32, 32)
+    assert difference(zeros, zeros) == 0.0 and difference(zeros + 1, zeros) == float("inf")
+    assert difference(zeros[1:] + 1, zeros[1:]) == 0.0  # too few
 
 
 def test_memory_too_short_to_compare_is_no_difference():
