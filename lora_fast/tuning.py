@@ -148,8 +148,8 @@ def _time(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 def _difference(call: Callable[[], Tensor], reference: Callable[[], Tensor]) -> float:
-    """‖result − expected‖_F / ‖expected‖_F; 0 where that can't tell: memory is too short, what is expected is not finite,
-    or so few numbers that they may all be what cancelling terms left."""
+    """‖result − expected‖_F / ‖expected‖_F; 0 where that can't tell: memory is too short, what is expected is not
+    finite, or so few numbers that they may all be what cancelling terms left."""
     try:
         squares, numbers = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
         # In parts, since fp32 copies of the whole could be what doesn't fit any more.
