@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import DEVICE, DTYPES, assert_as_exact_as, nan_filled, random
+from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_rounded_once, nan_filled, random
 
 from lora_fast.kernels import grouped
 from lora_fast.kernels.shrink import shrink
@@ -149,6 +149,31 @@ def test_values_and_gradients(dtype, p):
         assert not kept[~covered].any()
         deviation = (p * (1 - p) / kept[covered].numel()) ** 0.5
         assert abs(float(kept[covered].double().mean()) - (1 - p)) < 5 * deviation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_once(dtype):
+    """Each launch by itself, of what the one before it left."""
+    case = Case(MIXED, MIXED_ROWS, dtype, k=500, n=300).run()
+    x, dy, weight, s, ds = (t.double() for t in (case.x, case.dy, case.weight, case.s, case.ds))
+    y, dx = x @ weight.t(), dy @ weight
+    found, exact = {"s": [], "ds": []}, {"s": [], "ds": []}
+    for adapter, (rank, scale) in enumerate(zip(case.ranks, case.scales)):
+        rows, ours = case.owner == adapter, case.factors(adapter)
+        a, b = case.lora_A[adapter].double(), (case.lora_B[adapter] * scale).to(dtype).double()
+        y[rows] += s[rows, :rank] @ b.t()
+        dx[rows] += ds[rows, :rank] @ a
+        found["s"].append(case.s[rows, :rank].flatten())
+        found["ds"].append(case.ds[rows, :rank].flatten())
+        exact["s"].append((x[rows] @ a.t()).flatten())
+        exact["ds"].append((dy[rows] @ b).flatten())
+        if rows.any():
+            assert_rounded_once(case.dA[ours], ds[rows, :rank].t() @ x[rows])
+            assert_rounded_once(case.dB[:, ours], scale * (dy[rows].t() @ s[rows, :rank]))
+    for name in found:
+        assert_rounded_once(torch.cat(found[name]), torch.cat(exact[name]))
+    assert_rounded_once(case.y_fused, y)
+    assert_rounded_once(case.dx_fused, dx)
 
 
 @pytest.mark.parametrize("block_rows", grouped.BLOCK_ROWS)
