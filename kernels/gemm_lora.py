@@ -181,15 +181,13 @@ def candidates(
     most = 128 if masks == 0 or (masks == 1 and name in ("sm_90", "sm_100")) else 64
     if not aligned:
         name, most = "unaligned", 32 if masks == 0 else 16
-    return tuple(
-        tile
-        for tile in TILES[name]
-        if (
-            _has_room(tile, capability, masks, rank)
-            if tile.flat
-            else tile.block_m * tile.block_n <= most * 32 * tile.num_warps
-        )
-    )
+
+    def usable(tile: Tile) -> bool:
+        if tile.flat:
+            return _has_room(tile, capability, masks, rank)
+        return tile.block_m * tile.block_n <= most * 32 * tile.num_warps
+
+    return tuple(filter(usable, TILES[name]))
 
 
 def ranked_tiles(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int], **kind: Any) -> list[Tile]:
@@ -198,8 +196,8 @@ def ranked_tiles(M: int, N: int, dtype: torch.dtype, capability: tuple[int, int]
 
     def cost(tile: Tile) -> int:
         rounds = cdiv(cdiv(M, tile.block_m) * cdiv(N, tile.block_n), SMS[architecture(capability)])
-        # Arithmetic goes with the area, loads with the edges; on an H100 an element of the edge, out of L2 at 42 GB/s
-        # an SM and ns, costs as much as 180 multiply-adds at 3.7 TFLOP/s an SM.
+        # Arithmetic goes with the area, loads with the edges; on an H100 an element of the edge, out of L2 at 42 bytes
+        # a ns and SM, costs as much as 180 multiply-adds at 3.7 TFLOP/s an SM.
         return rounds * (tile.block_m * tile.block_n + 180 * (tile.block_m + tile.block_n))
 
     return sorted(candidates(dtype, capability, **kind), key=cost)
