@@ -493,7 +493,8 @@ def prepare(
     w_is_nk = _is_nk(ws)
     aligned = bool(xs) and are_aligned(xs, ws, capability)
     descriptors = aligned and uses_descriptors(capability)
-    assert accumulate is None or not xs, "nothing is added to a product's result"
+    if xs and accumulate is not None:
+        raise ValueError("accumulate is for an update alone: beside a product there is nothing to add it to")
     numbers = (
         tuple((x.shape[1], x.stride(0), *w.stride()) for x, w in zip(xs, ws)),
         tuple(ranks) if masks and ranks else (s.shape[1],),

@@ -233,6 +233,12 @@ def test_flat_tiles_one_after_another(dtype, R):
                 check([x], [w], masked, masks, bias=bias, capability=NEWEST, tile=tile)
 
 
+def test_a_product_is_added_to_nothing():
+    x, w = pair(33, 72, 48, torch.float16)
+    with pytest.raises(ValueError, match="accumulate is for an update alone"):
+        gemm_lora(x, w, *factors(33, 72, 8, torch.float16), accumulate=random(33, 72, dtype=torch.float16))
+
+
 def test_what_a_flat_tile_can_not_do():
     dtype, tile = torch.float16, Tile(64, 64, 64, 4, 3, persistent=True, flat=True)
     x, w = pair(33, 72, 48, dtype)
