@@ -20,7 +20,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_fast.backend import interpreted
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.gemm_lora import (
-    BLOCK_R,
     GROUP_M,
     Tile,
     _add_product,
@@ -32,6 +31,7 @@ from lora_fast.kernels.gemm_lora import (
     are_aligned,
     candidates,
     pick_tile,
+    rank_block,
     uses_descriptors,
 )
 
@@ -126,7 +126,7 @@ def _launch(x: Tensor, w: Tensor, s: Tensor, b: Tensor, kept: Tensor | None, til
         s, b, (s.stride(0), b.stride(0), b.stride(1)), R, kept, 0 if kept is None else kept.stride(0),
         operand(y, tile.block_m, tile.block_n // tile.parts), M, N,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_R=min(max(triton.next_power_of_2(R), 16), BLOCK_R), GROUP_M=GROUP_M,
+        BLOCK_R=rank_block(R, flat=False), GROUP_M=GROUP_M,
         DESCRIPTORS=descriptors, W_IS_NK=w_is_nk, PARTS=tile.parts,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -35,7 +35,7 @@ from lora_fast.config import warn
 SCHEMA_VERSION = 2
 # ‖difference‖ / ‖result‖ of two candidates that is no rounding: that of bf16 is below 0.01, as is that of TF32.
 WRONG = 0.03
-FEW = 1024
+FEW = 1024  # numbers, of which nothing can be said: all of them may be what cancelling terms left
 _choices: dict[tuple[str, str], str] = {}
 # What follows from choices, by all that they depend on as it comes: looked up in a fraction of the time that it takes
 # to write that down as `_choices` has it. Batches of ever new lengths would fill the memory: beyond so many all are
@@ -149,7 +149,7 @@ def _time(candidates: Mapping[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 def _difference(call: Callable[[], Tensor], reference: Callable[[], Tensor]) -> float:
     """‖result − expected‖_F / ‖expected‖_F; 0 where that can't tell: memory is too short, what is expected is not
-    finite, or so few numbers that they may all be what cancelling terms left."""
+    finite, or there are FEW numbers."""
     try:
         squares, numbers = torch.zeros(2, dtype=torch.float64, device="cpu"), 0
         # In parts, since fp32 copies of the whole could be what doesn't fit any more.

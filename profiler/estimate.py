@@ -16,6 +16,7 @@ from lora_fast import LoraFastError, apply_lora
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.fits import Peaks
 from lora_fast.profiler.html import write_results
+from lora_fast.profiler.memory import MiB, in_MiB
 from lora_fast.profiler.models import ModelSource, build, counts, max_positions, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, trace
 from lora_fast.profiler.profile import Arm, Profile
@@ -24,7 +25,7 @@ from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too
 from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.profiler.workload import Workload, parse_modules
 
-MiB, GiB = 2**20, 2**30
+GiB = 2**30
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
 # can't use between blocks. An allowance, not a measurement of this machine.
 RESERVE_GiB = 1.0
@@ -178,11 +179,9 @@ def parse_memory(text: str) -> float:
 
 def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:
     arm.peak_MiB, arm.peak_phase = found.peak / MiB, found.peak_phase
-    arm.by_category = {category: size / MiB for category, size in found.by_category.items()}
-    arm.phase_peaks_MiB = {phase: sum(held.values()) / MiB for phase, held in found.phases.items()}
-    arm.phase_categories_MiB = {
-        phase: {category: size / MiB for category, size in held.items()} for phase, held in found.phases.items()
-    }
+    arm.by_category = in_MiB(found.by_category)
+    arm.phase_categories_MiB = {phase: in_MiB(held) for phase, held in found.phases.items()}
+    arm.phase_peaks_MiB = {phase: sum(held.values()) for phase, held in arm.phase_categories_MiB.items()}
     arm.memory_ratio = found.peak / full.peak
     arm.forward_flops, arm.backward_flops = found.forward_flops, found.backward_flops
     arm.flops_ratio = found.flops / full.flops

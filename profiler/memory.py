@@ -252,15 +252,15 @@ def measure_arm(
         "peak_MiB": (tracked["peak"] if on_cpu else torch.cuda.max_memory_allocated(device)) / MiB,
         "tracked_peak_MiB": tracked["peak"] / MiB,
         "resident_peak_MiB": highest - besides if on_cpu and besides is not None and highest is not None else None,
-        "by_category_MiB": _in_MiB(tracked["by_category"]),
-        "phase_peaks_MiB": _in_MiB(tracked["phase_peaks"]),
-        "phase_categories_MiB": {phase: _in_MiB(held) for phase, held in tracked["phase_categories"].items()},
+        "by_category_MiB": in_MiB(tracked["by_category"]),
+        "phase_peaks_MiB": in_MiB(tracked["phase_peaks"]),
+        "phase_categories_MiB": {phase: in_MiB(held) for phase, held in tracked["phase_categories"].items()},
         "peak_phase": tracked["peak_phase"],
-        "after_step_MiB": _in_MiB(tracked["after_step"]),
+        "after_step_MiB": in_MiB(tracked["after_step"]),
     }
 
 
-def _in_MiB(sizes: dict[str, int]) -> dict[str, float]:
+def in_MiB(sizes: dict[str, int]) -> dict[str, float]:
     return {name: size / MiB for name, size in sizes.items()}
 
 

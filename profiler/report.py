@@ -123,9 +123,8 @@ def _memory(profile: Profile) -> dict:
 def _bars(profile: Profile) -> dict:
     """capacity_MiB: what --memory-limit, --gpu, or the GPU or machine itself gives, or None."""
     work, machine = profile.workload, profile.environment
-    holds = machine.get("gpu") or (
-        {} if profile.estimated else machine
-    )  # an estimate is seldom of this machine's memory
+    # An estimate is seldom for this machine's memory.
+    holds = machine.get("gpu") or ({} if profile.estimated else machine)
     capacity = work.get("memory_limit_MiB") or holds.get("memory_MiB")
     if work.get("memory_GiB"):
         capacity = 1024 * work["memory_GiB"]

@@ -18,7 +18,7 @@ from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
 from lora_fast.profiler.intervals import MIN_ROUNDS
-from lora_fast.profiler.memory import MALLOC, MiB
+from lora_fast.profiler.memory import MALLOC, MiB, in_MiB
 from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
@@ -304,7 +304,7 @@ def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) ->
     full = found[-1]
     for arm, one in zip(arms, found, strict=True):
         arm.predicted_MiB = one.peak / MiB
-        arm.predicted_by_category = {category: size / MiB for category, size in one.by_category.items()}
+        arm.predicted_by_category = in_MiB(one.by_category)
         arm.forward_flops, arm.backward_flops = one.forward_flops, one.backward_flops
         arm.flops_ratio = one.flops / full.flops if full.flops else None
     return []

@@ -48,7 +48,7 @@ def crossover_sentences(profile: Profile) -> list[str]:
 def reason(arm: Arm) -> str:
     """The error; for memory that ran out, instead of the allocator's own words, what it was asked for last."""
     if arm.status == "oom" and arm.requested_MiB is not None:
-        return f"out of memory, at an allocation of {amount(arm.requested_MiB)}"
+        return f"out of memory, at an allocation of {_allocation(arm.requested_MiB)}"
     return arm.error
 
 
@@ -97,7 +97,7 @@ def hidden(profile: Profile) -> str:
     )
 
 
-def amount(MiB: float) -> str:
+def _allocation(MiB: float) -> str:
     """12.5 MiB; 3.1 KiB where a tenth of a MiB would be 0."""
     return f"{MiB:,.1f} MiB" if MiB >= 0.1 else f"{1024 * MiB:.1f} KiB"
 

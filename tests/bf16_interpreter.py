@@ -88,9 +88,7 @@ def _refused(method):
 def install() -> None:
     """From here on the interpreter computes in bf16, and lora_fast lets it."""
     for name, repaired in {
-        **dict.fromkeys(
-            ("binary_op", "unary_op", "create_fma", "create_clampf", "create_rsqrt", "create_erf"), _in_fp32
-        ),
+        **dict.fromkeys(("binary_op", "unary_op", "create_fma", "create_clampf"), _in_fp32),
         "cast_impl": _cast,
         "create_fp_to_fp": _fp_to_fp,
         "create_dot": _dot,

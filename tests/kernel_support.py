@@ -44,7 +44,7 @@ def assert_as_exact_as(result: Tensor, eager: Tensor, exact: Tensor, *, factor: 
 def assert_rounded_once(result: Tensor, exact: Tensor) -> None:
     """Sums of numbers in half precision are in fp32: rounded to half at the end, a result errs no more than the exact
     one so rounded; in fp32 it errs hardly at all. A sum of some hundred products rounded on its way errs by half as
-    as much again at least."""
+    much again at least."""
     if result.dtype == torch.float32:
         bound = 16 * torch.finfo(torch.float32).eps
     else:

@@ -16,7 +16,9 @@ EVERY = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
 
 
 @triton.jit
-def _arithmetic_kernel(x, y, sums, products, quotients, largest, less, negative, chosen, N: tl.constexpr):
+def _arithmetic_kernel(
+    x, y, sums, products, quotients, largest, less, negative, chosen, fused, bounded, N: tl.constexpr
+):
     i = tl.arange(0, N)
     a, b = tl.load(x + i), tl.load(y + i)
     tl.store(sums + i, a + b)
@@ -26,6 +28,8 @@ def _arithmetic_kernel(x, y, sums, products, quotients, largest, less, negative,
     tl.store(less + i, (a < b).to(tl.bfloat16))
     tl.store(negative + i, -a)
     tl.store(chosen + i, tl.where(a < b, a, 1.5))
+    tl.store(fused + i, tl.fma(a, b, a))
+    tl.store(bounded + i, tl.clamp(a, b - b, b, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -57,11 +61,13 @@ def assert_same(result, expected):
 
 def test_arithmetic():
     other = EVERY[torch.randperm(EVERY.numel(), generator=torch.Generator().manual_seed(0))]
-    out = [torch.empty_like(EVERY) for _ in range(7)]
+    out = [torch.empty_like(EVERY) for _ in range(9)]
     _arithmetic_kernel[(1,)](EVERY, other, *out, EVERY.numel())
     less = torch.lt(EVERY, other)
     expected = [EVERY + other, EVERY * other, EVERY / other, torch.maximum(EVERY, other), less.bfloat16(), -EVERY]
-    for result, value in zip(out, [*expected, torch.where(less, EVERY, 1.5)], strict=True):
+    expected += [torch.where(less, EVERY, 1.5), (EVERY.float() * other.float() + EVERY.float()).bfloat16()]
+    expected.append(torch.minimum(torch.maximum(EVERY, other - other), other))
+    for result, value in zip(out, expected, strict=True):
         assert_same(result, value)
 
 
