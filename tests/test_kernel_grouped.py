@@ -208,7 +208,8 @@ def test_other_batches(segments, rows, ranks, dtype):
 )
 def test_any_segmentation(lengths, gap, ranks, k, n, p, dtype):
     segments, end = [], 0
-    for length, adapter in lengths:
+    # With rows of its own behind them: of a single number, that PyTorch happens to hit, the error is a matter of luck.
+    for length, adapter in (*lengths, (16, 0)):
         segments.append((end + gap, end + gap + length, adapter))
         end += gap + length
     case = Case(segments, end, dtype, ranks=ranks, scales=SCALES[:3], k=k, n=n, p=p).run()
