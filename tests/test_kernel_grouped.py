@@ -196,19 +196,25 @@ def test_other_batches(segments, rows, ranks, dtype):
     Case(segments, rows, dtype, ranks=ranks, scales=SCALES[: len(ranks)], p=0.25).run().check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k, n", [(1, 1), (3, 9), (15, 1), (1, 15)])
+def test_narrow_layers(k, n, dtype):
+    Case(MIXED, MIXED_ROWS, dtype, k=k, n=n, p=0.3).run().check()
+
+
 @settings(max_examples=6)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(-1, 2)), max_size=5),
     gap=st.integers(0, 3),
     ranks=st.tuples(*[st.sampled_from((1, 3, 8, 17, 40))] * 3),
-    k=st.integers(1, 70),
-    n=st.integers(1, 70),
+    k=st.integers(16, 70),
+    n=st.integers(16, 70),
     p=st.sampled_from((0.0, 0.4)),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_segmentation(lengths, gap, ranks, k, n, p, dtype):
     segments, end = [], 0
-    # With rows of its own behind them: of a single number, that PyTorch happens to hit, the error is a matter of luck.
+    # From 16 rows and columns on: of a number or two, that PyTorch happens to hit, the error is a matter of luck.
     for length, adapter in (*lengths, (16, 0)):
         segments.append((end + gap, end + gap + length, adapter))
         end += gap + length
