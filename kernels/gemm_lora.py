@@ -449,8 +449,8 @@ class Prepared(NamedTuple):
 
     tile: Tile
     launch: Launch
-    descriptors: bool
-    w_is_nk: bool
+    size: tuple[int, int]
+    described: tuple[TensorDescriptor, ...]  # of all xs, all ws and y, but for their memory; empty without descriptors
 
     def run(
         self,
@@ -462,18 +462,28 @@ class Prepared(NamedTuple):
         bias: Tensor | None = None,
         accumulate: Tensor | None = None,
     ) -> Tensor:
-        y = torch.empty((s.shape[0], b.shape[1]), dtype=s.dtype, device=s.device)
-        nothing = [None] * (3 - len(xs))
-        if not self.descriptors:
-            self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, accumulate, y)
-            return y
-        describe, tile = TensorDescriptor.from_tensor, self.tile
-        m, n, k = tile.block_m, tile.block_n, tile.block_k
-        xs = [describe(x, [m, k]) for x in xs]
-        ws = [describe(w.t(), [n, k]) if self.w_is_nk else describe(w, [k, n]) for w in ws]
-        stored = describe(y, [m, n // tile.parts])
-        self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, None, stored)
+        """Of ws and b only the memory counts here: a matrix is as good as its transpose."""
+        y = stored = torch.empty(self.size, dtype=s.dtype, device=s.device)
+        nothing = (None,) * (3 - len(xs))
+        if self.described:
+            *operands, stored = map(_located, self.described, (*xs, *ws, y))
+            xs, ws = operands[: len(xs)], operands[len(xs) :]
+        self.launch(*xs, *nothing, *ws, *nothing, s, b, tuple(masks), bias, accumulate, stored)
         return y
+
+
+def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A descriptor of tensors like this one; it doesn't keep its memory."""
+    descriptor = TensorDescriptor.from_tensor(tensor, block)
+    descriptor.base = None
+    return descriptor
+
+
+def _located(described: TensorDescriptor, tensor: Tensor) -> TensorDescriptor:
+    """The descriptor of this tensor, without the checks of making one, which `described` has passed for it."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(described.__dict__, base=tensor)
+    return descriptor
 
 
 def prepare(
@@ -506,7 +516,14 @@ def prepare(
     )
     flat_rank = max(numbers[1]) if len(xs) == 1 else None
     kind = s.dtype, capability, len(masks), aligned, flat_rank, descriptors, w_is_nk
-    return Prepared(*_plan(numbers, *kind, tile, _sms(s.device)), descriptors, w_is_nk)
+    tile, launch = _plan(numbers, *kind, tile, _sms(s.device))
+    described = []
+    if descriptors:
+        m, n, k = tile.block_m, tile.block_n, tile.block_k
+        described = [_described(x, [m, k]) for x in xs]
+        described += [_described(w.t(), [n, k]) if w_is_nk else _described(w, [k, n]) for w in ws]
+        described.append(_described(s.new_empty(s.shape[0], b.shape[1]), [m, n // tile.parts]))
+    return Prepared(tile, launch, (s.shape[0], b.shape[1]), tuple(described))
 
 
 @plan

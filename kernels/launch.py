@@ -15,7 +15,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -56,7 +55,7 @@ class Launch:
     def __call__(self, *operands: Any) -> None:
         if self._compiled and not _watched(knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
             device = torch.cuda.current_device()
-            found = self._compiled.get((device, *[_kind(operand) for operand in operands]))
+            found = self._compiled.get((device, _kinds(operands)))
             if found is not None:
                 compiled, function, settings, rest = found
                 stream = driver.active.get_current_stream(device)
@@ -67,9 +66,9 @@ class Launch:
         if isinstance(compiled, CompiledKernel) and not torch.version.hip:
             names = [parameter.name for parameter in self.kernel.params][len(operands) + len(self.numbers) :]
             rest = *self.numbers, *(self.constants[name] for name in names)
-            key = (torch.cuda.current_device(), *[_kind(operand) for operand in operands])
             # With the compiled kernel itself, whose end would unload the function.
-            self._compiled[key] = compiled, compiled.function, compiled.packed_metadata, rest
+            found = compiled, compiled.function, compiled.packed_metadata, rest
+            self._compiled[torch.cuda.current_device(), _kinds(operands)] = found
 
 
 # launch(kernel, grid, numbers, **constants)(*operands), where no plan keeps the Launch.
@@ -81,12 +80,18 @@ def _watched(enter: Any, leave: Any) -> bool:
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
-def _kind(operand: Any) -> Any:
-    """What the compiled kernel depends on of an operand; of an address, finer than need be, what 16 leaves of it."""
-    if isinstance(operand, Tensor):
-        return operand.dtype, operand.data_ptr() & 15
-    if operand is None:
-        return None
-    if type(operand) is TensorDescriptor:  # its base is aligned; sizes and strides are numbers to the kernel
-        return operand.base.dtype, *operand.block_shape
-    return tuple(map(_kind, operand))
+def _kinds(operands: tuple) -> tuple:
+    """What the compiled kernel depends on of its operands; of an address, finer than need be, what 16 leaves of it."""
+    kinds: list[Any] = []
+    for operand in operands:
+        # By its type, and not by isinstance, which asks PyTorch of all that is no tensor, for longer than all of this.
+        kind = type(operand)
+        if operand is None:
+            kinds.append(None)
+        elif kind is tuple:
+            kinds.append(_kinds(operand))
+        elif kind is TensorDescriptor:  # its base is aligned; sizes and strides are numbers to the kernel
+            kinds += operand.base.dtype, *operand.block_shape
+        else:
+            kinds += operand.dtype, operand.data_ptr() & 15
+    return tuple(kinds)

@@ -39,21 +39,32 @@ def triton_unsupported(op: str, device: torch.device, dtype: torch.dtype, rank: 
 
     A CPU tensor can run in Triton's interpreter only, and never by itself: backend="auto" leaves CPU tensors to
     PyTorch."""
+    if device.type == "cuda":
+        return _gpu_unsupported(op, device.index, dtype, rank)
     if reason := _triton_reason():
         return reason
-    if device.type not in ("cuda", "cpu"):
+    if device.type != "cpu":
         return f"Triton kernels run on a GPU, the tensors are on {device.type}"
-    if device.type == "cpu":
-        if not interpreted():
-            return "the tensors are on the CPU"
-        if dtype == torch.bfloat16 and dtype not in INTERPRETED_DTYPES:
-            return "Triton's interpreter computes bf16 wrongly"
-    else:
-        from lora_fast.kernels.devices import gpu_capability  # not at the top: without Triton there is none
+    if not interpreted():
+        return "the tensors are on the CPU"
+    if dtype == torch.bfloat16 and dtype not in INTERPRETED_DTYPES:
+        return "Triton's interpreter computes bf16 wrongly"
+    return _kernels_unsupported(op, dtype, rank)
 
-        major, minor = gpu_capability(device.index)
-        if major < 8:
-            return f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed"
+
+@cache  # asked at each call of each layer
+def _gpu_unsupported(op: str, index: int | None, dtype: torch.dtype, rank: int) -> str | None:
+    if reason := _triton_reason():
+        return reason
+    from lora_fast.kernels.devices import gpu_capability  # not at the top: without Triton there is none
+
+    major, minor = gpu_capability(index)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; 8.0 or newer is needed"
+    return _kernels_unsupported(op, dtype, rank)
+
+
+def _kernels_unsupported(op: str, dtype: torch.dtype, rank: int) -> str | None:
     if dtype not in _DTYPES:
         return f"{op} computes in {dtype}; the kernels take bf16, fp16 and fp32"
     if rank > MAX_RANK:

@@ -3,7 +3,7 @@ dispatcher."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 
@@ -64,10 +64,10 @@ def implement(name: str, function: Callable) -> None:
 implement("dropout_mask", reference.dropout_mask)
 
 
+@cache
 def steps_for(triton: bool) -> ModuleType:
-    if not triton:
-        return reference
-    return import_module("lora_fast.fused")  # not at the top: without Triton there is none
+    # Not at the top: without Triton there is none.
+    return import_module("lora_fast.fused") if triton else reference
 
 
 def on_own_device(op: Callable) -> Callable:
@@ -93,6 +93,11 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 def flatten(x: Tensor) -> Tensor:
     """(..., K) → (M, K)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """tensor.to(dtype), which takes its time where there is nothing to do too."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
@@ -215,7 +220,9 @@ def check_linear(
     check_factors(x, lora_A, lora_B, weight.shape[0], p)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise LoraFastError(f"bias is {tuple(bias.shape)}; expected (N,)={tuple(weight.shape[:1])}")
-    check_devices(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    device = x.device
+    if not (weight.device == device == lora_A.device == lora_B.device and (bias is None or bias.device == device)):
+        check_devices(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
 
 
 def draw_masks(x: Tensor, count: int, dropout_p: float, triton: bool) -> tuple[Tensor | None, Tensor | None]:

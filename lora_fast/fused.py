@@ -93,14 +93,16 @@ def _routes(
     return dict.fromkeys(others) | {f"triton {tile.name}": tile for tile in tiles[:TRIED_TILES]}
 
 
-def _place(step: str, device: torch.device, *operands: Tensor) -> tuple:
+def _place(step: str, *operands: Tensor) -> tuple:
     """All that a choice, and what follows from it, depends on, as it comes: where tuning.py keeps it for the next call
     like this one."""
-    tf32 = operands[0].dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
-    return step, device, tf32, *[(t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in operands]
+    first = operands[0]
+    tf32 = first.dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision
+    return step, first.device, tf32, *[(t.dtype, t.shape, t.stride(), t.data_ptr() & 15) for t in operands]
 
 
-def _product(
+def _route(
+    place: tuple,
     step: str,
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -108,51 +110,53 @@ def _product(
     s: Tensor,
     b: Tensor,
     by_cublas: Mapping[str, Callable[[], Tensor]],
-    sizes: Callable[[], dict[str, Any]],
+    sizes: dict[str, Any],
     *,
     ranks: Sequence[int] | None = None,
     masks: Sequence[Tensor] = (),
     bias: Tensor | None = None,
-) -> Tensor:
-    """Σᵢ xᵢ wᵢ + the update + bias by the fastest route. weights (N, K): ws or their transposes; sizes: what the choice
-    depends on beside their layout."""
-    # How the ranks are divided counts where each part has a mask of its own.
-    place = _place(step, s.device, *xs, *ws, s, b, *masks), bias is None, tuple(ranks) if masks else None
-    route = tuning.recall(place)
-    if route is None:
-        lies = layout(xs, weights, ws)
-        M, N = s.shape[0], b.shape[1]
-        rank = max(ranks if masks else b.shape[:1]) if len(xs) == 1 else None
-        kind = capability_of(s), len(xs), len(masks), lies["aligned"], rank
-        tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
+) -> str | Prepared:
+    """The fastest route to Σᵢ xᵢ wᵢ + the update + bias, kept for `place`: one `by_cublas`, or ours. weights (N, K): ws
+    or their transposes; sizes: what the choice depends on beside their layout."""
+    lies = layout(xs, weights, ws)
+    M, N = s.shape[0], b.shape[1]
+    rank = max(ranks if masks else b.shape[:1]) if len(xs) == 1 else None
+    kind = capability_of(s), len(xs), len(masks), lies["aligned"], rank
+    tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
 
-        def prepared(name: str) -> Prepared:
-            return prepare(xs, ws, s, b, ranks=ranks, masks=masks, tile=tiles[name])
+    def prepared(name: str) -> Prepared:
+        return prepare(xs, ws, s, b, ranks=ranks, masks=masks, tile=tiles[name])
 
-        def call(name: str) -> Tensor:
-            return by_cublas[name]() if name in by_cublas else prepared(name).run(xs, ws, s, b, masks, bias)
+    def call(name: str) -> Tensor:
+        return by_cublas[name]() if name in by_cublas else prepared(name).run(xs, ws, s, b, masks, bias)
 
-        name = tuning.choose(step, sizes() | lies, s.device, tuple(tiles), call)
-        route = tuning.keep(place, name if name in by_cublas else prepared(name))
-    return by_cublas[route]() if type(route) is str else route.run(xs, ws, s, b, masks, bias)
+    name = tuning.choose(step, sizes | lies, s.device, tuple(tiles), call)
+    return tuning.keep(place, name if name in by_cublas else prepared(name))
 
 
 def linear_lora(x: Tensor, weight: Tensor, s: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     x = _contiguous_rows(x)
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.contiguous()
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if bias is not None:
+        bias = bias.contiguous()
+    place = _place("linear_lora", x, weight, s, b), bias is None
+    route = tuning.recall(place)
+    if type(route) is Prepared:  # before anything is made that only the other routes need
+        return route.run((x,), (weight,), s, b, (), bias)
     w, b_t, (M, K), (N, R) = weight.t(), b.t(), x.shape, b.shape
 
     def update_first() -> Tensor:
         y = s @ b_t if bias is None else torch.addmm(bias.to(x.dtype), s, b_t)
         return y.addmm_(x, w)
 
-    def sizes() -> dict[str, Any]:
-        return {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
-
     by_cublas = {"cublas": lambda: reference.linear_lora(x, weight, s, b, bias), UPDATE_FIRST: update_first}
     if M == 0 or N == 0:
         return by_cublas["cublas"]()
-    return _product("linear_lora", [x], [weight], [w], s, b_t, by_cublas, sizes, bias=bias)
+    if route is None:
+        sizes = {"M": M, "N": N, "K": K, "R": R, "dtype": x.dtype, "bias": bias is not None}
+        route = _route(place, "linear_lora", [x], [weight], [w], s, b_t, by_cublas, sizes, bias=bias)
+    return by_cublas[route]() if type(route) is str else route.run((x,), (w,), s, b_t, (), bias)
 
 
 def update_lora(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ def _grad_s_and_b(dy: Tensor, b: Tensor, s: Tensor, scale: float, ds: Tensor, la
         _into(ds, dy, b)
         return grad_b(dy, s, scale)
 
-    place = _place("grad_s_and_b", dy.device, dy, b, s)
+    place = _place("grad_s_and_b", dy, b, s)
     tile, name = tuning.recall(place) or (None, None)
     if name is not None:
         return call(name, later)
@@ -233,31 +237,37 @@ def _grad_a(ds: Tensor, x: Tensor, ranks: Sequence[int], mask: Tensor | None) ->
 
 
 def _grad_x(dys, weights, ds, a, x, ranks, mask) -> Tensor:
-    pairs = [(_contiguous_rows(dy), weight.to(ds.dtype)) for dy, weight in zip(dys, weights) if weight is not None]
-    xs, ws = [dy for dy, _ in pairs], [weight for _, weight in pairs]
-    masks = () if mask is None else tuple(mask)
-    if not pairs:
+    used = [i for i, weight in enumerate(weights) if weight is not None]
+    xs = [_contiguous_rows(dys[i]) for i in used]
+    ws = [weights[i] if weights[i].dtype == ds.dtype else weights[i].to(ds.dtype) for i in used]
+    masks = () if mask is None else mask.unbind()
+    if not used:
         return gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
+    # How the ranks are divided counts where each part has a mask of its own.
+    place = _place("grad_x", *xs, *ws, ds, a, *masks), tuple(ranks) if masks else None
+    route = tuning.recall(place)
+    if type(route) is Prepared:
+        return route.run(xs, ws, ds, a, masks)
 
     def base_first() -> Tensor:
         return reference.grad_x_and_a(dys, weights, ds, a, x, ranks, None, needs_dA=False)[0]
 
     def update_first() -> Tensor:
         dx = ds @ a if mask is None else gemm_lora_sum((), (), ds, a, ranks=ranks, masks=masks)
-        for dy, weight in pairs:
+        for dy, weight in zip(xs, ws):
             dx.addmm_(dy, weight)
         return dx
-
-    def sizes() -> dict[str, Any]:
-        Ns = "+".join(str(dy.shape[1]) for dy in xs)
-        return {"M": ds.shape[0], "N": Ns, "K": a.shape[1], "R": a.shape[0], "dtype": ds.dtype, "masks": len(masks)}
 
     # What a mask drops can't be added to a finished product.
     by_cublas = {"cublas": base_first} if mask is None else {}
     by_cublas[UPDATE_FIRST] = update_first
     if ds.shape[0] == 0 or a.shape[1] == 0:
         return update_first()
-    return _product("grad_x", xs, ws, ws, ds, a, by_cublas, sizes, ranks=ranks, masks=masks)
+    if route is None:
+        Ns = "+".join(str(dy.shape[1]) for dy in xs)
+        sizes = {"M": ds.shape[0], "N": Ns, "K": a.shape[1], "R": a.shape[0], "dtype": ds.dtype, "masks": len(masks)}
+        route = _route(place, "grad_x", xs, ws, ws, ds, a, by_cublas, sizes, ranks=ranks, masks=masks)
+    return by_cublas[route]() if type(route) is str else route.run(xs, ws, ds, a, masks)
 
 
 def swiglu_shrink(g: Tensor, u: Tensor, a: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

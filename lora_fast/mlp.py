@@ -22,6 +22,7 @@ from lora_fast.dispatch import (
     fake_mask,
     flatten,
     implement,
+    in_dtype,
     is_batched,
     is_observed,
     is_packed,
@@ -63,7 +64,7 @@ def _cast(steps, lora_As, lora_Bs, scales, dtype):
 def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
     """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
-    biases = [bias if bias.numel() else None for bias in biases]
+    biases = [None if bias is None or bias.numel() == 0 else bias for bias in biases]
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     seed = None if seeds is None else seeds[:1]
     s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
@@ -75,7 +76,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     else:
         h, s_down, mask_h = steps.swiglu_shrink_and_draw(g, u, a_down, seeds[1:], dropout_p)
     y = steps.linear_lora(h, unpacked(weights[2]), s_down, b_down, biases[2])
-    y = reshaped(y, (*x.shape[:-1], weights[2].shape[0]))
+    y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], weights[2].shape[0]))
     return [y, g, u, s, s_down] if seeds is None else [y, g, u, s, s_down, mask, mask_h]
 
 
@@ -86,7 +87,7 @@ def _backward(
 ):  # fmt: skip
     """[dx, then dA and dB of gate, up and down], empty where not needed."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
-    dy = flatten(dy).to(x.dtype)
+    dy = in_dtype(flatten(dy), x.dtype)
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     ds_down, (dB_down,) = steps.grad_s_and_b([dy], [b_down], [s_down], scales[2:])
     dh, _ = steps.grad_x_and_a([dy], [unpacked(weights[2])], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
@@ -101,7 +102,7 @@ def _backward(
     if not needs_factors:
         return [dx, *(x.new_empty(0) for _ in range(6))]
     dAs = [owned(dA, lora_A.dtype) for dA, lora_A in zip((*dAs, dA_down), lora_As)]
-    return [dx, *dAs, *(dB.to(b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs))]
+    return [dx, *dAs, *[in_dtype(dB, b.dtype) for dB, b in zip((dB_gate, dB_up, dB_down), lora_Bs)]]
 
 
 implement("swiglu_mlp_forward", _forward)
@@ -130,7 +131,7 @@ def _plain(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, dropout
     """y (M, N) in steps that autograd can follow."""
 
     def linear(rows, i, m):
-        bias = biases[i] if biases[i].numel() else None
+        bias = None if biases[i] is None or biases[i].numel() == 0 else biases[i]
         y = torch.nn.functional.linear(
             rows, unpacked(weights[i]).to(x.dtype), None if bias is None else bias.to(x.dtype)
         )
@@ -183,21 +184,22 @@ torch.library.register_autograd(
 
 
 class _Function(torch.autograd.Function):
-    """swiglu_mlp_forward with its autograd formula, without the dispatcher; only tensors of the top level count."""
+    """swiglu_mlp_forward with its autograd formula, without the dispatcher; only tensors of the top level count, and
+    each argument takes its time, so that what has no gradient comes as one."""
 
     @staticmethod
-    def forward(ctx, scalings, mask, mask_h, seeds, dropout_p, triton, x, *tensors):
-        weights, biases, lora_As, lora_Bs = (tensors[3 * i : 3 * i + 3] for i in range(4))
-        inputs = x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton
+    def forward(ctx, constants, x, *factors):
+        weights, biases, *rest = constants
+        inputs = x, weights, biases, factors[:3], factors[3:], *rest
         output = _forward(*inputs)
         _setup(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, dy):
-        needs_dx, *needs = ctx.needs_input_grad[6:]
-        dx, factors = (None, [None] * 6) if dy is None else _gradients(ctx, dy, needs_dx, needs[6:])
-        return (*((None,) * 6), dx, *((None,) * 6), *factors)
+        _, needs_dx, *needs = ctx.needs_input_grad
+        dx, factors = (None, [None] * 6) if dy is None else _gradients(ctx, dy, needs_dx, needs)
+        return None, dx, *factors
 
 
 @register_flop_formula(torch.ops.lora_fast.swiglu_mlp_forward)
@@ -266,10 +268,8 @@ def lora_swiglu_mlp(
     elif p:
         mask, _ = draw_masks(x, 2, p, False)
         mask_h, _ = draw_masks(x.new_empty(*x.shape[:-1], weights[0].shape[0]), 1, p, False)
-    biases = [x.new_empty(0) if bias is None else bias for bias in biases]
-    scalings = [float(scaling) for scaling in scalings]
+    constants = [float(scaling) for scaling in scalings], mask, mask_h, seeds, p, triton
     if is_observed() and not is_packed(weights):
-        op = torch.ops.lora_fast.swiglu_mlp_forward
-        return op(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, p, triton)[0]
-    tensors = (*weights, *biases, *lora_As, *lora_Bs)
-    return _Function.apply(scalings, mask, mask_h, seeds, p, triton, x, *tensors)
+        biases = [x.new_empty(0) if bias is None else bias for bias in biases]
+        return torch.ops.lora_fast.swiglu_mlp_forward(x, weights, biases, lora_As, lora_Bs, *constants)[0]
+    return _Function.apply((weights, biases, *constants), x, *lora_As, *lora_Bs)

@@ -27,6 +27,7 @@ from lora_fast.dispatch import (
     fake_mask,
     flatten,
     implement,
+    in_dtype,
     is_batched,
     is_observed,
     is_packed,
@@ -74,8 +75,9 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
-        y = steps.linear_lora(rows, unpacked(weight), s_g, b, bias if bias.numel() else None)
-        ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
+        bias = None if bias is None or bias.numel() == 0 else bias
+        y = steps.linear_lora(rows, unpacked(weight), s_g, b, bias)
+        ys.append(y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
 
@@ -103,7 +105,7 @@ def _linears_backward(
         )
         if mask is not None:
             mask = torch.stack([mask[i] for i in used])  # an index would be copied to the GPU, which no capture allows
-    dys = [flatten(dy).to(x.dtype) for dy in dys]
+    dys = [in_dtype(flatten(dy), x.dtype) for dy in dys]
     ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
     dx, dAs, dBs, found_dBs = None, [None] * count, [None] * count, None
     if needs_dx or needs_dA:
@@ -112,7 +114,7 @@ def _linears_backward(
         found_dBs = [steps.grad_b(dy, s_g, scale) for dy, s_g, scale in zip(dys, s_parts, scales)]
     if needs_dB:
         for i, dB, lora_B in zip(used, found_dBs, lora_Bs):
-            dBs[i] = dB.to(lora_B.dtype)
+            dBs[i] = in_dtype(dB, lora_B.dtype)
     if needs_dx or needs_dA:
         weights = [unpacked(weight) if needs_dx else None for weight in weights]
         found, found_dAs = steps.grad_x_and_a(dys, weights, ds, a, rows, ranks, mask, needs_dx, needs_dA)
@@ -157,19 +159,15 @@ def plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
 
 
 def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_dA, needs_dB):
-    """(dx, dAs, dBs) of a group of layers; weights are None where the base layer ran by itself."""
+    """(dx, dAs, dBs) of a group of layers, anything where not needed; weights are None where the base layer ran by
+    itself."""
     if torch.is_grad_enabled() or any(map(is_batched, dys)):  # create_graph=True, or many dys at once
         return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
     as_op = is_observed() and not is_packed(weights)
     backward = torch.ops.lora_fast.linears_backward if as_op else _linears_backward
     flags = needs_dx, needs_dA, needs_dB, ctx.triton
     dx, *rest = backward(dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p, *flags)
-    dAs, dBs = rest[: len(dys)], rest[len(dys) :]
-    return (
-        dx if needs_dx else None,
-        [dA if needs_dA and dy is not None else None for dA, dy in zip(dAs, dys)],
-        [dB if needs_dB and dy is not None else None for dB, dy in zip(dBs, dys)],
-    )
+    return dx, rest[: len(dys)], rest[len(dys) :]
 
 
 @torch.enable_grad()
@@ -200,7 +198,7 @@ def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, 
     ctx.save_for_backward(x, s, mask, *tensors_among(weights), *lora_As, *lora_Bs)
     ctx.packed = weights if is_packed(weights) else None
     ctx.scalings, ctx.dropout_p, ctx.triton = scalings, dropout_p, triton
-    ctx.bias_dtypes = [bias.dtype for bias in biases]
+    ctx.bias_dtypes = [bias if bias is None else bias.dtype for bias in biases]
     ctx.set_materialize_grads(False)
 
 
@@ -215,13 +213,13 @@ def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
     x, s, mask, weights, lora_As, lora_Bs = _saved(ctx)
     flags = needs_dx, any(needs_dA), any(needs_dB)
     dx, dAs, dBs = _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, *flags)
-    dbiases = [
-        flatten(dy).sum(0).to(dtype) if needed and dy is not None else None
-        for dy, needed, dtype in zip(dys, needs_dbias, ctx.bias_dtypes)
-    ]
-    dAs = [dA if needed else None for dA, needed in zip(dAs, needs_dA)]
-    dBs = [dB if needed else None for dB, needed in zip(dBs, needs_dB)]
-    return dx, dbiases, dAs, dBs
+    dbiases = [None] * len(dys)
+    if any(needs_dbias):
+        for i, (dy, needed, dtype) in enumerate(zip(dys, needs_dbias, ctx.bias_dtypes)):
+            dbiases[i] = flatten(dy).sum(0).to(dtype) if needed and dy is not None else None
+    dAs = [dA if needed and dy is not None else None for dA, needed, dy in zip(dAs, needs_dA, dys)]
+    dBs = [dB if needed and dy is not None else None for dB, needed, dy in zip(dBs, needs_dB, dys)]
+    return dx if needs_dx else None, dbiases, dAs, dBs
 
 
 def _setup_linears(ctx, inputs, output):
@@ -264,13 +262,15 @@ torch.library.register_autograd("lora_fast::update_forward", _backward_update, s
 
 # Both save inside forward: with a setup_context, torch inspects forward's signature at each call, for 70 µs.
 class _LinearsFunction(torch.autograd.Function):
-    """linears_forward with its autograd formula, without the dispatcher; only tensors of the top level count here."""
+    """linears_forward with its autograd formula, without the dispatcher; only tensors of the top level count here, and
+    each argument takes its time, so that what has no gradient comes as one."""
 
     @staticmethod
-    def forward(ctx, scalings, mask, seed, dropout_p, triton, x, *tensors):
+    def forward(ctx, constants, x, *factors):
+        weights, scalings, *_ = constants
         count = len(scalings)
-        weights, biases, lora_As, lora_Bs = (tensors[i * count : (i + 1) * count] for i in range(4))
-        inputs = x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton
+        biases, lora_As, lora_Bs = (factors[i * count : (i + 1) * count] for i in range(3))
+        inputs = x, weights, biases, lora_As, lora_Bs, *constants[1:]
         output = _linears_forward(*inputs)
         _setup_linears(ctx, inputs, output)
         return tuple(output[:count])
@@ -278,13 +278,12 @@ class _LinearsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *dys):
         count = len(ctx.scalings)
-        nothing = (None,) * 5
         if all(dy is None for dy in dys):
-            return (*nothing, None, *((None,) * (4 * count)))
-        needs_dx, *needs = ctx.needs_input_grad[5:]
-        _, needs_dbias, needs_dA, needs_dB = (needs[i * count : (i + 1) * count] for i in range(4))
+            return (None,) * (2 + 3 * count)
+        _, needs_dx, *needs = ctx.needs_input_grad
+        needs_dbias, needs_dA, needs_dB = (needs[i * count : (i + 1) * count] for i in range(3))
         dx, dbiases, dAs, dBs = _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB)
-        return (*nothing, dx, *((None,) * count), *dbiases, *dAs, *dBs)
+        return None, dx, *dbiases, *dAs, *dBs
 
 
 class _UpdateFunction(torch.autograd.Function):
@@ -401,13 +400,12 @@ def lora_linears(
         rest = lora_linears(x, *(v[KERNEL_GROUP:] for v in lists), dropout_p=p, backend=backend)
         return (*lora_linears(x, *(v[:KERNEL_GROUP] for v in lists), dropout_p=p, backend=backend), *rest)
     mask, seed = draw_masks(x, len(weights), p, triton)
-    biases = [x.new_empty(0) if bias is None else bias for bias in biases]
-    scalings = [float(scaling) for scaling in scalings]
+    constants = [float(scaling) for scaling in scalings], mask, seed, p, triton
     if is_observed() and not is_packed(weights):
         op = torch.ops.lora_fast.linears_forward
-        arguments = list(weights), biases, list(lora_As), list(lora_Bs), scalings, mask, seed, p, triton
-        return tuple(op(x, *arguments)[: len(weights)])
-    return _LinearsFunction.apply(scalings, mask, seed, p, triton, x, *weights, *biases, *lora_As, *lora_Bs)
+        biases = [x.new_empty(0) if bias is None else bias for bias in biases]
+        return tuple(op(x, list(weights), biases, list(lora_As), list(lora_Bs), *constants)[: len(weights)])
+    return _LinearsFunction.apply((weights, *constants), x, *biases, *lora_As, *lora_Bs)
 
 
 def lora_update(
