@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_fast.config import LoraFastError
@@ -143,6 +144,12 @@ def is_observed() -> bool:
 def is_transformed() -> bool:
     """Whether torch.func differentiates or batches the call: it has no rule for the ops, but for each step of them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_differentiated() -> bool:
+    """Whether autograd may ask for gradients of the call; where not, its Function is passed by, which takes its time.
+    In forward mode it refuses what it has no rule for, with or without a graph."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_batched(gradient: Tensor | None) -> bool:

@@ -25,6 +25,7 @@ from lora_fast.dispatch import (
     flatten,
     implement,
     is_batched,
+    is_differentiated,
     is_observed,
     is_transformed,
     library,
@@ -475,6 +476,8 @@ def lora_grouped_linear(
         op = torch.ops.lora_fast.grouped_forward
         arguments = list(lora_As), list(lora_Bs), scalings, list(segments), mask, seed, p, triton
         y = op(x, weight, bias, *arguments)[0]
+    elif not is_differentiated():
+        y = _forward(x, weight, bias, lora_As, lora_Bs, scalings, segments, mask, seed, p, triton)[0]
     else:
         y = _Function.apply(scalings, segments, mask, seed, p, triton, x, weight, bias, *lora_As, *lora_Bs)
     return y if base is None else base + y

@@ -24,6 +24,7 @@ from lora_fast.dispatch import (
     implement,
     in_dtype,
     is_batched,
+    is_differentiated,
     is_observed,
     is_packed,
     is_transformed,
@@ -272,4 +273,6 @@ def lora_swiglu_mlp(
     if is_observed() and not is_packed(weights):
         biases = [x.new_empty(0) if bias is None else bias for bias in biases]
         return torch.ops.lora_fast.swiglu_mlp_forward(x, weights, biases, lora_As, lora_Bs, *constants)[0]
+    if not is_differentiated():
+        return _forward(x, weights, biases, lora_As, lora_Bs, *constants)[0]
     return _Function.apply((weights, biases, *constants), x, *lora_As, *lora_Bs)

@@ -29,6 +29,7 @@ from lora_fast.dispatch import (
     implement,
     in_dtype,
     is_batched,
+    is_differentiated,
     is_observed,
     is_packed,
     is_transformed,
@@ -405,6 +406,8 @@ def lora_linears(
         op = torch.ops.lora_fast.linears_forward
         biases = [x.new_empty(0) if bias is None else bias for bias in biases]
         return tuple(op(x, list(weights), biases, list(lora_As), list(lora_Bs), *constants)[: len(weights)])
+    if not is_differentiated():
+        return tuple(_linears_forward(x, weights, biases, lora_As, lora_Bs, *constants)[: len(weights)])
     return _LinearsFunction.apply((weights, *constants), x, *biases, *lora_As, *lora_Bs)
 
 
@@ -438,6 +441,7 @@ def lora_update(
         return torch.add(base, update, alpha=scaling).to(base.dtype)
     triton = runs_triton(backend, "lora_update", x, lora_A.shape[0])
     mask, seed = draw_masks(x, 1, p, triton)
+    inputs = x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton
     if is_observed():
-        return torch.ops.lora_fast.update_forward(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)[0]
-    return _UpdateFunction.apply(x, base, lora_A, lora_B, float(scaling), mask, seed, p, triton)
+        return torch.ops.lora_fast.update_forward(*inputs)[0]
+    return _UpdateFunction.apply(*inputs) if is_differentiated() else _update_forward(*inputs)[0]

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lora_fast import LoraFastError, lora_linear, lora_linears, lora_update
+from lora_fast import LoraFastError, lora_grouped_linear, lora_linear, lora_linears, lora_swiglu_mlp, lora_update
 from lora_fast.kernels import reference
 
 OPS = torch.ops.lora_fast
@@ -479,6 +479,53 @@ def test_no_graph_no_saving():
     # An op that first ran in inference mode leaves nothing behind that autograd could not save.
     lora_linear(*args, dropout_p=0.5).sum().backward()
     assert values["lora_A"].grad.abs().max() > 0
+
+
+def calls_of_every_op(backend):
+    """{op: call on (12, 16) numbers}, each with biases, dropout that draws alike at each call, and 3-dimensional x."""
+    values, _ = tensors((3, 4), 16, 16, 4)
+    x, weight, lora_A, lora_B, bias = (values[n] for n in ("x", "weight", "lora_A", "lora_B", "bias"))
+    layer, options = (weight, lora_A, lora_B, SCALING, bias), {"dropout_p": 0.5, "backend": backend}
+    frozen = (weight, lora_A, lora_B, SCALING, bias.detach())
+
+    def grouped(x):
+        segments = [(0, 5, 0), (5, 9, 1)]
+        factors = [lora_A, lora_A], [lora_B, lora_B], [1.0, SCALING]
+        return lora_grouped_linear(x, weight, *factors, segments, bias, **options)
+
+    calls = {
+        "lora_linear": lambda x: lora_linear(x, *layer, **options),
+        "lora_linears": lambda x: torch.stack(lora_linears(x, *map(list, zip(layer, layer)), **options)),
+        "lora_update": lambda x: lora_update(x, x, lora_A, lora_B, **options),
+        "lora_swiglu_mlp": lambda x: lora_swiglu_mlp(x, frozen, frozen, frozen, **options),
+        "lora_grouped_linear": grouped,
+    }
+    return x, calls
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_without_a_graph_every_op_computes_what_it_does_with_one(backend):
+    x, calls = calls_of_every_op(backend)
+    for name, call in calls.items():
+        torch.manual_seed(1)
+        expected = call(x)
+        for without in (torch.no_grad, torch.inference_mode):
+            torch.manual_seed(1)
+            with without():
+                y = call(x)
+            assert expected.requires_grad and not y.requires_grad, name
+            assert y.shape == expected.shape and torch.equal(y, expected), name
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_forward_mode_is_refused_rather_than_wrong(graph):
+    x, calls = calls_of_every_op("torch")
+    for name, call in calls.items():
+        with torch.set_grad_enabled(graph), torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match="jvp"):
+                call(dual)
+                pytest.fail(name)
 
 
 @pytest.mark.parametrize("used", [(1,), (0, 2), (1, 2)])
