@@ -63,7 +63,8 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
     """x (M, K) @ w (K, N)."""
     if not x.is_cuda:
         return x @ w
-    from lora_fast.kernels.gemm_lora import candidates, gemm_lora
+    from lora_fast.kernels.gemm_lora import gemm_lora
+    from lora_fast.kernels.gemm_tiles import candidates
 
     def call(tile):
         return gemm_lora(x, w, x.new_empty(x.shape[0], 0), x.new_empty(0, w.shape[1]), tile=tile)

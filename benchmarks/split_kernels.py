@@ -21,7 +21,6 @@ from lora_fast.backend import interpreted
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.gemm_lora import (
     GROUP_M,
-    Tile,
     _add_product,
     _add_update,
     _finish,
@@ -29,11 +28,8 @@ from lora_fast.kernels.gemm_lora import (
     _place,
     _sms,
     are_aligned,
-    candidates,
-    pick_tile,
-    rank_block,
-    uses_descriptors,
 )
+from lora_fast.kernels.gemm_tiles import Tile, candidates, pick_tile, rank_block, uses_descriptors
 
 DROPOUT_BLOCK = 1024
 # A tile of 128 × 128 has 2 · 128 R sums, which fill the registers of 8 warps up to rank 64.

@@ -19,16 +19,8 @@ from lora_fast.kernels import shrink as shrink_kernels
 from lora_fast.kernels.adapter_grads import grad_b
 from lora_fast.kernels.devices import capability_of
 from lora_fast.kernels.factors import cast_factors  # noqa: F401 - a step like those below
-from lora_fast.kernels.gemm_lora import (
-    Prepared,
-    Tile,
-    are_aligned,
-    gemm_lora,
-    gemm_lora_sum,
-    is_aligned,
-    prepare,
-    ranked_tiles,
-)
+from lora_fast.kernels.gemm_lora import Prepared, are_aligned, gemm_lora, gemm_lora_sum, is_aligned, prepare
+from lora_fast.kernels.gemm_tiles import Tile, ranked_tiles
 from lora_fast.kernels.launch import plan
 from lora_fast.kernels.partials import Sum, add_up
 from lora_fast.tuning import size_class

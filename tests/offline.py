@@ -89,7 +89,8 @@ def ones(file: str, target: str, kind: str, launch: Callable[..., Any], **usual:
 
 def gemm_lora_cases(target: str) -> Iterator[Case]:
     """Llama-like sizes; M ragged, since most batches are."""
-    from lora_fast.kernels.gemm_lora import candidates, gemm_lora_sum, uses_descriptors
+    from lora_fast.kernels.gemm_lora import gemm_lora_sum
+    from lora_fast.kernels.gemm_tiles import candidates, uses_descriptors
 
     def cases(label, *, M=8191, K=4096, N=4096, R=64, pairs=1, masks=0, bias=False, added=False, weight_t=True,
               dtype=torch.bfloat16, first=1):  # fmt: skip

@@ -25,7 +25,7 @@ from lora_fast import (
     tuning,
 )
 from lora_fast.dispatch import on_own_device
-from lora_fast.kernels import gemm_lora, reference
+from lora_fast.kernels import gemm_lora, gemm_tiles, reference
 
 OPS = torch.ops.lora_fast
 ROUTES = ("cublas", fused.UPDATE_FIRST, "triton")
@@ -259,7 +259,7 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     shape = {"M": 9, "N": 16, "K": 32, "R": 5, "dtype": torch.float16}
     assert (forward, sizes) == ("linear_lora", shape | {"bias": has_bias} | lies)
     assert (backward, sizes_back) == ("grad_x", shape | {"N": "16", "masks": 0} | lies)
-    tiles = gemm_lora.TILES["sm_89" if aligned else "unaligned"]
+    tiles = gemm_tiles.TILES["sm_89" if aligned else "unaligned"]
     names = {f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles}
     assert set(routes) <= {"cublas", fused.UPDATE_FIRST, *names} and len(routes) == len(routes_back) > 3
 

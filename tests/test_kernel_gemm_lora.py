@@ -12,17 +12,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels import gemm_lora as module
 from lora_fast.kernels.devices import AMD
-from lora_fast.kernels.gemm_lora import (
-    SMS,
-    TILES,
-    Tile,
-    architecture,
-    are_aligned,
-    candidates,
-    gemm_lora,
-    gemm_lora_sum,
-    pick_tile,
-)
+from lora_fast.kernels.gemm_lora import are_aligned, gemm_lora, gemm_lora_sum
+from lora_fast.kernels.gemm_tiles import SMS, TILES, Tile, architecture, candidates, pick_tile, uses_descriptors
 
 # (8, 0) takes pointers on any device; the interpreter knows descriptors too, a GPU says what it can.
 POINTERS = (8, 0)
@@ -196,7 +187,7 @@ def test_many_tiles(capability, persistent):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["pointers", "descriptors", "flat"])
 def test_rounded_once(dtype, masked, kind):
-    if kind != "pointers" and not module.uses_descriptors(NEWEST):
+    if kind != "pointers" and not uses_descriptors(NEWEST):
         pytest.skip("takes descriptors")
     tile = Tile(32, 64, 32, 4, 3, persistent=True, parts=2, flat=kind == "flat")
     M, N, K, R = 70, 136, 512, 24
@@ -207,7 +198,7 @@ def test_rounded_once(dtype, masked, kind):
     assert_rounded_once(y, formula([x], [w], [(s, b)], masks, bias))
 
 
-@pytest.mark.skipif(not module.uses_descriptors(NEWEST), reason="flat tiles take descriptors")
+@pytest.mark.skipif(not uses_descriptors(NEWEST), reason="flat tiles take descriptors")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("R", [0, 1, 16, 40, 64])
 def test_flat_tiles_one_after_another(dtype, R):
