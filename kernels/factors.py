@@ -1,8 +1,9 @@
 """Adapters in the dtype of the products, in one launch: of each group a = all lora_A stacked, b_g = s'_g · lora_B_g.
 
 The masters stay fp32; s' = scaling / (1 − p) is multiplied in before the one rounding, so that no other kernel needs
-it. Bytes moved: the masters once, their casts once (r = 16 at 4096 × 4096 in bf16: 0.8 MB). Nothing is cached between
-calls: an optimizer that writes through `.data` changes a parameter without changing its version."""
+it. Bytes moved: the masters once, their casts once (r = 16 at 4096 × 4096 in bf16: 0.8 MB). A step's backward may
+have its forward's casts (dispatch.CAST_SHARE); nothing is kept from step to step: an optimizer that writes through
+`.data` changes a parameter without changing its version."""
 
 from collections.abc import Sequence
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
+    casts_to_keep,
     check_linear,
     check_one_dtype,
     compute_input,
@@ -62,11 +63,14 @@ def _cast(steps, lora_As, lora_Bs, scales, dtype):
 
 
 @on_own_device
-def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton):
-    """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]."""
+def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds, dropout_p, triton, casts=None):
+    """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]. casts: a list for
+    the adapters as cast."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
     biases = [None if bias is None or bias.numel() == 0 else bias for bias in biases]
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
+    if casts is not None:
+        casts += a, *bs, a_down, b_down
     seed = None if seeds is None else seeds[:1]
     s, mask = shrink_or_draw(steps, rows, a, ranks[:2], mask, seed, dropout_p)
     s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
@@ -84,12 +88,15 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
 @on_own_device
 def _backward(
     dy, x, g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h, scalings, dropout_p, needs_dx, needs_factors,
-    triton,
+    triton, casts=(),
 ):  # fmt: skip
-    """[dx, then dA and dB of gate, up and down], empty where not needed."""
+    """[dx, then dA and dB of gate, up and down], empty where not needed. casts: of forward, or nothing."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
     dy = in_dtype(flatten(dy), x.dtype)
-    (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
+    if casts:
+        a, *bs, a_down, b_down = casts
+    else:
+        (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     ds_down, (dB_down,) = steps.grad_s_and_b([dy], [b_down], [s_down], scales[2:])
     dh, _ = steps.grad_x_and_a([dy], [unpacked(weights[2])], ds_down, a_down, g, ranks[2:], mask_h, needs_dA=False)
     s_gate, s_up = s.split_with_sizes(ranks[:2], 1)
@@ -143,13 +150,14 @@ def _plain(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, dropout
     return linear(torch.nn.functional.silu(g) * u, 2, None if mask_h is None else mask_h[0])
 
 
-def _setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output, casts=()) -> None:
     x, weights, biases, lora_As, lora_Bs, ctx.scalings, mask, mask_h, seeds, ctx.dropout_p, ctx.triton = inputs
     if seeds is not None:
         mask, mask_h = output[5:]
     _, g, u, s, s_down = output[:5]
     ctx.packed = weights if is_packed(weights) else None
-    ctx.save_for_backward(x, g, u, s, s_down, mask, mask_h, *tensors_among(weights), *biases, *lora_As, *lora_Bs)
+    factors = *lora_As, *lora_Bs, *casts
+    ctx.save_for_backward(x, g, u, s, s_down, mask, mask_h, *tensors_among(weights), *biases, *factors)
     ctx.set_materialize_grads(False)
 
 
@@ -157,7 +165,7 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
     """(dx, [dA of gate, up and down, dB of gate, up and down]); needs_factors: a flag per factor."""
     x, g, u, s, s_down, mask, mask_h, *rest = ctx.saved_tensors
     weights, biases, lora_As, lora_Bs = (rest[3 * i : 3 * i + 3] for i in range(4))
-    weights = ctx.packed or weights
+    weights, casts = ctx.packed or weights, rest[12:]
     if torch.is_grad_enabled() or is_batched(dy):  # autograd's own gradients of the formula can be differentiated
         with torch.enable_grad():
             lora_As, lora_Bs = ([f.view_as(f) for f in factors] for factors in (lora_As, lora_Bs))  # may be one twice
@@ -166,9 +174,9 @@ def _gradients(ctx, dy, needs_dx: bool, needs_factors: Sequence[bool]) -> tuple[
         found = iter(torch.autograd.grad(y, inputs, flatten(dy).to(x.dtype), create_graph=True))
         return next(found) if needs_dx else None, [next(found) if needed else None for needed in needs_factors]
     as_op = is_observed() and ctx.packed is None
-    backward = torch.ops.lora_fast.swiglu_mlp_backward if as_op else _backward
     saved = g, u, weights, lora_As, lora_Bs, s, s_down, mask, mask_h
-    dx, *factors = backward(dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton)
+    inputs = dy, x, *saved, ctx.scalings, ctx.dropout_p, needs_dx, any(needs_factors), ctx.triton
+    dx, *factors = torch.ops.lora_fast.swiglu_mlp_backward(*inputs) if as_op else _backward(*inputs, casts)
     return dx if needs_dx else None, [f if needed else None for f, needed in zip(factors, needs_factors)]
 
 
@@ -192,8 +200,9 @@ class _Function(torch.autograd.Function):
     def forward(ctx, constants, x, *factors):
         weights, biases, *rest = constants
         inputs = x, weights, biases, factors[:3], factors[3:], *rest
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
+        casts: list[Tensor] = []
+        output = _forward(*inputs, casts)
+        _setup(ctx, inputs, output, casts_to_keep(casts, [x, *output[1:3]], rest[-1]))
         return output[0]
 
     @staticmethod
@@ -236,7 +245,8 @@ def lora_swiglu_mlp(
     gate, up, down: (weight, lora_A, lora_B, scaling) or (…, bias), with weight (I, K) for gate and up and (N, I) for
     down, lora_A (R, in_features), lora_B (out_features, R). x (..., K) → y (..., N) in x's dtype (autocast's where it
     is on). Weights and biases are frozen: where one requires a gradient, the layers run one after another.
-    Kept for backward: x, g and u (M, I), three S (M, R), and the masks in bits.
+    Kept for backward: x, g and u (M, I), three S (M, R), the masks in bits and, on the Triton kernels, the adapters in
+    x's dtype where those have at most 1/24 of the elements of x, g and u.
     Raises LoraFastError for sizes, dtypes or devices that do not fit. Sources: arXiv:2106.09685, arXiv:2002.05202."""
     check_backend(backend)
     layers = []

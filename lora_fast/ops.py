@@ -18,6 +18,7 @@ from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
     KERNEL_GROUP,
+    casts_to_keep,
     check_devices,
     check_factors,
     check_linear,
@@ -69,10 +70,12 @@ def _columns(s: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
 
 
 @on_own_device
-def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton):
-    """[y of each layer, S (M, ΣR), and the masks if they were drawn here]."""
+def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton, casts=None):
+    """[y of each layer, S (M, ΣR), and the masks if they were drawn here]. casts: a list for the adapters as cast."""
     steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
     ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales_of(scalings, dropout_p))], x.dtype)
+    if casts is not None:
+        casts += a, *bs
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
@@ -94,9 +97,10 @@ def _update_forward(x, base, lora_A, lora_B, scaling, mask, seed, dropout_p, tri
 
 @on_own_device
 def _linears_backward(
-    dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton
+    dys, x, weights, lora_As, lora_Bs, s, mask, scalings, dropout_p, needs_dx, needs_dA, needs_dB, triton, casts=()
 ):
-    """[dx, every dA, every dB], empty where not needed, or where dy is None (that output was not used)."""
+    """[dx, every dA, every dB], empty where not needed, or where dy is None (that output was not used). casts: of
+    forward, or nothing."""
     steps, rows, ranks = steps_for(triton), flatten(x), ranks_of(lora_As)
     count, scales, s_parts = len(dys), scales_of(scalings, dropout_p), _columns(s, ranks)
     used = [i for i in range(count) if dys[i] is not None]
@@ -107,7 +111,10 @@ def _linears_backward(
         if mask is not None:
             mask = torch.stack([mask[i] for i in used])  # an index would be copied to the GPU, which no capture allows
     dys = [in_dtype(flatten(dy), x.dtype) for dy in dys]
-    ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
+    if casts and len(used) == count:
+        a, *bs = casts
+    else:
+        ((a, bs),) = steps.cast_factors([(lora_As, lora_Bs, scales)], x.dtype)
     dx, dAs, dBs, found_dBs = None, [None] * count, [None] * count, None
     if needs_dx or needs_dA:
         ds, found_dBs = steps.grad_s_and_b(dys, bs, s_parts if needs_dB else None, scales)
@@ -159,15 +166,15 @@ def plain_update(x, lora_A, lora_B, scaling, mask, dropout_p):
     return (rows @ lora_A.to(x.dtype).t() @ lora_B.to(x.dtype).t()) * (scaling / (1 - dropout_p))
 
 
-def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, needs_dx, needs_dA, needs_dB):
+def _gradients(ctx, dys, x, weights, lora_As, lora_Bs, casts, s, mask, needs_dx, needs_dA, needs_dB):
     """(dx, dAs, dBs) of a group of layers, anything where not needed; weights are None where the base layer ran by
     itself."""
     if torch.is_grad_enabled() or any(map(is_batched, dys)):  # create_graph=True, or many dys at once
         return _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, needs_dx, needs_dA, needs_dB)
+    inputs = dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p
+    inputs = *inputs, needs_dx, needs_dA, needs_dB, ctx.triton
     as_op = is_observed() and not is_packed(weights)
-    backward = torch.ops.lora_fast.linears_backward if as_op else _linears_backward
-    flags = needs_dx, needs_dA, needs_dB, ctx.triton
-    dx, *rest = backward(dys, x, weights, lora_As, lora_Bs, s, mask, ctx.scalings, ctx.dropout_p, *flags)
+    dx, *rest = torch.ops.lora_fast.linears_backward(*inputs) if as_op else _linears_backward(*inputs, casts)
     return dx, rest[: len(dys)], rest[len(dys) :]
 
 
@@ -195,8 +202,8 @@ def _differentiable_gradients(ctx, dys, x, weights, lora_As, lora_Bs, mask, need
     return dx, factors[: len(dys)], factors[len(dys) :]
 
 
-def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s) -> None:
-    ctx.save_for_backward(x, s, mask, *tensors_among(weights), *lora_As, *lora_Bs)
+def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s, casts=()) -> None:
+    ctx.save_for_backward(x, s, mask, *tensors_among(weights), *lora_As, *lora_Bs, *casts)
     ctx.packed = weights if is_packed(weights) else None
     ctx.scalings, ctx.dropout_p, ctx.triton = scalings, dropout_p, triton
     ctx.bias_dtypes = [bias if bias is None else bias.dtype for bias in biases]
@@ -206,14 +213,15 @@ def _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, 
 def _saved(ctx):
     x, s, mask, *rest = ctx.saved_tensors
     count = len(ctx.scalings)
-    return x, s, mask, ctx.packed or rest[:count], rest[count : 2 * count], rest[2 * count :]
+    weights, lora_As, lora_Bs = (rest[i * count : (i + 1) * count] for i in range(3))
+    return x, s, mask, ctx.packed or weights, lora_As, lora_Bs, rest[3 * count :]
 
 
 def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
     """(dx, dbiases, dAs, dBs); needs_dbias, needs_dA, needs_dB: a flag per layer."""
-    x, s, mask, weights, lora_As, lora_Bs = _saved(ctx)
+    x, s, mask, weights, lora_As, lora_Bs, casts = _saved(ctx)
     flags = needs_dx, any(needs_dA), any(needs_dB)
-    dx, dAs, dBs = _gradients(ctx, dys, x, weights, lora_As, lora_Bs, s, mask, *flags)
+    dx, dAs, dBs = _gradients(ctx, dys, x, weights, lora_As, lora_Bs, casts, s, mask, *flags)
     dbiases = [None] * len(dys)
     if any(needs_dbias):
         for i, (dy, needed, dtype) in enumerate(zip(dys, needs_dbias, ctx.bias_dtypes)):
@@ -223,11 +231,11 @@ def _linears_gradients(ctx, dys, needs_dx, needs_dbias, needs_dA, needs_dB):
     return dx if needs_dx else None, dbiases, dAs, dBs
 
 
-def _setup_linears(ctx, inputs, output):
+def _setup_linears(ctx, inputs, output, casts=()):
     x, weights, biases, lora_As, lora_Bs, scalings, mask, seed, dropout_p, triton = inputs
     s = output[len(weights)]
     mask = mask if seed is None else output[-1]
-    _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s)
+    _save(ctx, x, weights, biases, lora_As, lora_Bs, scalings, mask, dropout_p, triton, s, casts)
 
 
 def _backward_linears(ctx, grads):
@@ -272,8 +280,9 @@ class _LinearsFunction(torch.autograd.Function):
         count = len(scalings)
         biases, lora_As, lora_Bs = (factors[i * count : (i + 1) * count] for i in range(3))
         inputs = x, weights, biases, lora_As, lora_Bs, *constants[1:]
-        output = _linears_forward(*inputs)
-        _setup_linears(ctx, inputs, output)
+        casts: list[Tensor] = []
+        output = _linears_forward(*inputs, casts)
+        _setup_linears(ctx, inputs, output, casts_to_keep(casts, [x], constants[-1]))
         return tuple(output[:count])
 
     @staticmethod
@@ -347,7 +356,8 @@ def lora_linear(
     on), each product accumulated in fp32; lora_A and lora_B may be fp32 masters and get fp32 gradients. `weight` is
     frozen: where it requires a gradient, the base product is left to torch and only the update is ours. dropout_p acts
     where `training`.
-    Kept for backward: x, x's product with lora_A (M, R) and, with dropout, one bit per element of x.
+    Kept for backward: x, x's product with lora_A (M, R), with dropout one bit per element of x and, on the Triton
+    kernels, lora_A and lora_B in x's dtype where those have at most 1/24 of x's elements.
     Raises LoraFastError for sizes, dtypes or devices that do not fit, or a backend that can't run. Source:
     arXiv:2106.09685, section 4.1."""
     biases = [bias]

@@ -14,6 +14,7 @@ from kernel_support import DEVICE, DTYPES, assert_as_exact_as, count_launches, n
 from lora_fast import (
     LoraFastError,
     backend,
+    dispatch,
     fused,
     grouped,
     lora_linear,
@@ -88,7 +89,8 @@ def test_one_layer(r, dtype, route):
 
     with nan_filled(), tuning.only(route), count_launches() as launches:
         mine = run(ours, None, x, *leaves, [dy])
-    assert launches["_shrink_kernel"] == 1 and launches["_cast_kernel"] == 2
+    # Of one rank the factors are few beside x: kept as they were cast.
+    assert launches["_shrink_kernel"] == 1 and launches["_cast_kernel"] == (1 if r == 1 else 2)
     assert launches["gemm_lora_kernel"] == (2 if route == "triton" else 0)
     check(mine, run(eager(scalings), None, x, *leaves, [dy]), run(eager(scalings), torch.float64, x, *leaves, [dy]))
 
@@ -424,6 +426,45 @@ def test_checkpoints_redraw_the_same_mask():
     assert all(torch.equal(p, q) for p, q in zip(*results))
     torch.manual_seed(4)
     assert not torch.equal(lora_linear(x, weight, a, b, dropout_p=0.4, backend="triton"), results[0][0])
+
+
+@pytest.mark.parametrize("op", ["q, k, v", "q, k, v, one unused", "mlp"])
+def test_adapters_are_kept_as_cast_where_they_are_small(op, monkeypatch):
+    """Bit for bit what casting them again gives, in one launch less, for at most 1 / CAST_SHARE of what is kept."""
+    M, K = 40, 24
+    x = random(M, K, dtype=torch.float16, seed=1).requires_grad_()
+    ranks = [5, 3, 4]
+    layer = [(K, K), (K, K), (K, K)] if op == "mlp" else [(12, K), (9, K), (15, K)]
+    weights = [random(n, k, dtype=torch.float16, seed=10 + n, scale=k**-0.5) for n, k in layer]
+    lora_As = [random(r, k, seed=30 + r).requires_grad_() for (_, k), r in zip(layer, ranks)]
+    lora_Bs = [random(n, r, seed=40 + r).requires_grad_() for (n, _), r in zip(layer, ranks)]
+    factors = sum(f.numel() for f in (*lora_As, *lora_Bs))
+    activations = M * 3 * K if op == "mlp" else M * K
+
+    def step():
+        sizes = []
+        with count_launches() as launches:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+                parts = list(zip(weights, lora_As, lora_Bs, [0.5, 2.0, 1.0]))
+                if op == "mlp":
+                    ys = [lora_swiglu_mlp(x, *parts, backend="triton")]
+                else:
+                    ys = lora_linears(x, *map(list, zip(*parts)), backend="triton")
+            used = ys[:2] if "unused" in op else ys
+            grads = torch.autograd.grad(
+                sum(y.float().sin().sum() for y in used), [x, *lora_As, *lora_Bs], allow_unused=True
+            )
+        return [*ys, *[grad for grad in grads if grad is not None]], sum(sizes), launches["_cast_kernel"]
+
+    monkeypatch.setattr(dispatch, "CAST_SHARE", activations / factors * 1.001)
+    expected, without, casts = step()
+    assert casts == 2
+    monkeypatch.setattr(dispatch, "CAST_SHARE", activations / factors * 0.999)
+    results, kept, casts = step()
+    assert casts == (2 if "unused" in op else 1)  # those of the layers that were used are other ones
+    assert kept == without + factors
+    assert len(results) == len(expected) and all(map(torch.equal, results, expected))
+    assert all(result.any() for result in results)
 
 
 def test_more_layers_than_a_kernel_takes():
