@@ -303,9 +303,9 @@ class Prepared(NamedTuple):
         return y
 
 
-def _described(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """A descriptor of tensors like this one; it doesn't keep its memory."""
-    descriptor = TensorDescriptor.from_tensor(tensor, block)
+def _described(tensor: Tensor, shape: Sequence[int], strides: Sequence[int], block: list[int]) -> TensorDescriptor:
+    """A descriptor of tensors in this tensor's dtype, aligned as it is; it doesn't keep its memory."""
+    descriptor = TensorDescriptor(tensor, list(shape), list(strides), block)
     descriptor.base = None
     return descriptor
 
@@ -345,16 +345,16 @@ def prepare(
         s.shape[0],
         b.shape[1],
     )
-    flat_rank = max(numbers[1]) if len(xs) == 1 else None
+    size, flat_rank = (s.shape[0], b.shape[1]), max(numbers[1]) if len(xs) == 1 else None
     kind = s.dtype, capability, len(masks), aligned, flat_rank, descriptors, w_is_nk
     tile, launch = _plan(numbers, *kind, tile, _sms(s.device))
     described = []
     if descriptors:
         m, n, k = tile.block_m, tile.block_n, tile.block_k
-        described = [_described(x, [m, k]) for x in xs]
-        described += [_described(w.t(), [n, k]) if w_is_nk else _described(w, [k, n]) for w in ws]
-        described.append(_described(s.new_empty(s.shape[0], b.shape[1]), [m, n // tile.parts]))
-    return Prepared(tile, launch, (s.shape[0], b.shape[1]), tuple(described))
+        rows = [(x, [m, k]) for x in xs] + [(w.t(), [n, k]) if w_is_nk else (w, [k, n]) for w in ws]
+        described = [_described(matrix, matrix.shape, matrix.stride(), block) for matrix, block in rows]
+        described.append(_described(xs[0], size, (size[1], 1), [m, n // tile.parts]))  # y, new: aligned as well
+    return Prepared(tile, launch, size, tuple(described))
 
 
 @plan

@@ -8,6 +8,7 @@ dS and dB one read of dy, with partial sums, or two."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ def _route(
     kind = capability_of(s), len(xs), len(masks), lies["aligned"], rank
     tiles = _routes(tuple(by_cublas), size_class(M), N, s.dtype, *kind)
 
+    @cache  # timed as it will run, once it is kept
     def prepared(name: str) -> Prepared:
         return prepare(xs, ws, s, b, ranks=ranks, masks=masks, tile=tiles[name])
 

@@ -245,8 +245,8 @@ def lora_swiglu_mlp(
     gate, up, down: (weight, lora_A, lora_B, scaling) or (…, bias), with weight (I, K) for gate and up and (N, I) for
     down, lora_A (R, in_features), lora_B (out_features, R). x (..., K) → y (..., N) in x's dtype (autocast's where it
     is on). Weights and biases are frozen: where one requires a gradient, the layers run one after another.
-    Kept for backward: x, g and u (M, I), three S (M, R), the masks in bits and, on the Triton kernels, the adapters in
-    x's dtype where those have at most 1/24 of the elements of x, g and u.
+    Kept for backward: x, g and u (M, I), three S (M, R), and the masks in bits; on the Triton kernels maybe the
+    adapters in x's dtype too, where they have at most 1/48 of the elements of x, g and u.
     Raises LoraFastError for sizes, dtypes or devices that do not fit. Sources: arXiv:2106.09685, arXiv:2002.05202."""
     check_backend(backend)
     layers = []

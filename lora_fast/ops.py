@@ -356,8 +356,8 @@ def lora_linear(
     on), each product accumulated in fp32; lora_A and lora_B may be fp32 masters and get fp32 gradients. `weight` is
     frozen: where it requires a gradient, the base product is left to torch and only the update is ours. dropout_p acts
     where `training`.
-    Kept for backward: x, x's product with lora_A (M, R), with dropout one bit per element of x and, on the Triton
-    kernels, lora_A and lora_B in x's dtype where those have at most 1/24 of x's elements.
+    Kept for backward: x, x's product with lora_A (M, R) and, with dropout, one bit per element of x; on the Triton
+    kernels maybe lora_A and lora_B in x's dtype too, where they have at most 1/48 of x's elements.
     Raises LoraFastError for sizes, dtypes or devices that do not fit, or a backend that can't run. Source:
     arXiv:2106.09685, section 4.1."""
     biases = [bias]
@@ -383,7 +383,7 @@ def lora_linears(
 
     x (..., K); of each layer weight (N_g, K), lora_A (R_g, K), lora_B (N_g, R_g), bias (N_g,) or None → a tuple of
     (..., N_g). The same values as `lora_linear` for each, with x read once for all A_g, once for all dA_g, and dx
-    summed without a tensor per layer. Kept for backward: what lora_linear keeps, x once.
+    summed without a tensor per layer. Kept for backward: what lora_linear keeps, x once, the 1/48 for all together.
     Raises LoraFastError as lora_linear does, and where the lists differ in length."""
     check_backend(backend)
     biases = [None] * len(weights) if biases is None else biases
@@ -418,7 +418,7 @@ def lora_linears(
         return tuple(op(x, list(weights), biases, list(lora_As), list(lora_Bs), *constants)[: len(weights)])
     if not is_differentiated():
         return tuple(_linears_forward(x, weights, biases, lora_As, lora_Bs, *constants)[: len(weights)])
-    return _LinearsFunction.apply((weights, *constants), x, *biases, *lora_As, *lora_Bs)
+    return _LinearsFunction.apply((tuple(weights), *constants), x, *biases, *lora_As, *lora_Bs)
 
 
 def lora_update(

@@ -25,7 +25,7 @@ from lora_fast import (
     ops,
     tuning,
 )
-from lora_fast.dispatch import on_own_device
+from lora_fast.dispatch import PackedWeight, on_own_device
 from lora_fast.kernels import gemm_lora, gemm_tiles, reference
 
 OPS = torch.ops.lora_fast
@@ -89,8 +89,7 @@ def test_one_layer(r, dtype, route):
 
     with nan_filled(), tuning.only(route), count_launches() as launches:
         mine = run(ours, None, x, *leaves, [dy])
-    # Of one rank the factors are few beside x: kept as they were cast.
-    assert launches["_shrink_kernel"] == 1 and launches["_cast_kernel"] == (1 if r == 1 else 2)
+    assert launches["_shrink_kernel"] == 1 and launches["_cast_kernel"] == 2
     assert launches["gemm_lora_kernel"] == (2 if route == "triton" else 0)
     check(mine, run(eager(scalings), None, x, *leaves, [dy]), run(eager(scalings), torch.float64, x, *leaves, [dy]))
 
@@ -428,9 +427,43 @@ def test_checkpoints_redraw_the_same_mask():
     assert not torch.equal(lora_linear(x, weight, a, b, dropout_p=0.4, backend="triton"), results[0][0])
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_weights_in_another_dtype_are_cast_at_each_call(route):
+    """fp32 weights under autocast: what is remembered of the first call serves the second, in x's dtype again."""
+    x = random(33, 24, seed=1).requires_grad_()
+    (weight,), _, (a,), (b,) = layers([16], 24, [5], torch.float32)
+
+    def step(weight):
+        with tuning.only(route), torch.autocast(DEVICE.type, torch.float16):
+            y = lora_linear(x, weight, a, b, 0.75, backend="triton")
+            return y.detach(), *torch.autograd.grad(y.float().sin().sum(), [x, a, b])
+
+    expected = step(weight.half())
+    for _ in range(2):
+        results = step(weight)
+        assert all(map(torch.equal, results, expected)) and all(result.any() for result in results)
+
+
+def test_a_list_of_weights_may_change_before_backward():
+    """Backward has the layers that forward had, whatever becomes of the caller's list, of packed weights too."""
+    x = random(33, 24, seed=1).requires_grad_()
+    weights, _, lora_As, lora_Bs = layers([16, 8], 24, [5, 3], torch.float32)
+    weights = [PackedWeight(w, w.shape, w.dtype, lambda w=w: w) for w in weights]
+
+    def dx(change):
+        given = list(weights)
+        ys = lora_linears(x, given, lora_As, lora_Bs, [1.0, 2.0])
+        change(given)
+        return torch.autograd.grad(sum(y.square().sum() for y in ys), x)[0]
+
+    expected = dx(lambda given: None)
+    assert expected.any() and torch.equal(dx(list.clear), expected) and torch.equal(dx(list.reverse), expected)
+
+
 @pytest.mark.parametrize("op", ["q, k, v", "q, k, v, one unused", "mlp"])
 def test_adapters_are_kept_as_cast_where_they_are_small(op, monkeypatch):
     """Bit for bit what casting them again gives, in one launch less, for at most 1 / CAST_SHARE of what is kept."""
+    assert all(f"1/{dispatch.CAST_SHARE}" in op.__doc__ for op in (lora_linear, lora_linears, lora_swiglu_mlp))
     M, K = 40, 24
     x = random(M, K, dtype=torch.float16, seed=1).requires_grad_()
     ranks = [5, 3, 4]
@@ -441,15 +474,15 @@ def test_adapters_are_kept_as_cast_where_they_are_small(op, monkeypatch):
     factors = sum(f.numel() for f in (*lora_As, *lora_Bs))
     activations = M * 3 * K if op == "mlp" else M * K
 
-    def step():
+    def step(backend="triton"):
         sizes = []
         with count_launches() as launches:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
                 parts = list(zip(weights, lora_As, lora_Bs, [0.5, 2.0, 1.0]))
                 if op == "mlp":
-                    ys = [lora_swiglu_mlp(x, *parts, backend="triton")]
+                    ys = [lora_swiglu_mlp(x, *parts, backend=backend)]
                 else:
-                    ys = lora_linears(x, *map(list, zip(*parts)), backend="triton")
+                    ys = lora_linears(x, *map(list, zip(*parts)), backend=backend)
             used = ys[:2] if "unused" in op else ys
             grads = torch.autograd.grad(
                 sum(y.float().sin().sum() for y in used), [x, *lora_As, *lora_Bs], allow_unused=True
@@ -465,6 +498,8 @@ def test_adapters_are_kept_as_cast_where_they_are_small(op, monkeypatch):
     assert kept == without + factors
     assert len(results) == len(expected) and all(map(torch.equal, results, expected))
     assert all(result.any() for result in results)
+    monkeypatch.setattr(dispatch, "CAST_SHARE", 0)
+    assert step("torch")[1] == without  # PyTorch casts in no time, and keeps nothing
 
 
 def test_more_layers_than_a_kernel_takes():

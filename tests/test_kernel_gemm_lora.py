@@ -1,5 +1,6 @@
 """gemm_lora against float64: forward, backward with masks, sums over q, k, v, every layout, both ways to memory."""
 
+import weakref
 from unittest import mock
 
 import pytest
@@ -8,7 +9,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_support import DEVICE, DTYPES, assert_as_exact_as, assert_rounded_once, error, nan_filled, random
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_fast.kernels import gemm_lora as module
 from lora_fast.kernels.devices import AMD
@@ -97,7 +97,7 @@ def factors(M: int, N: int, R: int, dtype: torch.dtype, seed: int = 0) -> tuple[
 @pytest.fixture
 def descriptors():
     """How many tensor descriptors were made."""
-    with mock.patch.object(TensorDescriptor, "from_tensor", side_effect=TensorDescriptor.from_tensor) as made:
+    with mock.patch.object(module, "_described", side_effect=module._described) as made:
         yield made
 
 
@@ -109,6 +109,19 @@ def test_forward(dtype, R, capability, descriptors):
     x, w = pair(33, 72, 48, dtype)
     check([x], [w], [factors(33, 72, R, dtype)], bias=random(72, dtype=dtype, seed=9), capability=capability)
     assert descriptors.call_count == (3 if capability >= (9, 0) else 0)
+
+
+def test_a_prepared_call_keeps_no_memory_and_serves_other_numbers():
+    (x, w), (s, b) = pair(33, 72, 48, torch.float16), factors(33, 72, 5, torch.float16)
+    prepared = module.prepare([x], [w], s, b, capability=NEWEST)
+    assert len(prepared.described) == (3 if uses_descriptors(NEWEST) else 0)
+    watched = [weakref.ref(tensor) for tensor in (x, s)]
+    del x, s
+    assert all(tensor() is None for tensor in watched)
+    x, s = random(33, 48, dtype=torch.float16, seed=7), random(33, 5, dtype=torch.float16, seed=8)
+    expected = gemm_lora(x, w, s, b, capability=NEWEST, tile=prepared.tile)
+    for matrices in ((w, b), (w.t(), b.t())):  # of which only the memory counts
+        assert torch.equal(prepared.run([x], matrices[:1], s, matrices[1]), expected) and expected.any()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -515,11 +515,14 @@ def test_without_a_graph_every_op_computes_what_it_does_with_one(backend):
                 y = call(x)
             assert expected.requires_grad and not y.requires_grad, name
             assert y.shape == expected.shape and torch.equal(y, expected), name
+        torch.manual_seed(1)
+        assert torch.equal(call(x).mul_(2), 2 * expected), name  # no view, which autograd lets nobody change
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_forward_mode_is_refused_rather_than_wrong(graph):
-    x, calls = calls_of_every_op("torch")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_forward_mode_is_refused_rather_than_wrong(backend, graph):
+    x, calls = calls_of_every_op(backend)
     for name, call in calls.items():
         with torch.set_grad_enabled(graph), torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
@@ -647,6 +650,10 @@ def test_bad_sizes_are_named():
     refused(r"bias is \(11,\); expected \(N,\)=\(12,\)", bias=torch.zeros(11))
     refused(r"x is on cpu, .* lora_B on cpu, bias on meta; expected one device", bias=torch.zeros(12, device="meta"))
     refused(r"x is on cpu, weight on meta, lora_A on cpu, .*", weight=torch.zeros(12, 70, device="meta"))
+    refused(r"x is on cpu, weight on cpu, lora_A on meta, .*", lora_A=torch.zeros(5, 70, device="meta"))
+    refused(
+        r"x is on cpu, .* lora_B on meta, bias on cpu; expected one device", lora_B=torch.zeros(12, 5, device="meta")
+    )
 
 
 def test_bad_values_are_named():
