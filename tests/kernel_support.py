@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from lora_fast.kernels.launch import Launch
 
 # On a GPU the same tests run there.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 if DEVICE.type == "cpu":
     bf16_interpreter.install()

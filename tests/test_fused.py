@@ -27,6 +27,7 @@ from lora_fast import (
 )
 from lora_fast.dispatch import PackedWeight, on_own_device
 from lora_fast.kernels import gemm_lora, gemm_tiles, reference
+from lora_fast.kernels.devices import capability_of
 
 OPS = torch.ops.lora_fast
 ROUTES = ("cublas", fused.UPDATE_FIRST, "triton")
@@ -119,7 +120,9 @@ def test_a_group(dtype, p, route):
         mine = run(ours, None, x, *leaves, dys)
         again = run(ours, None, x, *leaves, dys)
     assert all(torch.equal(a, b) for a, b in zip(mine, again)), "not the same bits twice"
-    assert launches["_shrink_kernel"] > 0 and launches["_grad_a_kernel"] > 0 and launches["_grad_s_and_b_kernel"] > 0
+    assert launches["_shrink_kernel"] > 0 and launches["_grad_a_kernel"] > 0
+    if route == "triton" or DEVICE.type == "cpu":  # else the tuner has dS and dB as the GPU is faster
+        assert launches["_grad_s_and_b_kernel"] > 0
     masks = drawn[0] if p else None
     if p:
         kept = reference.unpack_mask(masks.reshape(-1, 3), x.new_empty(3 * 34, 24)).reshape(3, 34, 24)
@@ -260,8 +263,8 @@ def test_the_choice_knows_how_matrices_lie(layout, aligned, has_bias):
     shape = {"M": 9, "N": 16, "K": 32, "R": 5, "dtype": torch.float16}
     assert (forward, sizes) == ("linear_lora", shape | {"bias": has_bias} | lies)
     assert (backward, sizes_back) == ("grad_x", shape | {"N": "16", "masks": 0} | lies)
-    tiles = gemm_tiles.TILES["sm_89" if aligned else "unaligned"]
-    names = {f"triton {t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" for t in tiles}
+    chip = gemm_tiles.architecture(capability_of(x))
+    names = {f"triton {tile.name}" for tile in gemm_tiles.TILES[chip if aligned else "unaligned"]}
     assert set(routes) <= {"cublas", fused.UPDATE_FIRST, *names} and len(routes) == len(routes_back) > 3
 
 

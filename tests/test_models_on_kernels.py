@@ -47,7 +47,9 @@ def test_equal_to_pytorch(family, with_peft, route):
     for name, value in got.items():
         assert value.abs().max() > 0, name
         assert (value - expected[name]).abs().max() <= 256 * EPS * expected[name].abs().max(), name
-    assert set(launches) >= LINEAR and ("gemm_lora_kernel" in launches) == (route == "triton")
+    # Without "triton" the tuner has dS and dB by a kernel or by cuBLAS, as a GPU is faster.
+    needed = LINEAR if route == "triton" or DEVICE.type == "cpu" else LINEAR - {"_grad_s_and_b_kernel"}
+    assert set(launches) >= needed and ("gemm_lora_kernel" in launches) == (route == "triton")
     mlps = 2 if family != "gpt2" else 0
     assert launches["_backward_kernel"] == mlps  # of the SwiGLU
     report = fusion_report(model)
