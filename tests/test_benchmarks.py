@@ -4,6 +4,7 @@ Sizes are tiny. Without a GPU all but the CUDA graphs runs on the CPU, the basel
 
 import csv
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -398,6 +399,27 @@ def test_without_a_gpu_nothing_runs_and_it_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "no CUDA GPU" in done.stdout and "nothing ran" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU here: it need not be pretended")
+@pytest.mark.parametrize("name", ["bench_lora_linear", "bench_grouped"])
+def test_what_only_a_gpu_reaches_has_run(name, tmp_path):
+    """Before a GPU that does nothing: routes are timed and kept, every arm is captured, and computes what it should."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "pretended_gpu.py", FOLDER / f"{name}.py", "--tiny", "--out", tmp_path],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    op, providers = BENCHES[name]
+    rows = read(tmp_path / f"{op}.csv")
+    assert providers - {"LoRAFusion's factoring"} <= {row["provider"] for row in rows}
+    assert {(row["error"], row["timed_by"]) for row in rows} == {("", "CUDA graph")}, done.stdout
+    (tables,) = json.loads((tmp_path / "lora_fast" / "tuning.json").read_text(encoding="utf-8"))["gpus"].values()
+    timed = [set(row["ms"]) for table in tables.values() for row in table.values()]
+    assert any({"cublas", "cublas, update first"} < names for names in timed), timed
+    assert any({"two reads of dy", "triton, one read of dy"} == names for names in timed), timed
 
 
 def test_the_links_make_one_package_of_the_source_folders(tmp_path):
