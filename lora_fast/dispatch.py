@@ -111,6 +111,11 @@ def reshaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     return y if len(shape) == 2 else _unsafe_view(y, shape)
 
 
+def bias_or_none(bias: Tensor | None) -> Tensor | None:
+    """A layer's bias; a registered op, whose lists hold tensors alone, has an empty one where there is none."""
+    return None if bias is None or bias.numel() == 0 else bias
+
+
 def scales_of(scalings: Sequence[float], dropout_p: float) -> list[float]:
     """s' = scaling / (1 − p): the part of dropout that is the same for every element."""
     return [scaling / (1 - dropout_p) for scaling in scalings]

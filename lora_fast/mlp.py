@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
+    bias_or_none,
     casts_to_keep,
     check_linear,
     check_one_dtype,
@@ -67,7 +68,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     """[y, g, u, S of gate and up (M, ΣR), S of down (M, R), and the masks if they were drawn here]. casts: a list for
     the adapters as cast."""
     steps, rows, ranks, scales = steps_for(triton), flatten(x), ranks_of(lora_As), scales_of(scalings, dropout_p)
-    biases = [None if bias is None or bias.numel() == 0 else bias for bias in biases]
+    biases = list(map(bias_or_none, biases))
     (a, bs), (a_down, (b_down,)) = _cast(steps, lora_As, lora_Bs, scales, x.dtype)
     if casts is not None:
         casts += a, *bs, a_down, b_down
@@ -81,7 +82,7 @@ def _forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, seeds
     else:
         h, s_down, mask_h = steps.swiglu_shrink_and_draw(g, u, a_down, seeds[1:], dropout_p)
     y = steps.linear_lora(h, unpacked(weights[2]), s_down, b_down, biases[2])
-    y = y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], weights[2].shape[0]))
+    y = reshaped(y, (*x.shape[:-1], weights[2].shape[0]))
     return [y, g, u, s, s_down] if seeds is None else [y, g, u, s, s_down, mask, mask_h]
 
 
@@ -139,7 +140,7 @@ def _plain(x, weights, biases, lora_As, lora_Bs, scalings, mask, mask_h, dropout
     """y (M, N) in steps that autograd can follow."""
 
     def linear(rows, i, m):
-        bias = None if biases[i] is None or biases[i].numel() == 0 else biases[i]
+        bias = bias_or_none(biases[i])
         y = torch.nn.functional.linear(
             rows, unpacked(weights[i]).to(x.dtype), None if bias is None else bias.to(x.dtype)
         )

@@ -18,6 +18,7 @@ from lora_fast.backend import check_backend, runs_triton
 from lora_fast.config import LoraFastError
 from lora_fast.dispatch import (
     KERNEL_GROUP,
+    bias_or_none,
     casts_to_keep,
     check_devices,
     check_factors,
@@ -79,9 +80,8 @@ def _linears_forward(x, weights, biases, lora_As, lora_Bs, scalings, mask, seed,
     s, drawn = shrink_or_draw(steps, rows, a, ranks, mask, seed, dropout_p)
     ys = []
     for weight, bias, s_g, b in zip(weights, biases, _columns(s, ranks), bs):
-        bias = None if bias is None or bias.numel() == 0 else bias
-        y = steps.linear_lora(rows, unpacked(weight), s_g, b, bias)
-        ys.append(y if x.dim() == 2 else reshaped(y, (*x.shape[:-1], y.shape[-1])))
+        y = steps.linear_lora(rows, unpacked(weight), s_g, b, bias_or_none(bias))
+        ys.append(reshaped(y, (*x.shape[:-1], y.shape[-1])))
     return [*ys, s] if seed is None else [*ys, s, drawn]
 
 
@@ -334,10 +334,6 @@ def _linears_backward_flops(
     return 2 * row_count(x) * total
 
 
-def _in_dtype(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -401,7 +397,13 @@ def lora_linears(
     if is_transformed() or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         return tuple(
             lora_update(
-                x, torch.nn.functional.linear(x, unpacked(w), _in_dtype(bias, x)), a, b, s, dropout_p=p, backend=backend
+                x,
+                torch.nn.functional.linear(x, unpacked(w), None if bias is None else in_dtype(bias, x.dtype)),
+                a,
+                b,
+                s,
+                dropout_p=p,
+                backend=backend,
             )
             for w, bias, a, b, s in zip(weights, biases, lora_As, lora_Bs, scalings)
         )

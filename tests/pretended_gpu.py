@@ -4,7 +4,7 @@ So that lines which only a GPU reaches (the tuner's timing, the capture of graph
 hand. Tensors on the CPU say that they are on cuda:0, asking for a GPU gives a tensor on the CPU, kernels run in
 Triton's interpreter, and the rest of torch.cuda does nothing. Results are right; times, memory and the replay of a
 graph mean nothing. While a graph is captured, all that would wait for the GPU raises. What looks at devices in C++
-(FakeTensor, torch.compile) can't be deceived."""
+(FakeTensor, torch.compile) can't be deceived. benchmarks/null_driver.py is the other half: real launches, no results."""
 
 import contextlib
 import functools
@@ -112,18 +112,19 @@ class Driver:
 
 def install() -> None:
     """From here on this process has a GPU, as far as Python can see."""
-    properties = SimpleNamespace(
-        multi_processor_count=132, L2_cache_size=2**20, total_memory=80 * 2**30, name="pretended"
-    )
     answers = {
-        **{"is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0},
-        **{
-            "get_device_capability": CAPABILITY,
-            "get_device_name": "pretended GPU",
-            "get_device_properties": properties,
-        },
-        **{"mem_get_info": (70 * 2**30, 80 * 2**30), "memory_allocated": 2**20, "max_memory_allocated": 2**20},
-        **{"memory_reserved": 2**20, "current_stream": Stream()},
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "current_stream": Stream(),
+        "get_device_capability": CAPABILITY,
+        "get_device_name": "pretended GPU",
+        "get_device_properties": SimpleNamespace(multi_processor_count=132, L2_cache_size=2**20),
+        "mem_get_info": (70 * 2**30, 80 * 2**30),
+        "memory_allocated": 2**20,
+        "max_memory_allocated": 2**20,
+        "memory_reserved": 2**20,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)

@@ -407,14 +407,14 @@ def test_what_only_a_gpu_reaches_has_run(name, tmp_path):
     """Before a GPU that does nothing: routes are timed and kept, every arm is captured, and computes what it should."""
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "pretended_gpu.py", FOLDER / f"{name}.py", "--tiny", "--out", tmp_path],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "1"},
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     op, providers = BENCHES[name]
     rows = read(tmp_path / f"{op}.csv")
-    assert providers - {"LoRAFusion's factoring"} <= {row["provider"] for row in rows}
+    assert providers <= {row["provider"] for row in rows}
     assert {(row["error"], row["timed_by"]) for row in rows} == {("", "CUDA graph")}, done.stdout
     (tables,) = json.loads((tmp_path / "lora_fast" / "tuning.json").read_text(encoding="utf-8"))["gpus"].values()
     timed = [set(row["ms"]) for table in tables.values() for row in table.values()]
