@@ -4,7 +4,7 @@ So that lines which only a GPU reaches (the tuner's timing, the capture of graph
 hand. Tensors on the CPU say that they are on cuda:0, asking for a GPU gives a tensor on the CPU, kernels run in
 Triton's interpreter, and the rest of torch.cuda does nothing. Results are right; times, memory and the replay of a
 graph mean nothing. While a graph is captured, all that would wait for the GPU raises. What looks at devices in C++
-(FakeTensor, torch.compile) can't be deceived. benchmarks/null_driver.py is the other half: real launches, no results."""
+(FakeTensor, torch.compile) can't be deceived. benchmarks/null_driver.py is the other half: launches, no results."""
 
 import contextlib
 import functools
