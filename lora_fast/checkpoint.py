@@ -31,6 +31,7 @@ from lora_fast.injection import (
     lora_state,
 )
 from lora_fast.linear import LoraLayer
+from lora_fast.parameter import LoraParameter
 from lora_fast.quantized import matrix_shape
 from lora_fast.targets import embedding_of, misread_by_peft, saved_module_names, target_modules
 
@@ -80,12 +81,14 @@ def save_adapter(
 def _as_trained(
     model: nn.Module, state: LoraState, name: str, layers: dict[str, LoraLayer]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    config = _with_named_targets(model, state.configs[name].with_exact_patterns(list(layers)), list(layers))
+    linears = [path for path, layer in layers.items() if not isinstance(layer, LoraParameter)]
+    config = _with_named_targets(model, state.configs[name].with_exact_patterns(list(layers)), linears)
     config = replace(config, fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()))
     tensors = {}
+    places = _places(layers)
     for path, layer in layers.items():
-        tensors[f"{path}.lora_A.weight"] = gathered(layer.lora_A[name].weight)
-        tensors[f"{path}.lora_B.weight"] = gathered(layer.lora_B[name].weight)
+        tensors[f"{places[path]}.lora_A.weight"] = gathered(layer.lora_A[name].weight)
+        tensors[f"{places[path]}.lora_B.weight"] = gathered(layer.lora_B[name].weight)
     for path, module in state.copies.get(name, {}).items():
         tensors |= {plain_name(f"{path}.{key}"): gathered(value) for key, value in module.state_dict().items()}
     if config.bias != "none":
@@ -106,6 +109,8 @@ def _portable(
             raise LoraFastError(
                 f"portable=True: {field} can't be served by vLLM, llama.cpp or SGLang; save without portable"
             )
+    if stacked := [path for path, layer in layers.items() if isinstance(layer, LoraParameter)]:
+        raise LoraFastError(f"portable=True: {stacked[0]} is no linear layer; save without portable")
     factors = {path: layer.plain_factors(name, config.init_lora_weights) for path, layer in layers.items()}
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors = {}
@@ -128,7 +133,8 @@ def _portable(
 def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> LoraConfig:
     """target_modules as a list of names that means just `paths`: their last segments where that is exact, as servers
     expect."""
-    if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
+    given = config.target_modules
+    if not given or (isinstance(given, str) and given.lower() != ALL_LINEAR):
         return config
     short = replace(config, target_modules=sorted({path.rpartition(".")[2] for path in paths}))
     try:
@@ -136,6 +142,21 @@ def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) 
     except LoraFastError:  # the last segments also name modules that can't be adapted
         exact = False
     return short if exact else replace(config, target_modules=paths)
+
+
+def _places(targets: Mapping[str, nn.Module]) -> dict[str, str]:
+    """{dotted name: where PEFT's file has its factors}: of a layer its name; PEFT nests the parameters of one module,
+    the last outermost, so that its factors bear the module's name and the first's most "base_layer"s."""
+    places = dict(zip(targets, targets))
+    owners: dict[str, dict[int, str]] = {}
+    for path, layer in targets.items():
+        if isinstance(layer, LoraParameter):
+            number = list(layer.owner._parameters).index(layer.parameter_name)
+            owners.setdefault(path.rpartition(".")[0], {})[number] = path
+    for owner, paths in owners.items():
+        for depth, number in enumerate(sorted(paths, reverse=True)):
+            places[paths[number]] = owner + depth * ".base_layer"
+    return places
 
 
 def check_output_folder(folder: Path) -> None:
@@ -315,12 +336,13 @@ def _without_second_copies(config: LoraConfig, tensors: Mapping[str, Tensor]) ->
 
 def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module]) -> dict[str, torch.Size]:
     """{key: shape} of every tensor that the adapter of `config` must have."""
-    shapes = {}
-    for path, module in targets.items():
-        path, rank = plain_name(path), config.rank_of(path)
+    shapes, plain = {}, {plain_name(path): module for path, module in targets.items()}
+    places = _places(plain)
+    for path, module in plain.items():
+        ranks = config.rank_of(path) * getattr(module, "stacked", 1)
         n, k = matrix_shape(module)
-        shapes[f"{path}.lora_A.weight"] = torch.Size((rank, k))
-        shapes[f"{path}.lora_B.weight"] = torch.Size((n, rank))
+        shapes[f"{places[path]}.lora_A.weight"] = torch.Size((ranks, k))
+        shapes[f"{places[path]}.lora_B.weight"] = torch.Size((n, ranks))
         if config.bias != "none" and module.bias is not None:
             shapes[f"{path}.base_layer.bias"] = module.bias.shape
     saved = saved_module_names(model, config)
@@ -377,7 +399,9 @@ def _check_fit(
 @torch.no_grad()
 def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, Tensor]) -> None:
     modules = {plain_name(path): (path, module) for path, module in model.named_modules()}  # a wrapper's inside is last
-    layers = {plain_name(path): layer for path, layer in lora_layers(model).items()}
+    layers = {plain_name(path): layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
+    places = _places(layers)
+    layers = {places[path]: layer for path, layer in layers.items()}
     for key, value in tensors.items():
         owner, _, rest = key.partition(".lora_")
         if rest and owner in layers:

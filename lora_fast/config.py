@@ -32,7 +32,6 @@ INITS = (True, False, "gaussian", *BASE_CHANGING_INITS)
 _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "megatron_config": (None, {}),
@@ -58,6 +57,8 @@ HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# Before it PEFT took the first of an expert's sides for its input, whichever it was.
+_EXPERTS_AS_NOW = (0, 19, 1)
 # Values of init_lora_weights that, once an adapter is saved, no longer matter: they set A and B alone, which the file
 # replaces.
 _INITS_OF_FACTORS_ALONE = frozenset({"gaussian", "orthogonal", "eva"})
@@ -81,7 +82,11 @@ class LoraConfig:
     lora_dropout: probability p in [0, 1) of the dropout on the input of lora_A.
     target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted
         name, or "all-linear" (the default): every nn.Linear, subclasses too, and Conv1D but the output head.
-    exclude_modules: the same forms, taken away.
+    target_parameters: names of parameters (whole dotted names or their ends) that get ΔW = scaling · B A themselves,
+        where no linear layer holds them: the stacked experts of a mixture ("experts.gate_up_proj"), each with factors
+        of rank R of its own, or a router's weight. As in PEFT they take no dropout, and target_modules=[] adapts them
+        alone.
+    exclude_modules: the forms of target_modules, taken away.
     layers_to_transform, layers_pattern: only layers of these indices (with names only).
     rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first wins.
     modules_to_save: names of modules trained in full and saved with the adapter.
@@ -100,6 +105,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: str | Collection[str] = ALL_LINEAR
     exclude_modules: str | Collection[str] | None = None
+    target_parameters: Collection[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -128,14 +134,25 @@ class LoraConfig:
             raise LoraFastError(
                 f"init_lora_weights={self.init_lora_weights!r}; expected True, False, 'gaussian', 'pissa' or 'olora'"
             )
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise LoraFastError(
                 f"target_modules={self.target_modules!r}; expected module names, a regex or '{ALL_LINEAR}'"
             )
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "target_parameters", "layers_pattern", "modules_to_save"):
             set_(name, _names(getattr(self, name), name))
-        if isinstance(self.modules_to_save, str):
-            raise LoraFastError(f"modules_to_save={self.modules_to_save!r}; expected a list of module names")
+        for name, what in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+            if isinstance(getattr(self, name), str):
+                raise LoraFastError(f"{name}={getattr(self, name)!r}; expected a list of {what} names")
+        if self.target_parameters and self.lora_dropout:
+            raise LoraFastError(
+                f"lora_dropout={self.lora_dropout!r} with target_parameters={list(self.target_parameters)}: PEFT has "
+                "no dropout there and would not load the adapter; expected 0"
+            )
+        if self.target_parameters and self.init_lora_weights in BASE_CHANGING_INITS:
+            raise LoraFastError(
+                f"init_lora_weights={self.init_lora_weights!r} starts from a layer's weight; with target_parameters "
+                "expected True, False or 'gaussian'"
+            )
         if self.task_type in tuple(HEADS_OF_TASK):
             wanted = (*(self.modules_to_save or ()), *HEADS_OF_TASK[self.task_type])
             set_("modules_to_save", tuple(dict.fromkeys(wanted)))
@@ -226,6 +243,8 @@ class LoraConfig:
     def to_peft(self) -> dict[str, Any]:
         """The fields of PEFT's `adapter_config.json`."""
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        if not self.target_parameters:  # which PEFT's older versions don't know
+            del own["target_parameters"]
         return {**own, "peft_type": "LORA", "auto_mapping": None, "inference_mode": True}
 
     @classmethod
@@ -254,12 +273,25 @@ class LoraConfig:
             if name in peft_config and peft_config[name] is None:
                 raise LoraFastError(f"{source}: {name} is null; expected a number")
         values = {name: peft_config[name] for name in known if name in peft_config and peft_config[name] is not None}
-        if peft_config.get("target_modules") is None:
+        if peft_config.get("target_modules") is None and peft_config.get("target_parameters"):
+            values["target_modules"] = []
+        elif peft_config.get("target_modules") is None:
             raise LoraFastError(f"{source}: target_modules is missing; write the names of the adapted modules into it")
+        version = str(peft_config.get("peft_version") or "")
+        if values.get("target_parameters") and version and _release(version) < _EXPERTS_AS_NOW:
+            raise LoraFastError(
+                f"{source}: peft_version={version!r} stored target_parameters with lora_A and lora_B exchanged (PEFT "
+                f"{'.'.join(map(str, _EXPERTS_AS_NOW))} turned them); train it again, or convert it with that PEFT"
+            )
         init = values.get("init_lora_weights", True)
         if isinstance(init, str) and init.lower() in _INITS_OF_FACTORS_ALONE:
             values["init_lora_weights"] = True
         return cls(**values)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(0, 19, 1) of "0.19.1.dev0"."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
 
 
 def _plain(value: Any) -> Any:

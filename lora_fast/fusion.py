@@ -16,8 +16,9 @@ NOT_ACCELERATED = "a LoRA layer of PEFT's; accelerate_peft(model) speeds it up"
 
 @dataclass(frozen=True)
 class FusionRow:
-    """One module: its dotted name, the path that its adapter takes as it stands, and why not the Triton path (None on
-    it). path: "triton", "torch" (our op in PyTorch), "base" (no adapter runs) or "peft" (PEFT's own forward)."""
+    """One module or adapted parameter: its dotted name, the path that its adapter takes as it stands, and why not the
+    Triton path (None on it). path: "triton", "torch" (our op in PyTorch), "base" (no adapter runs) or "peft" (its own
+    forward)."""
 
     module: str
     path: str
@@ -68,8 +69,10 @@ def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
     """How many calls of the layers that count took which path, and why: {(path, reason): calls}.
 
     path: "lora_linear" (base and update in one op), "lora_linears" (so together with the layers that read the same
-    input), "lora_swiglu_mlp" (an MLP's three layers in one op), "lora_update" (the base layer called as it is, the
-    update fused), "layers" (an MLP that calls its layers one by one), "base" (no adapter runs) or "peft"."""
+    input), "lora_swiglu_mlp" (an MLP's three layers in one op), "lora_experts" (a mixture's stacked experts, all
+    parameters of the module together), "lora_update" (the base layer called as it is, the update fused), "formed" (a
+    module called with W + ΔW in place of its parameter), "layers" (an MLP that calls its layers one by one), "base" (no
+    adapter runs) or "peft"."""
     counters = (module.__dict__.get("calls_by_path", {}) for module in model.modules())
     return sum(map(Counter, counters), Counter())
 
@@ -90,6 +93,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
     rows = []
     for name, module in model.named_modules():
         if hasattr(module, "fusion_path"):
+            name = getattr(module, "adapted_name", str)(name)  # what holds a parameter's adapters bears another
             rows.append(FusionRow(plain_name(name), *module.fusion_path()))
         elif hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             rows.append(FusionRow(plain_name(name), "peft", NOT_ACCELERATED))

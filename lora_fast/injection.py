@@ -14,14 +14,24 @@ from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
 from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
+from lora_fast.parameter import (
+    LoraOwner,
+    LoraParameter,
+    attach,
+    child_name,
+    lora_owner,
+    lora_parameters_of,
+)
 from lora_fast.quantized import is_quantized, keep_packing, matrix_shape
 from lora_fast.shared_input import find_groups
 from lora_fast.swiglu_mlp import fuse_mlps, unfuse_mlps
 from lora_fast.targets import (
     embedding_of,
+    expert_weights,
     lora_class,
     saved_module_names,
     target_modules,
+    target_parameters,
     unadapted_experts,
     unmatched,
     unreached,
@@ -93,12 +103,14 @@ def lora_state(model: nn.Module) -> LoraState:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """{dotted name: layer} of every adapted linear layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """{dotted name: layer} of every adapted linear layer and parameter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {layer.adapted_name(name): layer for name, layer in layers.items()}
 
 
 def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Module]:
-    """The modules that apply_lora would adapt, having changed nothing. Raises LoraFastError where it could not."""
+    """The modules and parameters that apply_lora would adapt, having changed nothing. Raises LoraFastError where it
+    could not."""
     if not isinstance(model, nn.Module):
         raise LoraFastError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
     if not isinstance(config, LoraConfig):
@@ -140,7 +152,7 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         raise LoraFastError(
             f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule"
         )
-    targets = target_modules(model, config)
+    targets = target_modules(model, config) | target_parameters(model, config)
     for name in saved_module_names(model, config):
         if any(is_offloaded(module) for module in model.get_submodule(name).modules()):
             raise LoraFastError(f"modules_to_save: {name} is offloaded by accelerate; keep it on a device to train it")
@@ -150,7 +162,9 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
                 "quantized (llm_int8_skip_modules), or adapt it by target_modules"
             )
     for name, module in targets.items():
-        if module.weight.dim() != 2:
+        if isinstance(module, LoraParameter):
+            module = module.owner
+        elif module.weight.dim() != 2:
             raise LoraFastError(
                 f"FullyShardedDataParallel holds {plain_name(name)} in pieces already, so that nothing would average "
                 "the gradients of adapters put in now; put them in first, then distribute the model"
@@ -210,9 +224,9 @@ def apply_lora(
     targets = check_injection(model, config, adapter_name)
     if experts := unadapted_experts(model, config):
         warn(
-            f"the experts in {experts[0]} ({len(experts)} modules so) are stacked parameters, no linear layers: they "
-            "get no adapter here, and in PEFT, in many models, they do; to train them make the adapter there, and call "
-            "accelerate_peft"
+            f"the experts in {experts[0]} ({len(experts)} modules so) are stacked parameters, no linear layers, and "
+            "get no adapter (in PEFT, in many models, they do); to train them name them, as in "
+            f"target_parameters={expert_weights(model, experts[0])}"
         )
     inject(model, config, targets, adapter_name, backend=backend, adapter_dtype=adapter_dtype, trainable=True)
     return model
@@ -252,7 +266,12 @@ def inject(
         state.kept_packed = keep_packing(model)
         _watch_checkpointing(model, state)
     for name, module in targets.items():
-        if not isinstance(module, LoraLayer):
+        if isinstance(module, LoraParameter) and child_name(module) not in module.owner._modules:
+            attach(module)
+            if not isinstance(module.owner, LoraOwner):
+                _become(module.owner, lora_owner(type(module.owner)))
+            module.start(backend)
+        elif not isinstance(module, LoraLayer):
             _become(module, lora_class(module))
             module.start(backend)
         module.adapters_disabled = state.disabled
@@ -307,7 +326,7 @@ def tied_weights(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, st
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    others = {n: [o for o in names.get(id(m.weight), ()) if o != f"{n}.weight"] for n, m in layers.items()}
+    others = {n: [o for o in names.get(id(m.weight), ()) if o not in (n, f"{n}.weight")] for n, m in layers.items()}
     return {name: found[0] for name, found in others.items() if found}
 
 
@@ -511,6 +530,11 @@ def remove_lora(model: nn.Module) -> None:
     for layer in layers.values():
         if not merged:
             layer.restore_base()
+        if isinstance(layer, LoraParameter):
+            delattr(layer.owner, child_name(layer))
+            if isinstance(layer.owner, LoraOwner) and not lora_parameters_of(layer.owner):
+                _become(layer.owner, layer.owner.base_class)
+            continue
         for name in layer.STATE_NAMES:
             delattr(layer, name)
         _become(layer, layer.base_class)

@@ -45,6 +45,7 @@ class LoraLayer(nn.Module):
     forward."""
 
     fan_in_fan_out = False
+    stacked = 1  # matrices that the weight stacks, each with factors of its own
     # Everything that `start` puts on the instance; remove_lora takes it off again.
     STATE_NAMES = (
         "lora_A",
@@ -84,6 +85,10 @@ class LoraLayer(nn.Module):
         self._weight_before_merge: Tensor | None = None
         self._weight_before_init: Tensor | None = None
 
+    def adapted_name(self, name: str) -> str:
+        """The dotted name of what is adapted, for a layer of this name: itself."""
+        return name
+
     def matrix(self) -> Tensor:
         """The base weight as (N, K), a view."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
@@ -92,12 +97,12 @@ class LoraLayer(nn.Module):
     def add_adapter(self, name: str, spec: AdapterSpec, init: bool | str, dtype: torch.dtype) -> None:
         """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the
         weight's device."""
-        n, k = matrix_shape(self)
+        (n, k), ranks = matrix_shape(self), spec.r * self.stacked
         # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
         device = _execution_device(self) if is_offloaded(self) else self.weight.device
         make = "meta" if device.type == "meta" else "cpu"
-        a = nn.Linear(k, spec.r, bias=False, device=make, dtype=torch.float32)
-        b = nn.Linear(spec.r, n, bias=False, device=make, dtype=torch.float32)
+        a = nn.Linear(k, ranks, bias=False, device=make, dtype=torch.float32)
+        b = nn.Linear(ranks, n, bias=False, device=make, dtype=torch.float32)
         if init in BASE_CHANGING_INITS:
             a_start, b_start = self._factors_of(self.matrix(), spec, init)
             a.weight.copy_(a_start)

@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from lora_fast import experts
 from lora_fast.backend import why_not_triton
 from lora_fast.dispatch import PackedWeight, autocast_dtype
 from lora_fast.ops import lora_update
@@ -144,8 +146,8 @@ class FastForward:
     """The forward put before PEFT's: y = base(x) + scaling · drop(x) lora_Aᵀ lora_Bᵀ as one op, or PEFT's own.
 
     calls_by_path counts calls by (path, reason): "lora_linear" (base and update in one op), "lora_linears" (so together
-    with the layers that read the same input), "lora_update" (the base layer called as it is, the update fused) or
-    "peft". Calls inside a compiled graph are not counted."""
+    with the layers that read the same input), "lora_update" (the base layer called as it is, the update fused),
+    "lora_experts" (stacked experts) or "peft". Calls inside a compiled graph are not counted."""
 
     calls_by_path: Counter[tuple[str, str | None]]
     backend = "auto"
@@ -195,8 +197,49 @@ class LoraFastPeftLinear(FastForward, PeftLinear):
     """PEFT's lora.Linear (over nn.Linear, its subclasses and Conv1D) with the fast forward."""
 
 
+class LoraFastPeftExperts(FastForward, ParamWrapper):
+    """PEFT's LoRA on a mixture's stacked experts, its wrappers of one module computed together, without ΔW.
+
+    PEFT nests a wrapper for each parameter of a module; the outermost answers for all of them."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        factors = "the call has keyword arguments" if kwargs else self._factors()
+        refusal = factors if isinstance(factors, str) else experts.call_refusal(self._module(), (x, *args), factors)
+        if refusal is None:
+            refusals = (_call_refusal(x, self.get_param(), adapter.lora_A.dtype) for adapter in factors.values())
+            refusal = next(filter(None, refusals), None)
+        if refusal is not None:
+            self._count("peft", refusal)
+            return super(FastForward, self).forward(x, *args, **kwargs)
+        self._count("lora_experts", None)
+        return experts.run_experts(self._module(), x, *args, factors)
+
+    def linear_call(self, x: Tensor) -> None:
+        return None
+
+    def fusion_path(self) -> tuple[str, str | None]:
+        factors = self._factors()
+        return ("peft", factors) if isinstance(factors, str) else ("torch", experts.NO_KERNEL)
+
+    def _module(self) -> nn.Module:
+        return self.get_base_layer()
+
+    def _factors(self) -> dict[str, experts.ExpertFactors] | str:
+        """{parameter: factors} of this wrapper and those inside it, or why PEFT's forward has to run."""
+        found, layer = {}, self
+        while isinstance(layer, ParamWrapper):
+            adapter = read_layer(layer)
+            if isinstance(adapter, str):
+                return adapter
+            found[layer.parameter_name] = experts.ExpertFactors(adapter.lora_A, adapter.lora_B, adapter.scaling)
+            layer = layer.base_layer
+            if _is_altered(layer):
+                return "what it wraps has hooks or a forward of its own"
+        return experts.refusal(layer) or found
+
+
 # "Linear" stays in each name: PEFT recognizes linear layers by it. Fully at module level, so that they can be pickled.
-FAST_CLASSES: dict[type, type] = {PeftLinear: LoraFastPeftLinear}
+FAST_CLASSES: dict[type, type] = {PeftLinear: LoraFastPeftLinear, ParamWrapper: LoraFastPeftExperts}
 
 if is_bnb_available():
     from peft.tuners.lora.bnb import Linear8bitLt
@@ -222,7 +265,7 @@ def swap_refusal(layer: nn.Module) -> str | None:
         return f"{kind.__module__.removeprefix('peft.tuners.')}.{kind.__name__} has no fast path"
     if "forward" in layer.__dict__:
         return "the layer's forward was replaced on the instance"
-    return None
+    return experts.refusal(layer.get_base_layer()) if isinstance(layer, ParamWrapper) else None
 
 
 def make_fast(layer: nn.Module, backend: str) -> None:

@@ -39,7 +39,7 @@ def why_called(kind: type[nn.Module], *, four_bit: bool) -> str:
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(N, K) of the matrix that a linear layer multiplies by, however its weight stores it."""
-    if is_quantized(module):
+    if is_quantized(module) or hasattr(module, "parameter_name"):  # packed, or any parameter that carries adapters
         return module.out_features, module.in_features
     return tuple(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1])
 

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
-from lora_fast.linear import LoraLayer, LoraLinear
+from lora_fast.linear import LoraLayer, LoraLinear, is_offloaded
+from lora_fast.parameter import LoraOwner, LoraParameter, lora_parameter
 from lora_fast.quantized import is_quantized
 from lora_fast.subclass import has_plain_weight, lora_subclass
 
@@ -51,7 +52,7 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         from lora_fast.conv1d import LoraConv1D
 
         return LoraConv1D
-    if not isinstance(module, nn.Linear) or isinstance(module, LoraLayer):
+    if not isinstance(module, nn.Linear) or isinstance(module, (LoraLayer, LoraOwner)):
         return None
     return lora_subclass(type(module)) if has_plain_weight(module) or is_quantized(module) else None
 
@@ -99,8 +100,9 @@ def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{dotted name: module} of the model's own modules, without those of adapters and PyTorch's wrappers."""
     modules = {name: module for name, module in model.named_modules() if name and not is_wrapper(module)}
-    inside = tuple(f"{n}.lora_{factor}" for n, m in modules.items() if isinstance(m, LoraLayer) for factor in "AB")
-    return {name: module for name, module in modules.items() if not name.startswith(inside)}
+    inside = [f"{n}.lora_{factor}" for n, m in modules.items() if isinstance(m, LoraLayer) for factor in "AB"]
+    inside += [name for name, module in modules.items() if isinstance(module, LoraParameter)]
+    return {name: module for name, module in modules.items() if not name.startswith(tuple(inside))}
 
 
 def embedding_of(module: nn.Module, getter: str = "get_input_embeddings") -> nn.Module | None:
@@ -116,7 +118,8 @@ def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or lora_class(module) is not None or isinstance(module, LoraLayer)
+        if not isinstance(module, LoraParameter)
+        and (isinstance(module, nn.Linear) or lora_class(module) is not None or isinstance(module, LoraLayer))
     }
     head = embedding_of(model, "get_output_embeddings")
     if head is None and config.task_type == "SEQ_CLS":
@@ -126,10 +129,12 @@ def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
 
 
 def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
-    """{dotted name: module} of every module that `config` adapts, in the model's order.
+    """{dotted name: module} of every module that `config` adapts, in the model's order; {} with target_modules=[].
 
     Raises LoraFastError where nothing matches (naming near names), or where something matches that `lora_class` has no
     class for."""
+    if not config.target_modules:
+        return {}
     every = config.target_modules == ALL_LINEAR or (
         isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
     )
@@ -181,6 +186,45 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     return targets
 
 
+def target_parameters(model: nn.Module, config: LoraConfig) -> dict[str, LoraParameter]:
+    """{dotted name: its adapters, or new ones that the model does not hold yet} of every parameter that `config` names,
+    in the model's order.
+
+    Raises LoraFastError for a name that matches no parameter, and for a parameter that can't carry an adapter."""
+    wanted = config.target_parameters or ()
+    found: dict[str, LoraParameter] = {}
+    names = []
+    modules = {} if not wanted else {"": model} | _base_modules(model)
+    for path, module in modules.items():
+        for leaf in module._parameters:
+            name = f"{path}.{leaf}" if path else leaf
+            names.append(plain_name(name))
+            if module._parameters[leaf] is None or not _ends_with_one_of(plain_name(name), wanted):
+                continue
+            if isinstance(module, LoraLayer):
+                raise LoraFastError(
+                    f"target_parameters: {name} is the weight of a layer that target_modules adapts; name it in one"
+                )
+            if is_offloaded(module):
+                raise LoraFastError(f"target_parameters: {name} is offloaded by accelerate; keep it on a device")
+            layer = lora_parameter(module, leaf)
+            if reason := layer.refusal():
+                raise LoraFastError(f"target_parameters: {name} is {reason}")
+            found[name] = layer
+    missed = [w for w in wanted if not any(_ends_with_one_of(name, (w,)) for name in names)]
+    if missed:
+        ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+        near = [n for w in missed for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.6)]
+        stacked = [n for n, m in modules.items() for p in m._parameters.values() if p is not None and p.dim() == 3]
+        hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+        hint += f" Stacked experts are in {stacked[0]}" if stacked and not near else ""
+        raise LoraFastError(
+            f"target_parameters={list(wanted)}: no parameter of {type(model).__name__} is named "
+            f"{', '.join(map(repr, missed))}{hint}"
+        )
+    return found
+
+
 def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
     """The entries of a list of target_modules that no module's name ends in, with near names; None where there is
     none."""
@@ -216,6 +260,8 @@ def unadapted_experts(model: nn.Module, config: LoraConfig) -> list[str]:
     """The modules whose experts `config` seems to mean, "all-linear" or by a bare name, and that hold them as stacked
     parameters, which are no linear layers."""
     wanted = config.target_modules
+    if config.target_parameters:  # said by name
+        return []
     meant = wanted.lower() == ALL_LINEAR if isinstance(wanted, str) else not set(_TAKEN_FOR_EXPERTS).isdisjoint(wanted)
     if not meant:
         return []
@@ -224,6 +270,13 @@ def unadapted_experts(model: nn.Module, config: LoraConfig) -> list[str]:
         for name, module in _base_modules(model).items()
         if any(n.endswith("_proj") and p is not None and p.dim() == 3 for n, p in module._parameters.items())
     ]
+
+
+def expert_weights(model: nn.Module, name: str) -> list[str]:
+    """What to name in target_parameters for the experts in the module of this name."""
+    owner = name.rpartition(".")[2]
+    parameters = model.get_submodule(name)._parameters.items()
+    return [f"{owner}.{leaf}" for leaf, weight in parameters if weight is not None and weight.dim() == 3]
 
 
 def misread_by_peft(model: nn.Module, names: Collection[str]) -> list[str]:

@@ -33,8 +33,8 @@ distributed
 fused
 dispatch
 ops
-mlp grouped shared_input quantized
-linear conv1d subclass peft_layers swiglu_mlp svd spectrum rank_evidence
+mlp grouped experts shared_input quantized
+linear conv1d subclass parameter peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta
 targets injection
 peft_bridge checkpoint rank_rules training_curve
