@@ -348,11 +348,11 @@ def _expand_kernel(
 def _gemm_kernel(
     x_ptr, w_ptr, bias_ptr, s_ptr, b_ptr, mask_ptr, y_ptr, blocks_ptr,
     row_tiles, N, K, mask_bytes,
-    stride_xm, stride_wn, stride_wk, stride_sm, stride_br, stride_bn, stride_ym,
+    stride_xm, stride_wg, stride_wn, stride_wk, stride_sm, stride_br, stride_bn, stride_ym,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, PIECES: tl.constexpr,
-    GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
+    GROUP: tl.constexpr, STACKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """y = x Wᵀ + bias + m ∘ (s Bᵀ) for a tile of ROWS rows and COLUMNS columns."""
+    """y = x Wᵀ + bias + m ∘ (s Bᵀ) for a tile of ROWS rows and COLUMNS columns; STACKED: W is the adapter's own."""
     # GROUP row tiles go through the columns together, so that they find W's tiles in L2.
     column_tiles = tl.cdiv(N, COLUMNS)
     pid = tl.program_id(0)
@@ -370,6 +370,8 @@ def _gemm_kernel(
     # for columns: where W comes transposed they are the contiguous dimension, and a clamp would break up its loads.
     x_ptrs = x_ptr + tl.minimum(rows, end - 1)[:, None] * stride_xm + depth[None, :]
     w_ptrs = w_ptr + columns.to(tl.int64)[None, :] * stride_wn + depth[:, None] * stride_wk
+    if STACKED:  # all adapters have one rank; an empty block has none, and reads nothing
+        w_ptrs += (offset // tl.maximum(rank, 1)).to(tl.int64) * stride_wg
 
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     if HAS_MASK:  # the mask covers the adapter's part alone, which therefore comes first
@@ -651,9 +653,11 @@ def grouped_gemm(
 ) -> Tensor:
     """x (M, K), weight (N, K), bias (N,), s (M, width), b_all (N, ΣR) scaled → x Wᵀ + bias + s bᵀ (M, N) in x's dtype.
 
+    weight (G, N, K): of each of the G adapters its own, as experts have; they have one rank R ≥ 1 then.
     dx = dy W + m ∘ (ds A) is grouped_gemm(dy, weight.t(), ds, a_all.t(), table, mask=mask). Each block of rows reads W,
     so many short segments are better served by one GEMM over all rows and grouped_expand."""
-    N, K = weight.shape
+    N, K = weight.shape[-2:]
+    stacked = weight.dim() == 3
     y = x.new_empty(table.rows, N)
     if y.numel() == 0:
         return y
@@ -663,9 +667,10 @@ def grouped_gemm(
     launch(
         _gemm_kernel, (row_tiles * cdiv(N, tile.columns),),
         (row_tiles, N, K, 0 if mask is None else mask.shape[-1],
-         x.stride(0), *weight.stride(), s.stride(0), b_all.stride(1), b_all.stride(0), y.stride(0)),
+         x.stride(0), weight.stride(0) if stacked else 0, *weight.stride()[-2:],
+         s.stride(0), b_all.stride(1), b_all.stride(0), y.stride(0)),
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, RANKS=tile.ranks, PIECES=pieces,
-        GROUP=8, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
+        GROUP=8, STACKED=stacked, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages
     )(x, weight, bias, s, b_all, mask, y, table.blocks)  # fmt: skip
     return y

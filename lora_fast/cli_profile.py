@@ -16,6 +16,14 @@ STAGES = {
 }
 ESTIMATE_STAGES = {"estimate": "Arms", "fits": "What fits"}
 
+TargetParameters = Annotated[
+    str | None,
+    typer.Option(
+        help="Parameters that no linear layer holds, a mixture's stacked experts: names such as "
+        "experts.gate_up_proj,experts.down_proj.",
+        show_default=False,
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -59,6 +67,7 @@ def profile(
         str | None,
         typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
     ] = None,
+    target_parameters: TargetParameters = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -174,6 +183,7 @@ def profile(
             dtype=dtype,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            target_parameters=target_parameters,
             steps=steps,
             time_budget_s=time_budget,
             target_ci=None if target_ci is None else parse_share(target_ci, "--target-ci"),
@@ -242,6 +252,7 @@ def estimate(
         str | None,
         typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
     ] = None,
+    target_parameters: TargetParameters = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
     ] = False,
@@ -298,6 +309,7 @@ def estimate(
             dtype=dtype,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
+            target_parameters=target_parameters,
             adapter_dtype=adapter_dtype,
             lora_dropout=lora_dropout,
             gradient_accumulation=gradient_accumulation,

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -21,6 +22,10 @@ KERNEL_GROUP = 3
 # On the kernels adapters are kept for backward as they were cast where they are at most this part of the activations:
 # with 2048 rows of x at 4096 × 4096 up to r = 21. An observed op never does, so that `estimate` leaves this part out.
 CAST_SHARE = 48
+
+# Whose values and versions are what they seem. A fake tensor has no memory, and else is as plain: what is estimated
+# takes the paths of what runs.
+PLAIN_TENSORS = (torch.nn.Parameter, Tensor, FakeTensor)
 
 library = torch.library.Library("lora_fast", "DEF")
 # Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.

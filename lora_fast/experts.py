@@ -7,31 +7,34 @@ PEFT forms W + ΔW for every expert at each call, and autograd then computes and
 fine-tuning does. Here neither is formed: x, S = x A_eᵀ and the factors are all that a layer keeps for backward, and an
 expert without rows costs nothing.
 
-Where the products run: on a GPU in bf16 in PyTorch's grouped products, which know the borders between experts on the
-GPU alone; else expert by expert, for which a GPU is asked for the borders once."""
+With the kernels of grouped.py the borders between experts stay on the GPU, which alone knows them; the frozen product
+is PyTorch's grouped one, in bf16, or one kernel with the update in it, whichever is faster. PyTorch alone goes expert
+by expert, for which a GPU is asked for the borders once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lora_fast.dispatch import autocast_dtype, compute_input, implement, library, on_own_device
+from lora_fast import tuning
+from lora_fast.backend import runs_triton
+from lora_fast.dispatch import PLAIN_TENSORS, autocast_dtype, compute_input, implement, library, on_own_device
 
 # Without lora_A and lora_B the frozen product alone. offsets (E,) int32: the end of each expert's rows. transposed:
 # weight is (E, K, N), as in GPT-OSS, not (E, N, K).
 library.define(
     "experts_forward(Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor offsets, float scaling, "
-    "bool transposed) -> Tensor[]"
+    "bool transposed, bool triton) -> Tensor[]"
 )
 library.define(
     "experts_backward(Tensor dy, Tensor x, Tensor weight, Tensor? lora_A, Tensor? lora_B, Tensor s, Tensor offsets, "
-    "float scaling, bool transposed, bool needs_dx, bool needs_dA, bool needs_dB) -> Tensor[]"
+    "float scaling, bool transposed, bool needs_dx, bool needs_dA, bool needs_dB, "
+    "bool triton) -> Tensor[]"
 )
-# Operands of PyTorch's grouped products have rows of whole 16 bytes: 8 numbers in bf16.
-_RANK_MULTIPLE = 8
-NO_KERNEL = "stacked experts: their products, and those with the factors, are PyTorch's"
 
 
 class ExpertFactors(NamedTuple):
@@ -52,115 +55,146 @@ def factors_by_expert(lora_A: Tensor, lora_B: Tensor, experts: int) -> tuple[Ten
     return a, lora_B.view(lora_B.shape[0], -1, experts).permute(2, 0, 1)
 
 
-def _as_stored(dB: Tensor) -> Tensor:
-    """(E, N, R) → (N, R·E), the layout of lora_B."""
-    return dB.permute(1, 2, 0).reshape(dB.shape[1], -1)
+def _cast(lora_A: Tensor, lora_B: Tensor, experts: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A (E·R, K) and scaling · B, stored expert by expert as (E·R, N), in `dtype`; scaled before the one rounding."""
+    rows = lora_B.view(lora_B.shape[0], -1, experts).permute(2, 1, 0) * scaling
+    return lora_A.to(dtype), rows.to(dtype).reshape(lora_A.shape[0], -1)
 
 
-def _cast(lora_A: Tensor, lora_B: Tensor, experts: int, scaling: float, dtype: torch.dtype, multiple: int):
-    """A (E, R, K) and scaling · B (E, N, R) in `dtype`, of a rank that is padded to a `multiple` with zeros."""
-    a, b = factors_by_expert(lora_A, lora_B, experts)
-    more = -a.shape[1] % multiple
-    a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
-    return a.to(dtype).contiguous(), (b * scaling).to(dtype).contiguous()
-
-
-# -------------------------------------------------------------------------------------------------------- the products
+# --------------------------------------------------------------------------------------- the products, by PyTorch alone
 
 
 class _Loop:
-    """Products expert by expert, those without rows left out; rows beyond the last expert's give 0."""
+    """Products expert by expert, those without rows left out."""
 
-    multiple = 1
-
-    def __init__(self, offsets: Tensor):
-        ends = offsets.tolist()
+    def __init__(self, offsets: Tensor, rows: int):
+        # What is estimated has no values: all rows are then the first expert's, which takes as much memory.
+        ends = [rows] * len(offsets) if isinstance(offsets, FakeTensor) else offsets.tolist()
         self.counts = [end - start for start, end in zip([0, *ends], ends)]
         self.used = [expert for expert, count in enumerate(self.counts) if count]
-
-    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The rows of each expert, and last those of none."""
-        return x.split_with_sizes([*self.counts, x.shape[0] - sum(self.counts)])
 
     def rows(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
         """y_i = x_i w_e, added to `out` if given: x (M, K), w (E, K, N) → (M, N)."""
         y = x.new_empty(x.shape[0], w.shape[2]) if out is None else out
-        xs, ws, ys = self._parts(x), w.unbind(), self._parts(y)
+        xs, ws, ys = x.split_with_sizes(self.counts), w.unbind(), y.split_with_sizes(self.counts)
         for expert in self.used:
             if out is None:
                 torch.mm(xs[expert], ws[expert], out=ys[expert])
             else:
                 ys[expert].addmm_(xs[expert], ws[expert])
-        if out is None:
-            ys[-1].zero_()
         return y
 
-    def sums(self, p: Tensor, q: Tensor, experts: int) -> Tensor:
+    def sums(self, p: Tensor, q: Tensor) -> Tensor:
         """Σ_i p_iᵀ q_i over each expert's rows: p (M, P), q (M, Q) → (E, P, Q)."""
-        found = p.new_zeros(experts, p.shape[1], q.shape[1])
-        ps, qs, sums = self._parts(p), self._parts(q), found.unbind()
+        found = p.new_zeros(len(self.counts), p.shape[1], q.shape[1])
+        ps, qs, sums = p.split_with_sizes(self.counts), q.split_with_sizes(self.counts), found.unbind()
         for expert in self.used:
             torch.mm(ps[expert].t(), qs[expert], out=sums[expert])
         return found
 
 
-class _Grouped:
-    """The same by PyTorch's grouped products; of rows beyond the last expert's the result is undefined."""
-
-    multiple = _RANK_MULTIPLE
-
-    def __init__(self, offsets: Tensor):
-        self.offsets = offsets
-
-    def rows(self, x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-        y = nn.functional.grouped_mm(x, w, offs=self.offsets)
-        return y if out is None else out.add_(y)
-
-    def sums(self, p: Tensor, q: Tensor, experts: int) -> Tensor:
-        return nn.functional.grouped_mm(p.t(), q, offs=self.offsets)
+def _torch_forward(x, weight, lora_A, lora_B, offsets, scaling):
+    """y (M, N), S (M, R); weight (E, N, K)."""
+    products = _Loop(offsets, x.shape[0])
+    y = products.rows(x, weight.mT)
+    if lora_A is None:
+        return y, x.new_empty(x.shape[0], 0)
+    a, b = (f.view(len(weight), -1, f.shape[1]) for f in _cast(lora_A, lora_B, len(weight), scaling, x.dtype))
+    s = products.rows(x, a.mT)
+    return products.rows(s, b, out=y), s
 
 
-def _runs_grouped(x: Tensor, weight: Tensor) -> bool:
-    aligned = all(size % _RANK_MULTIPLE == 0 for size in weight.shape[1:])
-    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
+def _torch_backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, needs_dx, needs_dA, needs_dB):
+    """dx, dA (E·R, K), dB (E·R, N) unscaled; None where not needed."""
+    products = _Loop(offsets, x.shape[0])
+    dx = products.rows(dy, weight) if needs_dx else None
+    if lora_A is None:
+        return dx, None, None
+    if needs_dx or needs_dA:
+        a, b = (f.view(len(weight), -1, f.shape[1]) for f in _cast(lora_A, lora_B, len(weight), scaling, x.dtype))
+        ds = products.rows(dy, b.mT)
+    if needs_dx:
+        products.rows(ds, a, out=dx)
+    return dx, products.sums(ds, x) if needs_dA else None, products.sums(s, dy) if needs_dB else None
+
+
+# ------------------------------------------------------------------------------------------------- and with the kernels
+
+
+def _library(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes these, operands whose rows are whole 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
+
+
+def _product(x: Tensor, weight: Tensor, offsets: Tensor, routes: dict[str, Callable[[], Tensor]], step: str) -> Tensor:
+    """The fastest of `routes` to x_i W_eᵀ + the update: with PyTorch's grouped product, where it can, or one kernel."""
+    if not _library(x, weight):
+        routes = {"triton": routes["triton"]}
+    _, N, K = weight.shape
+    sizes = {"M": x.shape[0], "E": len(weight), "N": N, "K": K, "dtype": x.dtype, "weight": weight.stride(1) >= K}
+    return tuning.run(step, sizes, x.device, routes)
+
+
+def _triton_forward(x, weight, lora_A, lora_B, offsets, scaling):
+    kernels, tables = (import_module(f"lora_fast.kernels.{name}") for name in ("grouped", "expert_table"))
+    table = tables.expert_table(offsets, len(lora_A) // len(weight), len(x))
+    a, b = _cast(lora_A, lora_B, len(weight), scaling, x.dtype)
+    s, _ = kernels.grouped_shrink(x, a, table)
+
+    def library() -> Tensor:
+        y = nn.functional.grouped_mm(x, weight.mT, offs=offsets)
+        return kernels.grouped_expand(y, s, b.t(), table, out=y)
+
+    routes = {"cublas": library, "triton": lambda: kernels.grouped_gemm(x, weight, s, b.t(), table)}
+    return _product(x, weight, offsets, routes, "experts_linear"), s
+
+
+def _triton_backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, needs_dx, needs_dA, needs_dB):
+    kernels, tables = (import_module(f"lora_fast.kernels.{name}") for name in ("grouped", "expert_table"))
+    table = tables.expert_table(offsets, len(lora_A) // len(weight), len(x))
+    dx = dA = dB = None
+    if needs_dx or needs_dA:
+        a, b = _cast(lora_A, lora_B, len(weight), scaling, x.dtype)
+        ds = kernels.grouped_grad_s(dy, b.t(), table)
+    if needs_dx:
+
+        def library() -> Tensor:
+            dx = nn.functional.grouped_mm(dy, weight, offs=offsets)
+            return kernels.grouped_grad_x(ds, a, table, accumulate=dx, out=dx)
+
+        routes = {"cublas": library, "triton": lambda: kernels.grouped_gemm(dy, weight.mT, ds, a.t(), table)}
+        dx = _product(dy, weight.mT, offsets, routes, "experts_grad_x")
+    if needs_dA:
+        dA = kernels.grouped_grad_a(ds, x, table)
+    if needs_dB:  # its rows as those of dA
+        dB = kernels.grouped_grad_a(s, dy, table)
+    return dx, dA, dB
 
 
 # -------------------------------------------------------------------------------------------------------------- the op
 
 
 @on_own_device
-def _forward(x, weight, lora_A, lora_B, offsets, scaling, transposed):
-    """[y (M, N), S (M, R)]."""
-    products = (_Grouped if _runs_grouped(x, weight) else _Loop)(offsets)
-    y = products.rows(x, weight if transposed else weight.mT)
-    if lora_A is None:
-        return [y, x.new_empty(x.shape[0], 0)]
-    a, b = _cast(lora_A, lora_B, weight.shape[0], scaling, x.dtype, products.multiple)
-    s = products.rows(x, a.mT)
-    return [products.rows(s, b.mT, out=y), s]
+def _forward(x, weight, lora_A, lora_B, offsets, scaling, transposed, triton):
+    """[y (M, N), S (M, R)], S with the kernels of a rank that 16 divides."""
+    triton = triton and lora_A is not None and len(x) > 0
+    forward = _triton_forward if triton else _torch_forward
+    return list(forward(x.contiguous(), weight.mT if transposed else weight, lora_A, lora_B, offsets, scaling))
 
 
 @on_own_device
-def _backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB):
+def _backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB, triton):
     """[dx, dA, dB], empty where not needed."""
-    products, experts = (_Grouped if _runs_grouped(x, weight) else _Loop)(offsets), weight.shape[0]
-    dy = dy.to(x.dtype).contiguous()
-    dx, dA, dB = (x.new_empty(0) for _ in range(3))
-    if needs_dx:
-        dx = products.rows(dy, weight.mT if transposed else weight)
-    if lora_A is None:
-        return [dx, dA, dB]
-    a, b = _cast(lora_A, lora_B, experts, scaling, x.dtype, products.multiple)
-    rank = lora_A.shape[0] // experts
-    if needs_dx or needs_dA:
-        ds = products.rows(dy, b)
-    if needs_dx:
-        products.rows(ds, a, out=dx)
-    if needs_dA:
-        dA = products.sums(ds, x, experts)[:, :rank].reshape(lora_A.shape).to(lora_A.dtype)
-    if needs_dB:  # scaled in the masters' dtype: in fp16 it could overflow
-        dB = _as_stored(products.sums(dy, s, experts)[:, :, :rank]).to(lora_B.dtype).mul_(scaling)
-    return [dx, dA, dB]
+    triton = triton and lora_A is not None and len(x) > 0
+    backward, weight = _triton_backward if triton else _torch_backward, weight.mT if transposed else weight
+    saved = x.contiguous(), weight, lora_A, lora_B, s, offsets, scaling
+    dx, dA, dB = backward(dy.to(x.dtype).contiguous(), *saved, needs_dx, needs_dA, needs_dB)
+    if dA is not None:
+        dA = dA.view(lora_A.shape).to(lora_A.dtype)
+    if dB is not None:  # scaled in the masters' dtype: in fp16 it could overflow
+        by_expert = dB.view(len(weight), -1, lora_B.shape[0]).to(lora_B.dtype)
+        dB = by_expert.permute(2, 1, 0).reshape(lora_B.shape).mul_(scaling)
+    return [x.new_empty(0) if gradient is None else gradient for gradient in (dx, dA, dB)]
 
 
 implement("experts_forward", _forward)
@@ -168,21 +202,20 @@ implement("experts_backward", _backward)
 
 
 @torch.library.register_fake("lora_fast::experts_forward", lib=library)
-def _(x, weight, lora_A, lora_B, offsets, scaling, transposed):
-    N = weight.shape[2 if transposed else 1]
+def _(x, weight, lora_A, lora_B, offsets, scaling, transposed, triton):
     rank = 0 if lora_A is None else lora_A.shape[0] // weight.shape[0]
-    padded = rank + -rank % (_RANK_MULTIPLE if _runs_grouped(x, weight) else 1)
-    return [x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], padded)]
+    width = rank + -rank % 16 if triton and x.shape[0] else rank
+    return [x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]), x.new_empty(x.shape[0], width)]
 
 
 @torch.library.register_fake("lora_fast::experts_backward", lib=library)
-def _(dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB):
+def _(dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB, triton):
     wanted = ((x, needs_dx), (lora_A, needs_dA), (lora_B, needs_dB))
     return [tensor.new_empty(tensor.shape) if needed else x.new_empty(0) for tensor, needed in wanted]
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, weight, lora_A, lora_B, offsets, ctx.scaling, ctx.transposed = inputs
+    x, weight, lora_A, lora_B, offsets, ctx.scaling, ctx.transposed, ctx.triton = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], offsets)
     ctx.set_materialize_grads(False)
 
@@ -193,9 +226,10 @@ def _gradients(ctx, grads):
     if grads[0] is not None:
         x, weight, lora_A, lora_B, s, offsets = ctx.saved_tensors
         saved = x, weight, lora_A, lora_B, s, offsets, ctx.scaling, ctx.transposed
-        found = torch.ops.lora_fast.experts_backward(grads[0], *saved, needs_dx, needs_dA, needs_dB)
-        dx, dA, dB = (g if needed else None for g, needed in zip(found, (needs_dx, needs_dA, needs_dB)))
-    return dx, None, dA, dB, None, None, None
+        needs = needs_dx, needs_dA, needs_dB
+        found = torch.ops.lora_fast.experts_backward(grads[0], *saved, *needs, ctx.triton)
+        dx, dA, dB = (g if needed else None for g, needed in zip(found, needs))
+    return dx, None, dA, dB, None, None, None, None
 
 
 torch.library.register_autograd("lora_fast::experts_forward", _gradients, setup_context=_setup, lib=library)
@@ -209,7 +243,7 @@ def _forward_flops(x, weight, lora_A, *args, **kwargs) -> int:
 
 @register_flop_formula(torch.ops.lora_fast.experts_backward)
 def _backward_flops(
-    dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB, **kwargs
+    dy, x, weight, lora_A, lora_B, s, offsets, scaling, transposed, needs_dx, needs_dA, needs_dB, *args, **kwargs
 ) -> int:
     (M, K), (E, *sides) = x, weight
     N, R = sum(sides) - K, 0 if lora_A is None else lora_A[0] // E
@@ -263,14 +297,14 @@ def refusal(module: nn.Module) -> str | None:
 
 def call_refusal(module: nn.Module, arguments: tuple, names: Mapping[str, ExpertFactors]) -> str | None:
     """Why this call is not for `run_experts`; names: of the parameters that are adapted."""
-    if len(arguments) != 3 or not all(type(argument) is Tensor for argument in arguments):
+    if len(arguments) != 3 or not all(type(argument) in PLAIN_TENSORS for argument in arguments):
         return "the call is not of hidden states, top_k_index and top_k_weights"
     x = arguments[0]
     if x.dim() != 2 or arguments[1].dim() != 2:
         return f"hidden states are {tuple(x.shape)}, not (tokens, hidden size)"
     for name in _weights_of(module):
         weight = getattr(module, name)
-        if type(weight) is not nn.Parameter or weight.dim() != 3:
+        if type(weight) not in PLAIN_TENSORS or weight.dim() != 3:
             return f"{name} is no plain parameter of three dimensions"
         if weight.requires_grad:
             return f"{name} is trained itself"
@@ -286,7 +320,12 @@ def _weights_of(module: nn.Module) -> tuple[str, str]:
 
 
 def run_experts(
-    module: nn.Module, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Mapping[str, ExpertFactors]
+    module: nn.Module,
+    x: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    adapters: Mapping[str, ExpertFactors],
+    backend: str = "auto",
 ) -> Tensor:
     """Σ_j w_tj · expert_{e_tj}(x_t) over each token's experts, with the adapters in both products of an expert.
 
@@ -301,19 +340,29 @@ def run_experts(
     ends = torch.arange(module.num_experts, device=order.device, dtype=experts.dtype)
     offsets = torch.searchsorted(experts, ends, right=True, out_int32=True)
     rows = _Sorted.apply(compute_input(x, None), order, place, count)
+    rank = max(len(adapter.lora_A) for adapter in adapters.values()) // module.num_experts
+    triton = runs_triton(backend, "lora_experts", rows, rank)
     first, second = _weights_of(module)
-    between = _linear(module, first, rows, experts, offsets, adapters.get(first))
+    between = _linear(module, first, rows, experts, offsets, adapters.get(first), triton)
     between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
-    y = _linear(module, second, between, experts, offsets, adapters.get(second))
+    y = _linear(module, second, between, experts, offsets, adapters.get(second), triton)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order][:, None]
-    return _Unsorted.apply(y, order, place).view(x.shape[0], count, -1).sum(1).to(dtype)
+    return _Unsorted.apply(y, order, place).view(x.shape[0], count, y.shape[1]).sum(1).to(dtype)
 
 
 def _linear(
-    module: nn.Module, name: str, x: Tensor, experts: Tensor, offsets: Tensor, adapter: ExpertFactors | None
+    module: nn.Module,
+    name: str,
+    x: Tensor,
+    experts: Tensor,
+    offsets: Tensor,
+    adapter: ExpertFactors | None,
+    triton: bool,
 ) -> Tensor:
+    x = compute_input(x, None)  # under autocast a bias or an activation may have left fp32
     weight, (lora_A, lora_B, scaling) = getattr(module, name).to(x.dtype), adapter or (None, None, 0.0)
-    y, _ = torch.ops.lora_fast.experts_forward(x, weight, lora_A, lora_B, offsets, scaling, module.is_transposed)
+    arguments = x, weight, lora_A, lora_B, offsets, scaling, module.is_transposed, triton
+    y, _ = torch.ops.lora_fast.experts_forward(*arguments)
     return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y

@@ -262,7 +262,7 @@ class LoraLayer(nn.Module):
         lora_A = self.lora_A[self.active_adapter].weight
         # A packed weight doesn't say what x will be in; the adapter is in that dtype or casts to it.
         dtype = lora_A.dtype if is_quantized(self) else self.weight.dtype
-        return why_not_triton(self.backend, op, self.weight.device, dtype, lora_A.shape[0])
+        return why_not_triton(self.backend, op, self.weight.device, dtype, lora_A.shape[0] // self.stacked)
 
     def extra_repr(self) -> str:
         base = super().extra_repr()

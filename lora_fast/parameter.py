@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import experts
-from lora_fast.config import LoraFastError
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.shared_input import LinearCall
 
@@ -58,7 +57,7 @@ class LoraParameter(LoraLayer):
 
     def adapted_name(self, name: str) -> str:
         """The parameter's own name."""
-        return f"{name.rpartition('.')[0]}.{self.parameter_name}"
+        return name.removesuffix(child_name(self)) + self.parameter_name
 
     def refusal(self) -> str | None:
         """Why this parameter can't carry an adapter, or None."""
@@ -67,6 +66,10 @@ class LoraParameter(LoraLayer):
             return f"a {type(weight).__name__} of {weight.dtype}; expected a plain floating-point parameter"
         if weight.dim() not in (2, 3):
             return f"of shape {tuple(weight.shape)}; expected (N, K), or (E, N, K) of E experts"
+        if not isinstance(getattr(self.owner, child_name(self), self), LoraParameter):
+            return (
+                f"of a {type(self.owner).__name__} with a {child_name(self)} of its own; the adapters go by that name"
+            )
         return None
 
     def factors(self, name: str) -> experts.ExpertFactors:
@@ -88,8 +91,10 @@ class LoraParameter(LoraLayer):
         """The path that a call takes as the owner stands now, and why not Triton's."""
         if not self.adapter_runs():
             return "base", NO_ADAPTER
-        reason = experts.refusal(self.owner)
-        return "torch", f"W + ΔW is formed at each call: {reason}" if reason else experts.NO_KERNEL
+        if reason := experts.refusal(self.owner):
+            return "torch", f"W + ΔW is formed at each call: {reason}"
+        reason = self.why_not_triton("lora_experts")
+        return "torch" if reason else "triton", reason
 
 
 class LoraOwner(nn.Module):
@@ -115,7 +120,7 @@ class LoraOwner(nn.Module):
             reason = "the call has keyword arguments" if kwargs else experts.call_refusal(self, args, adapters)
         if reason is None:
             layers[0].count("lora_experts", None)
-            return experts.run_experts(self, *args, adapters)
+            return experts.run_experts(self, *args, adapters, layers[0].backend)
         layers[0].count("formed", reason)
         before = {name: self._parameters[name] for name in running}
         formed = {name: before[name] + layer.delta_weight(layer.active_adapter) for name, layer in running.items()}
@@ -152,10 +157,7 @@ def lora_parameter(owner: nn.Module, name: str) -> LoraParameter:
 
 def attach(layer: LoraParameter) -> None:
     """Makes the owner hold the layer."""
-    name = child_name(layer)
-    if hasattr(layer.owner, name):
-        raise LoraFastError(f"{type(layer.owner).__name__} has an attribute {name}; expected none, for the adapters")
-    layer.owner.add_module(name, layer)
+    layer.owner.add_module(child_name(layer), layer)
 
 
 def child_name(layer: LoraParameter) -> str:

@@ -212,14 +212,18 @@ class LoraFastPeftExperts(FastForward, ParamWrapper):
             self._count("peft", refusal)
             return super(FastForward, self).forward(x, *args, **kwargs)
         self._count("lora_experts", None)
-        return experts.run_experts(self._module(), x, *args, factors)
+        return experts.run_experts(self._module(), x, *args, factors, self.backend)
 
     def linear_call(self, x: Tensor) -> None:
         return None
 
     def fusion_path(self) -> tuple[str, str | None]:
         factors = self._factors()
-        return ("peft", factors) if isinstance(factors, str) else ("torch", experts.NO_KERNEL)
+        if isinstance(factors, str):
+            return "peft", factors
+        weight, rank = self.get_param(), max(len(each.lora_A) for each in factors.values()) // self.num_experts
+        reason = why_not_triton(self.backend, "lora_experts", weight.device, weight.dtype, rank)
+        return "torch" if reason else "triton", reason
 
     def _module(self) -> nn.Module:
         return self.get_base_layer()

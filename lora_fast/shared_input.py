@@ -30,14 +30,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
-from lora_fast.dispatch import KERNEL_GROUP, PackedWeight, autocast_dtype
+from lora_fast.dispatch import KERNEL_GROUP, PLAIN_TENSORS, PackedWeight, autocast_dtype
 from lora_fast.ops import lora_linear, lora_linears
-
-# A fake tensor has no memory, and else is as plain: what is estimated groups as what runs.
-_PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor)
 
 
 class LinearCall(NamedTuple):
@@ -158,7 +154,7 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     if torch.compiler.is_compiling():
         return _linear(x, call)
     # In inference mode, and in torch.func, a change of x leaves no trace.
-    watched = type(x) in _PLAIN_TENSORS and not x.is_inference() and not torch._C._are_functorch_transforms_active()
+    watched = type(x) in PLAIN_TENSORS and not x.is_inference() and not torch._C._are_functorch_transforms_active()
     if _slot.waiting:
         if watched and _slot.x() is x and _slot.version == x._version:
             waiting = _slot.waiting.pop(id(layer), None)
@@ -219,7 +215,7 @@ def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Mo
         tensors = [t for t in (bias, lora_A, lora_B) if t is not None]
         tensors += [] if isinstance(weight, PackedWeight) else [weight]
         plain = weight.device == x.device and not _in_memory(weight).is_inference()
-        plain &= all(type(t) in _PLAIN_TENSORS and t.device == x.device and not t.is_inference() for t in tensors)
+        plain &= all(type(t) in PLAIN_TENSORS and t.device == x.device and not t.is_inference() for t in tensors)
         alike = weight.dtype == call.weight.dtype and weight.shape[1] == call.weight.shape[1]
         if plain and alike and settings == list(call[5:]):
             calls[other] = other_call

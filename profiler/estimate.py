@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_fast import LoraFastError, apply_lora
+from lora_fast.injection import lora_layers
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.fits import Peaks
 from lora_fast.profiler.html import write_results
@@ -21,9 +22,9 @@ from lora_fast.profiler.models import ModelSource, build, counts, max_positions,
 from lora_fast.profiler.predict import Prediction, trace
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.quantization import note_on
-from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
+from lora_fast.profiler.ranks import auto_ranks, parameters_per_rank, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.runs import RunFolder, environment
-from lora_fast.profiler.workload import Workload, parse_modules
+from lora_fast.profiler.workload import Workload, parse_modules, parse_parameters
 
 GiB = 2**30
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
@@ -40,6 +41,7 @@ def estimate_memory(
     dtype: str = "bf16",
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
+    target_parameters: str | Sequence[str] | None = None,
     adapter_dtype: str = "fp32",
     lora_dropout: float = 0.0,
     gradient_accumulation: int = 1,
@@ -84,6 +86,7 @@ def estimate_memory(
         dtype=dtype,
         target_modules=parse_modules(target_modules),
         exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
+        target_parameters=parse_parameters(target_parameters),
         device=device,
         seed=0,
         adapter_dtype=adapter_dtype,
@@ -102,9 +105,9 @@ def estimate_memory(
         total = sum(parameter.numel() for parameter in subject.parameters())
         note = note_on(subject, quantize, dtype)
         apply_lora(subject, workload.lora_config(1), adapter_name="r1")
-        named = [(path, module) for path, module in subject.named_modules() if "r1" in getattr(module, "lora_A", ())]
+        named = list(lora_layers(subject).items())
         targets = [module for _, module in named]
-        per_rank = sum(sum(module.weight.shape) for module in targets)
+        per_rank = parameters_per_rank(targets)
         if wanted is None:
             wanted = auto_ranks(subject, targets, per_rank)
 
@@ -119,7 +122,7 @@ def estimate_memory(
         full = predictions[-1]
         for arm, found in zip(arms, predictions):
             _fill(arm, found, full)
-        rank_limit = max(min(module.weight.shape) for module in targets)
+        rank_limit = max(min(module.weight.shape[-2:]) for module in targets)
         largest_rank = None
         if memory_GiB is not None:
             room = int((memory_GiB - RESERVE_GiB) * GiB)

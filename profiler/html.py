@@ -18,12 +18,13 @@ from lora_fast.profiler.table import caption, columns, crossover_sentences, reas
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 # What makes two runs' numbers comparable: the same work. Machines, versions and methods may differ, and are listed.
 WORK = (
-    *("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules", "exclude_modules", "adapter_dtype"),
+    *("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules", "exclude_modules"),
+    *("target_parameters", "adapter_dtype"),
     *("lora_dropout", "gradient_accumulation", "gradient_checkpointing", "attn_implementation", "optimizer", "foreach"),
     *("quantize", "shards"),
 )
 # Settings of which None is a value.
-_NONE_IS_KNOWN = ("exclude_modules", "quantize")
+_NONE_IS_KNOWN = ("exclude_modules", "target_parameters", "quantize")
 
 
 def write_results(folder: RunFolder, profile: Profile) -> None:

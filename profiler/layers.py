@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import apply_lora, lora_linear
+from lora_fast.parameter import LoraParameter
 from lora_fast.profiler.intervals import ratio_with_interval
 from lora_fast.profiler.models import ModelSource, build
 from lora_fast.profiler.rounds import Record, Stop, run_rounds
@@ -48,12 +49,13 @@ def time_layers(
 
 
 def _shapes(source: ModelSource, workload: Workload) -> dict[tuple[int, int], list[str]]:
-    """(K, N) → paths of the targets with this shape, in the model's order."""
+    """(K, N) → paths of the linear layers with this shape among the targets, in the model's order."""
     model = build(source, device="meta", dtype=workload.torch_dtype)
     apply_lora(model, workload.lora_config(1), adapter_name="probe")
     shapes: dict[tuple[int, int], list[str]] = {}
     for path, module in model.named_modules():
-        if "probe" in getattr(module, "lora_A", ()):
+        # Of stacked experts the rows are divided by values, which no shape tells.
+        if "probe" in getattr(module, "lora_A", ()) and not isinstance(module, LoraParameter):
             K, N = module.lora_A["probe"].weight.shape[1], module.lora_B["probe"].weight.shape[0]
             shapes.setdefault((K, N), []).append(path)
     return shapes

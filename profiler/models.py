@@ -357,7 +357,7 @@ def counts(model: nn.Module, targets: Sequence[nn.Module]) -> dict:
         "adapted": {
             "modules": len(targets),
             "in_features": inputs,
-            "out_features": sum(sum(module.weight.shape) for module in targets) - inputs,
+            "out_features": sum(sum(module.weight.shape[-2:]) for module in targets) - inputs,
         },
     }
 

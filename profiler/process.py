@@ -159,7 +159,7 @@ def child() -> None:
     _end_with(request["parent"])
     torch.set_num_threads(request["threads"])
     fields = request["workload"]
-    for name in ("target_modules", "exclude_modules"):
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
         if isinstance(fields[name], list):
             fields[name] = tuple(fields[name])
     source, workload = ModelSource(**request["source"]), Workload(**fields)

@@ -65,15 +65,21 @@ def auto_ranks(model: nn.Module, targets: Sequence[nn.Module], per_rank: int) ->
     largest power of two that keeps LoRA's parameters at or below the dense model's, and r ≤ min(N, K) on at least one
     target: at r = min(N, K) the update can be any matrix, and a larger r only costs."""
     dense = sum(parameter.numel() for parameter in model.parameters())
-    full_rank = max(min(module.weight.shape) for module in targets)
+    full_rank = max(min(module.weight.shape[-2:]) for module in targets)
     top = max(1, min(dense // max(1, per_rank), full_rank))
     exponent = int(math.log2(top))
     return sorted(2**e for e in range(exponent, -1, -2))[-MAX_AUTO_ARMS:]
 
 
+def parameters_per_rank(targets: Iterable[nn.Module]) -> int:
+    """How many parameters one more rank trains: Σ (K + N), of stacked experts for each."""
+    shapes = [module.weight.shape for module in targets]
+    return sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
+
+
 def smallest_side(targets: Iterable[nn.Module]) -> int:
     """The least min(N, K): a larger rank describes no more updates of that layer than it does."""
-    return min(min(module.weight.shape) for module in targets)
+    return min(min(module.weight.shape[-2:]) for module in targets)
 
 
 def too_large(ranks: Sequence[int], targets: Sequence[tuple[str, nn.Module]]) -> list[str]:
@@ -82,5 +88,5 @@ def too_large(ranks: Sequence[int], targets: Sequence[tuple[str, nn.Module]]) ->
     above = [rank for rank in ranks if rank > smallest]
     if not above:
         return []
-    names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape) == smallest})
+    names = sorted({path.rsplit(".", 1)[-1] for path, module in targets if min(module.weight.shape[-2:]) == smallest})
     return [f"r above {smallest} ({', '.join(map(str, above))}) exceeds min(N, K) of {', '.join(names)}"]

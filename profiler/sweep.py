@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_fast import LoraFastError, apply_lora, remove_lora
 from lora_fast.backend import why_not_triton
+from lora_fast.injection import lora_layers
 from lora_fast.profiler import models
 from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
@@ -23,7 +24,7 @@ from lora_fast.profiler.predict import predict
 from lora_fast.profiler.process import environment_of_children, run_in_child
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.quantization import note_on
-from lora_fast.profiler.ranks import auto_ranks, parse_ranks, smallest_side, too_large
+from lora_fast.profiler.ranks import auto_ranks, parameters_per_rank, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.resume import UnderWay, finished
 from lora_fast.profiler.rounds import STABLE, Record
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
@@ -36,7 +37,7 @@ from lora_fast.profiler.time_pass import (
     widest,
     with_times_so_far,
 )
-from lora_fast.profiler.workload import DTYPES, FULL, LORA, PEFT, Workload, describe, parse_modules
+from lora_fast.profiler.workload import DTYPES, FULL, LORA, PEFT, Workload, describe, parse_modules, parse_parameters
 
 # A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within
 # BUDGET_S.
@@ -65,6 +66,7 @@ def profile_ranks(
     dtype: str | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
+    target_parameters: str | Sequence[str] | None = None,
     steps: int | None = None,
     time_budget_s: float | None = None,
     target_ci: float | None = None,
@@ -95,6 +97,7 @@ def profile_ranks(
     is not touched: copies of it are measured, in its dtype and on its device.
     ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers.
     target_modules, exclude_modules: "q_proj,v_proj", names, or a regex over module paths; "all-linear" for the first.
+    target_parameters: "experts.gate_up_proj,experts.down_proj", or names: as in LoraConfig.
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
     timed); target_ci: stop once every ratio's interval is within ± that share of it (0.02: 2%), a rule on widths and
     never on ratios. Without all three, 30 rounds or 90 seconds; with target_ci alone, at most 10 minutes.
@@ -151,6 +154,7 @@ def profile_ranks(
         dtype=dtype or defaults["dtype"],
         target_modules=parse_modules(target_modules),
         exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
+        target_parameters=parse_parameters(target_parameters),
         device=device,
         seed=seed,
         adapter_dtype=adapter_dtype,
@@ -274,11 +278,11 @@ def _given_dtype(actual: torch.dtype, asked: str | None) -> str:
 
 
 def _probe(model: nn.Module, workload: Workload) -> tuple[list[tuple[str, nn.Module]], int]:
-    """The modules that get an adapter, with their paths, and how many parameters one more rank trains: Σ (K + N)."""
+    """What gets an adapter, by its dotted name, and how many parameters one more rank trains: Σ (K + N)."""
     apply_lora(model, workload.lora_config(1), adapter_name="r1")
-    targets = [(path, module) for path, module in model.named_modules() if "r1" in getattr(module, "lora_A", ())]
+    targets = list(lora_layers(model).items())
     remove_lora(model)
-    return targets, sum(sum(module.weight.shape) for _, module in targets)
+    return targets, parameters_per_rank(module for _, module in targets)
 
 
 def _implementation(workload: Workload, ranks: Sequence[int]) -> str:

@@ -112,13 +112,13 @@ def si(value: float) -> str:
 
 
 def _targets(work: dict) -> str:
-    """all-linear, or q_proj+v_proj, or all-linear except lm_head."""
+    """all-linear, or q_proj+v_proj, or all-linear except lm_head, each perhaps and experts.down_proj."""
     shown = [
         value if isinstance(value, str) else "+".join(value)
         for value in (work["target_modules"], work.get("exclude_modules"))
         if value
     ]
-    return " except ".join(shown)
+    return " and ".join([" except ".join(shown), *(work.get("target_parameters") or ())])
 
 
 def _table(profile: Profile, console: Console) -> Table:

@@ -13,6 +13,8 @@ from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 from lora_fast.profiler.quantization import check_kind
+from lora_fast.quantized import matrix_shape
+from lora_fast.targets import target_modules, target_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # With a learning rate of zero an optimizer does all of its work and leaves the weights bit for bit as they were: arms
@@ -44,6 +46,7 @@ class Workload:
     device: str
     seed: int
     exclude_modules: str | tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
     adapter_dtype: str = "fp32"
     lora_dropout: float = 0.0
     gradient_accumulation: int = 1
@@ -97,6 +100,7 @@ class Workload:
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
+            target_parameters=self.target_parameters,
         )
 
     def to_dict(self) -> dict:
@@ -141,6 +145,16 @@ def parse_modules(value: str | Iterable[str], argument: str = "target_modules") 
     return value
 
 
+def parse_parameters(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    """--target-parameters: comma-separated names of parameters. Raises LoraFastError for a regex."""
+    if value is None:
+        return None
+    names = parse_modules(value, "target_parameters")
+    if isinstance(names, str):
+        raise LoraFastError(f"target_parameters={value!r}; expected names such as experts.down_proj, and no regex")
+    return names
+
+
 def train_full(model: nn.Module, workload: Workload) -> list[nn.Parameter]:
     """Prepares `model` for full fine-tuning; returns what is trained."""
     _checkpoint(model, workload)
@@ -170,9 +184,20 @@ def train_peft(model: nn.Module, workload: Workload, rank: int) -> tuple[nn.Modu
         name: list(value) if isinstance(value, tuple) else value
         for name, value in (("target_modules", ours.target_modules), ("exclude_modules", ours.exclude_modules))
     }
+    targets = target_modules(model, ours) | target_parameters(model, ours)
+    if any(parameter.dim() == 3 for parameter in model.parameters()):
+        # PEFT's all-linear means the experts of a mixture too, and at twice the rank where it joins two of their names.
+        names["target_modules"] = sorted({name.rpartition(".")[2] for name in target_modules(model, ours)})
+        names["target_parameters"] = list(ours.target_parameters or ())
     config = peft.LoraConfig(r=rank, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, **names)
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    expected = rank * sum(getattr(layer, "stacked", 1) * sum(matrix_shape(layer)) for layer in targets.values())
+    if (found := sum(parameter.numel() for parameter in trained)) != expected:
+        raise LoraFastError(
+            f"PEFT adapts other weights of {type(model).__name__} than these targets name ({found:,} parameters, not "
+            f"{expected:,}), so that its times would not compare; name target_modules that mean the same to it"
+        )
     for parameter in trained:
         parameter.data = parameter.data.to(dtype)
     return wrapped.train(), trained

@@ -270,7 +270,7 @@ def grouped_cases(target: str) -> Iterator[Case]:
         x, s, weight = meta(M, K), meta(M, table.width), meta(K, K)
         a, b = meta(adapters * r, K), meta(adapters * r, K).t()
         mask, seed = meta(1, M, K // 8, dtype=torch.uint8), meta(1, dtype=torch.int64)
-        scales = meta(adapters, dtype=torch.float32)
+        scales, stacked = meta(adapters, dtype=torch.float32), meta(adapters, K, K)
         for label, launcher, *args, settings in (
             ("S", grouped.grouped_shrink, x, a, table, {}),
             ("S, p=0.1", grouped.grouped_shrink, x, a, table, {"seed": seed, "dropout_p": 0.1}),
@@ -281,6 +281,8 @@ def grouped_cases(target: str) -> Iterator[Case]:
             ("dB", grouped.grouped_grad_b, x, s, table, scales, {}),
             ("gemm", grouped.grouped_gemm, x, weight, s, b, table, {}),
             ("gemm, mask", grouped.grouped_gemm, x, weight.t(), s, b, table, {"mask": mask}),
+            ("gemm, experts", grouped.grouped_gemm, x, stacked, s, b, table, {}),
+            ("gemm, experts transposed", grouped.grouped_gemm, x, stacked.mT, s, b, table, {}),
         ):
             call = functools.partial(launcher, *args, **settings)
             loops = 2 if label.startswith("gemm") else 0  # the K-loop and the adapter's
@@ -308,6 +310,15 @@ def grouped_cases(target: str) -> Iterator[Case]:
 
     yield from ones("grouped", target, "one adapter", one, M=70, N=144, K=80, R=16)
     yield from ones("grouped", target, "one adapter in chunks", one, M=5000, N=144, K=80, R=16)
+
+
+def expert_table_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels.expert_table import expert_table
+
+    for experts, rows in ((8, 4096), (128, 32768), (256, 32768), (512, 300)):
+        offsets = meta(experts, dtype=torch.int32)
+        call = functools.partial(expert_table, offsets, 16, rows)
+        yield Case("expert_table", f"{experts} experts", lambda capability, call=call: call(), wide=False)
 
 
 def factors_cases(target: str) -> Iterator[Case]:
@@ -361,6 +372,7 @@ CASES = {
     "adapter_grads": adapter_grads_cases,
     "swiglu": swiglu_cases,
     "grouped": grouped_cases,
+    "expert_table": expert_table_cases,
     "factors": factors_cases,
     "jacobi": jacobi_cases,
     "gram": gram_cases,
