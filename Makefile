@@ -18,8 +18,9 @@ SETTINGS := setup.py pyproject.toml constraints.txt
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
+# Exit code 4 says that noise hides the answer, as the last lines do; the run is written all the same.
 profile: $(VENV)/.installed ## what each LoRA rank costs on this machine (ARGS="--ranks 8,64" goes to lora-fast profile)
-	$(BIN)/lora-fast profile $(ARGS)
+	$(BIN)/lora-fast profile $(ARGS) || test $$? -eq 4
 
 test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 processes, ARGS="-k name" goes to pytest)
 	$(BIN)/ruff check .

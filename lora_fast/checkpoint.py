@@ -63,7 +63,7 @@ def save_adapter(
     layers = {plain_name(path): layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
     check_matrices(layers)
     once(model, lambda: check_output_folder(folder))
-    if misread := misread_by_peft(model, layers):
+    if misread := misread_by_peft(model, [n for n, layer in layers.items() if not isinstance(layer, LoraParameter)]):
         warn(
             f"PEFT takes the names of {misread[0]} ({len(misread)} modules so) for those of experts in a "
             f"{model.config.model_type} model and won't load their adapters; load_adapter does"

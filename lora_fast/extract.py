@@ -157,7 +157,7 @@ def extract_adapter(
         config, saved = _with_others(pair, model, config, others, carried)
         factors |= saved
         rest = [entry for entry in rest if entry.name in in_targets]
-    write_adapter(folder, with_ranks(config, layers), factors)
+    write_adapter(folder, with_ranks(config, {layer.name: layer.rank for layer in layers}), factors)
     return report_on(folder, layers, rest)
 
 

@@ -37,7 +37,7 @@ class LoraParameter(LoraLayer):
 
     @property
     def weight(self) -> Tensor:
-        return self.owner._parameters[self.parameter_name]
+        return getattr(self.owner, self.parameter_name)
 
     @property
     def stacked(self) -> int:
@@ -122,14 +122,17 @@ class LoraOwner(nn.Module):
             layers[0].count("lora_experts", None)
             return experts.run_experts(self, *args, adapters, layers[0].backend)
         layers[0].count("formed", reason)
-        before = {name: self._parameters[name] for name in running}
+        before = {name: layer.weight for name, layer in running.items()}
         formed = {name: before[name] + layer.delta_weight(layer.active_adapter) for name, layer in running.items()}
+        # FullyShardedDataParallel has views of its flat pieces in a parameter's place, as plain attributes.
+        places = {name: self._parameters if name in self._parameters else self.__dict__ for name in running}
         try:
             for name, weight in formed.items():
-                self._parameters[name] = weight.to(before[name].dtype)
+                places[name][name] = weight.to(before[name].dtype)
             return self.base_class.forward(self, *args, **kwargs)
         finally:
-            self._parameters.update(before)
+            for name, weight in before.items():
+                places[name][name] = weight
 
 
 @cache
@@ -144,9 +147,8 @@ def _empty(base: type[nn.Module]) -> LoraOwner:
 
 
 def lora_parameters_of(owner: nn.Module) -> list[LoraParameter]:
-    """The adapted parameters of a module, in the order of its parameters."""
-    layers = {c.parameter_name: c for c in owner._modules.values() if isinstance(c, LoraParameter)}
-    return [layers[name] for name in owner._parameters if name in layers]
+    """The adapters of a module's parameters."""
+    return [child for child in owner._modules.values() if isinstance(child, LoraParameter)]
 
 
 def lora_parameter(owner: nn.Module, name: str) -> LoraParameter:

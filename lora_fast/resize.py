@@ -11,6 +11,11 @@ lose least to the dtype that they are stored in. In training that goes on from t
 learning rate for the same step, though the best one has to be found again, for lora_A is no longer as large as at its
 start.
 
+Of a stack of experts every update is a matrix of its own, and all have one rank k, the parameter's, as PEFT stores
+them. Where each layer has to meet a criterion by itself, so does each expert, and k is what the neediest of them needs.
+A budget, or one threshold for all layers, takes a stack for one update with the singular values √(Σ_e σ_ei²): its rank
+k costs E (N + K) k parameters and keeps Σ_{i≤k} Σ_e σ_ei².
+
 What a layer keeps is measured against the whole of its spectrum: kept_energy = Σ_{i≤k} σ_i² / ‖ΔW‖_F², and
 error = ‖ΔW − ΔW_k‖_F. What rounding the factors to their dtype adds is told apart, as rounding_error."""
 
@@ -19,7 +24,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_fast.adapter_updates import adapter_factors
+from lora_fast.adapter_updates import Place, nested, read_updates
 from lora_fast.checkpoint import check_output_folder, read_adapter, write_adapter
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, LoraFastWarning
 from lora_fast.spectrum import Spectrum, kept_energy, ranks_for, truncation_error
@@ -40,7 +45,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ResizedLayer:
-    """One layer of a written adapter. Its shape is (N, K).
+    """One layer of a written adapter, or one expert of a stack. Its shape is (N, K).
 
     old_rank: R of the factors it came from (their sum, of a merge); None, of two checkpoints. rank: k, as written.
     noise_energy: share of ‖ΔW‖_F² that lies below the noise of two stored checkpoints, where that was looked for.
@@ -94,13 +99,28 @@ class ResizeReport:
 
 
 class _Update(NamedTuple):
-    """ΔW of one layer as a sum of w · lora_B lora_A over `parts` (lora_A, lora_B, w), its two keys in a PEFT file, and
-    the sizes of its tensors there behind R: (K,) and (), but those of a convolution's channels and window."""
+    """ΔW of one layer as a sum of w · lora_B lora_A over `parts` (lora_A, lora_B, w), its place and the ends of its two
+    keys in a PEFT file, and the sizes of its tensors there behind R: (K,) and (), but those of a convolution's channels
+    and window."""
 
     name: str
     parts: tuple[tuple[Tensor, Tensor, float], ...]
-    keys: tuple[str, str]
+    place: Place
+    ends: tuple[str, str]
     tails: tuple[torch.Size, torch.Size]
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        return tuple(f"{self.place.path}.{end}" for end in self.ends)
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.place.target != self.place.path
+
+    @property
+    def kind(self) -> tuple:
+        """What is the same in all adapters of one base."""
+        return self.shape, self.ends, self.tails, self.place.target, self.place.experts
 
     def factors(self, device: torch.device | str | None) -> tuple[Tensor, Tensor, float]:
         """lora_A (R, K), lora_B (N, R) and scaling of the whole sum: of several parts, concatenated in fp64."""
@@ -144,6 +164,8 @@ def resize_adapter(
 
     No layer grows, and none is left out: one whose update has fewer singular values above zero than asked for keeps
     those, and one that is zero keeps rank 1, its first row of lora_A beside a lora_B of zeros, so that it still trains.
+    The experts of a stack keep one rank, as the top of this file says; those with fewer directions are filled up with
+    zeros.
     modules_to_save, biases and all other tensors and fields are carried over. dtype: of the new factors, by default
     that of the old. device: where to compute. progress(done, total) is told of layers.
     `out` may be `adapter` itself, or hold another adapter: it is replaced as `save_adapter` says.
@@ -154,9 +176,9 @@ def resize_adapter(
     folder = output_folder(out)
     check_dtype(dtype)
     config, tensors = _read(adapter)
-    updates = _updates(adapter, config, tensors)
-    factors, layers = _compressed(updates, lambda spectra: ranks_for(spectra, **wanted), dtype, device, progress)
-    write_adapter(folder, with_ranks(config, layers), tensors | factors)
+    updates = _updates(adapter, tensors)
+    factors, layers = _compressed(updates, wanted, dtype, device, progress)
+    write_adapter(folder, with_ranks(config, _ranks_of_targets(updates, layers)), tensors | factors)
     return report_on(folder, layers)
 
 
@@ -180,8 +202,8 @@ def merge_adapters(
     The sum is exact, by concatenation: lora_B = [w_1 s_1 B_1, w_2 s_2 B_2, …] (N, ΣR), lora_A = [A_1; A_2; …] (ΣR, K);
     its factors then lose what the SVD finds to be exactly zero, or, with one of rank, energy, error and budget, all but
     that, as in `resize_adapter`. No ΔW is formed. A layer that an adapter doesn't have counts as zero there. Fields
-    other than ranks, alphas and targets are the first adapter's; dtype: of the factors, by default the widest among the
-    adapters'.
+    other than ranks, alphas and targets are the first adapter's, but there is no dropout beside target_parameters;
+    dtype: of the factors, by default the widest among the adapters'.
     Raises LoraFastError, with nothing written, for fewer weights than adapters or more, weights that are not finite,
     shapes of a layer that differ, bases that differ, and adapters with modules_to_save or biases, whose sum is not the
     sum of their changes."""
@@ -201,7 +223,7 @@ def merge_adapters(
     configs, each = [], []
     for adapter in adapters:
         config, tensors = _read(adapter)
-        updates = _updates(adapter, config, tensors)
+        updates = _updates(adapter, tensors)
         left_over = tensors.keys() - {key for update in updates for key in update.keys}
         if left_over:
             raise LoraFastError(
@@ -213,11 +235,10 @@ def merge_adapters(
     _check_bases(adapters, configs)
     merged = _concatenated(adapters, each, weights)
     _warn_of_strangers(adapters, each)
-    pick = _nonzero_ranks if exact else lambda spectra: ranks_for(spectra, **wanted)
     dtype = dtype or functools.reduce(torch.promote_types, (update.dtype for update in merged))
-    factors, layers = _compressed(merged, pick, dtype, device, progress)
-    config = _with_union_of_targets(configs, [[update.name for update in updates] for updates in each])
-    write_adapter(folder, with_ranks(config, layers), factors)
+    factors, layers = _compressed(merged, None if exact else wanted, dtype, device, progress)
+    config = _with_union_of_targets(configs, merged)
+    write_adapter(folder, with_ranks(config, _ranks_of_targets(merged, layers)), factors)
     return report_on(folder, layers)
 
 
@@ -246,14 +267,15 @@ def _read(adapter: str | os.PathLike) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def _updates(adapter: str | os.PathLike, config: LoraConfig, tensors: dict[str, Tensor]) -> list[_Update]:
+def _updates(adapter: str | os.PathLike, tensors: dict[str, Tensor]) -> list[_Update]:
+    found = read_updates(adapter, check_finite=True)
     updates = []
-    for name, lora_A, lora_B, scaling in adapter_factors(adapter):
-        keys = (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-        if keys[0] not in tensors:
-            keys = (f"{name}.lora_embedding_A", f"{name}.lora_embedding_B")
-        tails = (tensors[keys[0]].shape[1:], tensors[keys[1]].shape[2:])
-        updates.append(_Update(name, ((lora_A, lora_B, scaling),), keys, tails))
+    for name, lora_A, lora_B, scaling in found.factors:
+        place, ends = found.places[name], ("lora_A.weight", "lora_B.weight")
+        if f"{place.path}.{ends[0]}" not in tensors:
+            ends = ("lora_embedding_A", "lora_embedding_B")
+        tails = (tensors[f"{place.path}.{ends[0]}"].shape[1:], tensors[f"{place.path}.{ends[1]}"].shape[2:])
+        updates.append(_Update(name, ((lora_A, lora_B, scaling),), place, ends, tails))
     return updates
 
 
@@ -261,23 +283,39 @@ def _concatenated(
     adapters: Sequence[str | os.PathLike], each: list[list[_Update]], weights: Sequence[float]
 ) -> list[_Update]:
     merged: dict[str, _Update] = {}
-    first_with: dict[str, str | os.PathLike] = {}
+    firsts: dict[str, tuple[_Update, str | os.PathLike]] = {}
     for adapter, updates, weight in zip(adapters, each, weights):
         for update in updates:
             ((lora_A, lora_B, scaling),) = update.parts
             part = (lora_A, lora_B, weight * scaling)
-            if update.name not in merged:
-                merged[update.name] = update._replace(parts=(part,))
-                first_with[update.name] = adapter
-                continue
-            other = merged[update.name]
-            if (other.shape, other.keys, other.tails) != (update.shape, update.keys, update.tails):
+            name = update.name.partition("[")[0]
+            other, first = firsts.setdefault(name, (update, adapter))
+            if other.kind != update.kind:
                 raise LoraFastError(
-                    f"{update.name} is {_sizes(other)} in {first_with[update.name]} and {_sizes(update)} in {adapter}; "
-                    "adapters of one base have the same shapes"
+                    f"{name} is {_sizes(other)} in {first} and {_sizes(update)} in {adapter}; adapters of one base "
+                    "have the same shapes"
                 )
-            merged[update.name] = other._replace(parts=(*other.parts, part))
-    return list(merged.values())
+            before = merged[update.name].parts if update.name in merged else ()
+            merged[update.name] = update._replace(parts=(*before, part))
+    return _nested_anew(list(merged.values()))
+
+
+def _nested_anew(updates: list[_Update]) -> list[_Update]:
+    """With the paths that parameters have in the file of an adapter of all of them."""
+    owners: dict[str, set[str]] = {}
+    for update in updates:
+        if update.is_parameter:
+            owner, _, leaf = update.place.target.rpartition(".")
+            owners.setdefault(owner, set()).add(leaf)
+    paths = {}
+    for owner, leaves in owners.items():
+        if (names := nested(owner, leaves)) is None:
+            raise LoraFastError(
+                f"the order in which {owner} declares {', '.join(sorted(leaves))} is not known, and the file of an "
+                "adapter of all of them depends on it; merge adapters of the same parameters"
+            )
+        paths |= {name: path for path, name in names.items()}
+    return [u._replace(place=u.place._replace(path=paths.get(u.place.target, u.place.path))) for u in updates]
 
 
 def _warn_of_strangers(adapters: Sequence[str | os.PathLike], each: list[list[_Update]]) -> None:
@@ -296,8 +334,9 @@ def _warn_of_strangers(adapters: Sequence[str | os.PathLike], each: list[list[_U
 
 def _sizes(update: _Update) -> str:
     (N, K), window = update.shape, tuple(update.tails[0][1:])
-    kind = "an embedding of " if "lora_embedding" in update.keys[0] else ""
-    return f"{kind}(N, K) = ({N}, {K})" + (f" with a window {window}" if window else "")
+    kind = "an embedding of " if "lora_embedding" in update.keys[0] else "a parameter of " * update.is_parameter
+    stack = f"{update.place.experts} experts of " * (update.place.experts > 1)
+    return f"{kind}{stack}(N, K) = ({N}, {K})" + (f" with a window {window}" if window else "")
 
 
 def _check_bases(adapters: Sequence[str | os.PathLike], configs: list[LoraConfig]) -> None:
@@ -313,35 +352,72 @@ def _check_bases(adapters: Sequence[str | os.PathLike], configs: list[LoraConfig
 
 def _compressed(
     updates: list[_Update],
-    pick: Callable[[list[Spectrum]], list[int]],
+    wanted: Mapping[str, Any] | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, Tensor], list[ResizedLayer]]:
-    """{key: new factor} and the rows of a report; `pick` gives every spectrum's rank."""
+    """{key: new factor} and the rows of a report; wanted: the criterion for the ranks, None: all that is not zero."""
     svds: list[UpdateSvd] = []
     for start in range(0, len(updates), _LAYERS_AT_A_TIME):
         chosen = [update.factors(device) for update in updates[start : start + _LAYERS_AT_A_TIME]]
         told = None if progress is None else lambda done, _, start=start: progress(start + done, len(updates))
         svds += update_svds(*zip(*chosen), vectors=True, progress=told)
     spectra = [_spectrum(update, svd) for update, svd in zip(updates, svds)]
-    tensors, layers = {}, []
-    for update, svd, spectrum, k in zip(updates, svds, spectra, pick(spectra)):
+    pieces: dict[str, list[Tensor]] = {}
+    layers = []
+    for update, svd, spectrum, k in zip(updates, svds, spectra, _ranks(updates, spectra, wanted)):
         lora_A, lora_B, _ = update.factors(device)
         new_A, new_B, rounding_error = balanced_factors(
             svd.left(lora_B, k), svd.S[:k], svd.right(lora_A, k), dtype or update.dtype
         )
         if svd.S[0] == 0:
-            new_A = lora_A[:1].to(new_A.dtype)
+            new_A = lora_A[:k].to(new_A.dtype)
         key_A, key_B = update.keys
-        tensors[key_A] = new_A.reshape(k, *update.tails[0]).cpu()
-        tensors[key_B] = new_B.reshape(*new_B.shape, *update.tails[1]).cpu()
+        pieces.setdefault(key_A, []).append(new_A.reshape(k, *update.tails[0]).cpu())
+        pieces.setdefault(key_B, []).append(new_B.reshape(*new_B.shape, *update.tails[1]).cpu())
         layers.append(resized_layer(spectrum, update.rank, k, rounding_error))
+    tensors = {}
+    for key_A, key_B in dict.fromkeys(update.keys for update in updates):
+        a, b = pieces[key_A], pieces[key_B]
+        # As PEFT stores a stack: lora_A (E k, K) expert by expert, lora_B (N, k E) rank by rank.
+        tensors[key_A] = a[0] if len(a) == 1 else torch.cat(a)
+        tensors[key_B] = b[0] if len(b) == 1 else torch.stack(b, 2).flatten(1)
     return tensors, layers
+
+
+def _ranks(updates: list[_Update], spectra: list[Spectrum], wanted: Mapping[str, Any] | None) -> list[int]:
+    """The rank of every update, one for all experts of a stack, as the top of this file says."""
+    stacks: dict[str, list[int]] = {}
+    for index, update in enumerate(updates):
+        stacks.setdefault(update.place.path, []).append(index)
+    if wanted is None or (wanted["scope"] == "layer" and wanted["budget"] is None):
+        each = _nonzero_ranks(spectra) if wanted is None else ranks_for(spectra, **wanted)
+        picked = [max(each[index] for index in members) for members in stacks.values()]
+    else:
+        picked = ranks_for([_joint([spectra[index] for index in members]) for members in stacks.values()], **wanted)
+    of_stack = dict(zip(stacks, picked))
+    return [of_stack[update.place.path] for update in updates]
 
 
 def _nonzero_ranks(spectra: list[Spectrum]) -> list[int]:
     return [max(1, int((spectrum.singular_values > 0).sum())) for spectrum in spectra]
+
+
+def _joint(spectra: list[Spectrum]) -> Spectrum:
+    """Of one layer its spectrum; of the E experts of a stack that of one update with the values √(Σ_e σ_ei²), a rank of
+    which costs E (N + K) parameters."""
+    first, count = spectra[0], len(spectra)
+    if count == 1:
+        return first
+    values = torch.linalg.vector_norm(torch.stack([spectrum.singular_values for spectrum in spectra]), dim=0)
+    return replace(
+        first,
+        name=first.name.partition("[")[0],
+        singular_values=values,
+        shape=(count * first.shape[0], count * first.shape[1]),
+        frobenius_norm=values.norm().item(),
+    )
 
 
 def _spectrum(update: _Update, svd: UpdateSvd) -> Spectrum:
@@ -408,18 +484,31 @@ def report_on(folder: Path, layers: list[ResizedLayer], not_carried: Collection[
     )
 
 
-def with_ranks(config: LoraConfig, layers: list[ResizedLayer]) -> LoraConfig:
-    """`config` with these ranks and a scaling of 1 everywhere. r is the largest: servers size their buffers by it."""
-    r = max(layer.rank for layer in layers)
-    others = {"^" + re.escape(layer.name): layer.rank for layer in layers if layer.rank != r}
+def _ranks_of_targets(updates: list[_Update], layers: list[ResizedLayer]) -> dict[str, int]:
+    return {update.place.target: layer.rank for update, layer in zip(updates, layers)}
+
+
+def with_ranks(config: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """`config` with these ranks ({path of a layer, or whole name of a parameter: rank}) and a scaling of 1 everywhere.
+    r is the largest: servers size their buffers by it."""
+    r = max(ranks.values())
+    others = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != r}
     return replace(config, r=r, lora_alpha=r, use_rslora=False, rank_pattern=others, alpha_pattern=dict(others))
 
 
-def _with_union_of_targets(configs: list[LoraConfig], names: list[list[str]]) -> LoraConfig:
+def _with_union_of_targets(configs: list[LoraConfig], merged: list[_Update]) -> LoraConfig:
     """The first config, with targets that mean every adapter's layers: what the configs share, else all their names."""
-    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
     first = replace(configs[0], fan_in_fan_out=any(config.fan_in_fan_out for config in configs))
     if all(getattr(config, field) == getattr(first, field) for config in configs for field in fields):
         return first
-    every = list(dict.fromkeys(name for each in names for name in each))
-    return replace(first, target_modules=every, exclude_modules=None, layers_to_transform=None, layers_pattern=None)
+    parameters = list(dict.fromkeys(update.place.target for update in merged if update.is_parameter))
+    return replace(
+        first,
+        target_modules=[update.name for update in merged if not update.is_parameter],
+        target_parameters=parameters or None,
+        lora_dropout=0.0 if parameters else first.lora_dropout,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+    )

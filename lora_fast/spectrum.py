@@ -26,9 +26,10 @@ _SLACK = 1e-12
 
 def kind_of(name: str) -> str:
     """The last part of a module's path that is not a number: "q_proj" of model.layers.0.self_attn.q_proj; of a stack of
-    experts, "down_proj" of experts.down_proj[3]."""
-    parts = reversed(name.partition("[")[0].split("."))
-    return next((part for part in parts if not part.isdigit()), name)
+    experts the last two, "experts.down_proj" of mlp.experts.down_proj[3]: a dense layer may have the same name."""
+    path, stack, _ = name.partition("[")
+    parts = [part for part in path.split(".") if not part.isdigit()]
+    return ".".join(parts[-2 if stack else -1 :]) or name
 
 
 class Gap(NamedTuple):

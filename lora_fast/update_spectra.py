@@ -1,6 +1,7 @@
 """The spectra of an adapter's updates ΔW = s·B·A, and how they lie to another adapter's and to the base weights.
 
-lora_A (R, K), lora_B (N, R), W (N, K). ΔW is never formed. Layers are keyed by module path in the base model."""
+lora_A (R, K), lora_B (N, R), W (N, K). ΔW is never formed. Layers are keyed by module path in the base model, each
+expert of a stack as a layer of its own, path[0] … path[E − 1]."""
 
 import math
 import os

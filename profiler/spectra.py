@@ -204,7 +204,7 @@ def in_order(spectra: Sequence[Spectrum]) -> list[Spectrum]:
 
     def key(spectrum: Spectrum) -> tuple[int, int, int]:
         stack, depth = place(spectrum.name)
-        kind = spectrum.kind
+        kind = spectrum.kind.rpartition(".")[2]  # without what an expert's begins with
         return (
             stacks.index(stack) if stack else len(stacks),
             depth,
@@ -291,6 +291,12 @@ def suggestion(spectra: Sequence[Spectrum]) -> dict[str, Any] | None:
     each = ranks_for(known, energy=ENERGY)
     one = max(each)
     adapters = all(spectrum.rank is not None for spectrum in known)
+    if adapters:  # which hold the experts of a stack at one rank
+        stacks = [spectrum.name.partition("[")[0] for spectrum in known]
+        most: dict[str, int] = {}
+        for stack, k in zip(stacks, each):
+            most[stack] = max(k, most.get(stack, 0))
+        each = [most[stack] for stack in stacks]
     sizes = [sum(spectrum.shape) for spectrum in known]
     return {
         "energy": ENERGY,

@@ -220,7 +220,7 @@ def effective_rank(found: Mapping[str, Any]) -> bytes:
     axes = figure.subplots()
     heading = f"Effective rank of ΔW: {title(found)}"
     if any(len(values) > 1 for values in cells.values()):
-        heading += " (the median, where a cell has several)"
+        heading += "\nthe median, where a cell has several"
     if any(layer["corrected"] for layer in layers):
         heading += ", freed of rounding noise"
     figure.suptitle(heading, fontsize=10.5, x=0.012, ha="left")

@@ -1,14 +1,17 @@
 """The updates of adapters from folders and models, ours and PEFT's: read, refused, and compared with dense float64."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 import warnings
+from unittest import mock
 
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support import build, injected, peft_model
 from torch import nn
@@ -27,6 +30,7 @@ from lora_fast import (
     load_adapter,
     save_adapter,
     subspace_similarity,
+    svd,
 )
 
 PREFIX = "base_model.model."
@@ -655,3 +659,309 @@ def test_wrong_arguments_of_intruder_dimensions(saved):
     base = build("llama")
     refused(intruder_dimensions, saved, base, 0, said="k=0; expected a whole number of at least 1")
     refused(intruder_dimensions, saved, base, 3, 1.5, said="threshold=1.5; expected a cosine in [0, 1]")
+
+
+# ---- Stacked experts and other parameters ----------------------------------------------------------------------------
+
+_MIXTURE = {
+    **{"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8},
+    **{"num_key_value_heads": 2, "num_experts_per_tok": 2},
+}
+# Transformers' class, its sizes, and the targets: those that PEFT finds by itself have no module's name in them.
+# GPT-OSS stores (E, K, N), here as its 20B does with a down_proj that is square.
+MIXTURES = {
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"intermediate_size": 64, "moe_intermediate_size": 24, "num_experts": 6},
+        {"target_modules": "all-linear"},
+    ),
+    "mixtral": ("Mixtral", {"intermediate_size": 20, "num_local_experts": 5}, {"target_modules": "all-linear"}),
+    "gpt_oss": (
+        "GptOss",
+        {"intermediate_size": 32, "num_local_experts": 4},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "router.weight"],
+            "rank_pattern": {"down_proj": 3},
+            "alpha_pattern": {"layers.1.mlp.router.weight": 5},
+            "use_rslora": True,
+        },
+    ),
+}
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def mixture(kind, **config):
+    name, sizes, _ = MIXTURES[kind]
+    torch.manual_seed(8)
+    config = getattr(transformers, f"{name}Config")(**(_MIXTURE | sizes | config))
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def with_experts(kind, **lora):
+    """Adapted by PEFT."""
+    model = mixture(kind)
+    torch.manual_seed(9)
+    targets = MIXTURES[kind][2] if "target_parameters" not in lora else {}
+    return peft_model(model, **({"r": 4, "lora_alpha": 8, "init_lora_weights": False} | targets | lora))
+
+
+def matrices(model):
+    """{name: (ΔW, W)} (N, K), float64, of all the matrices in parameters that PEFT adapted, by get_delta_weight."""
+    found = {}
+    for name, layer in copy.deepcopy(model).double().named_modules():
+        if not isinstance(layer, peft.tuners.lora.layer.ParamWrapper):
+            continue
+        owner = name.removeprefix(PREFIX).replace(".base_layer", "")
+        pair = layer.get_delta_weight("default").detach(), layer.get_param().detach()
+        if pair[0].dim() == 2:
+            found[f"{owner}.{layer.parameter_name}".removesuffix(".weight")] = pair
+        elif getattr(layer.get_base_layer(), "is_transposed", False):
+            pair = [matrix.mT for matrix in pair]
+        if pair[0].dim() == 3:
+            for expert, both in enumerate(zip(*pair)):
+                found[f"{owner}.{layer.parameter_name}[{expert}]"] = both
+    return found
+
+
+def three_sources(model, base, folder):
+    """What PEFT adapted, the folder that it writes, and that folder in a model of ours."""
+    model.save_pretrained(folder)
+    return model, folder, load_adapter(base, folder)
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_expert_has_pefts_update(tmp_path, kind):
+    model = with_experts(kind)
+    exact = matrices(model)
+    experts = {"qwen3_moe": 6, "mixtral": 5, "gpt_oss": 4}[kind]
+    for leaf in ("gate_up_proj", "down_proj"):
+        assert {f"model.layers.{i}.mlp.experts.{leaf}[{e}]" for i in (0, 1) for e in range(experts)} <= exact.keys()
+    gate = f"model.layers.1.mlp.{'router' if kind == 'gpt_oss' else 'gate'}"
+    assert gate in exact
+    names = None
+    for adapter in three_sources(model, mixture(kind), tmp_path):
+        factors = {f.name: f for f in adapter_factors(adapter)}
+        spectra = adapter_spectra(adapter)
+        assert exact.keys() < factors.keys() == spectra.keys()
+        assert names in (None, factors.keys())
+        names = factors.keys()
+        products = dense(factors.values())
+        for name, (delta, _) in exact.items():
+            assert (products[name] - delta).norm() <= 1e-14 * delta.norm()
+            values = torch.linalg.svdvals(delta)
+            found = spectra[name]
+            assert (found.singular_values - values[: found.rank]).abs().max() <= 1e-9 * values[0]
+            assert (found.shape, found.status) == (tuple(delta.shape), "ok")
+        ranks = {"qwen3_moe": (4, 8), "mixtral": (4, 8), "gpt_oss": (3, 4)}[kind]
+        assert spectra[f"{EXPERTS}.down_proj[1]"].rank == ranks[0]
+        assert spectra[f"{EXPERTS}.gate_up_proj[1]"].rank == ranks[1]
+        assert (spectra[f"{EXPERTS}.down_proj[1]"].kind, spectra[gate].kind) == ("down_proj", gate.rpartition(".")[2])
+    updates = {name: delta for name, (delta, _) in exact.items()}
+    grids = subspace_similarity(tmp_path, model, side="left")
+    for name in (f"{EXPERTS}.down_proj[2]", gate):
+        U = torch.linalg.svd(updates[name])[0][:, : grids[name].shape[0]]
+        assert (grids[name] - similarity(U, U)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_every_expert_is_measured_against_its_own_weight(tmp_path, kind, small_panels):
+    """On disk Qwen's and Mixtral's experts are linear layers, gate and up apart; GPT-OSS's are stacks."""
+    model = with_experts(kind)
+    exact = matrices(model)
+    mixture(kind).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    assert any(".experts.0." in key for key in stored) == (kind != "gpt_oss")
+    for adapter in three_sources(model, mixture(kind), tmp_path / "adapter"):
+        for base in (mixture(kind), model, tmp_path / "base"):
+            spectra = adapter_spectra(adapter, base=base)
+            amplified = amplification_factor(adapter, base)
+            for name, (delta, W) in exact.items():
+                assert spectra[name].weight_norm == pytest.approx(float(W.norm()), rel=1e-12)
+                r = spectra[name].rank
+                U, _, Vh = torch.linalg.svd(delta)
+                norm = float(torch.linalg.matrix_norm(U[:, :r].T @ W @ Vh[:r].T))
+                assert amplified[name].projected_norm == pytest.approx(norm, rel=1e-9)
+        found = intruder_dimensions(adapter, tmp_path / "base", 6, 0.9)
+        for name in (f"{EXPERTS}.gate_up_proj[0]", f"{EXPERTS}.down_proj[2]"):
+            delta, W = exact[name]
+            count, cosines, values = intruders(W, delta, 6, 0.9)
+            assert (found[name].count, count > 0) == (count, True)
+            assert torch.allclose(torch.tensor(found[name].cosines, dtype=torch.float64), cosines, atol=1e-7)
+            assert torch.allclose(torch.tensor(found[name].singular_values, dtype=torch.float64), values, rtol=1e-10)
+
+
+def test_experts_of_one_rank_are_computed_together(tmp_path):
+    with_experts("qwen3_moe").save_pretrained(tmp_path)
+    with mock.patch.object(svd, "_batch_svds", wraps=svd._batch_svds) as batches:
+        spectra = adapter_spectra(tmp_path)
+    assert sorted(len(call.args[0]) for call in batches.call_args_list) == [12, len(spectra) - 12]
+
+
+@pytest.mark.parametrize(
+    ("targets", "leaves"),
+    [
+        (["experts.down_proj"], {"down_proj"}),
+        (["gate_up_proj"], {"gate_up_proj"}),
+        ([f"{EXPERTS}.down_proj", "mlp.experts.gate_up_proj"], {"down_proj", "gate_up_proj"}),
+        (["experts.gate_up_proj", "down_proj", "gate.weight"], {"down_proj", "gate_up_proj", "gate"}),
+        (["gate.weight"], {"gate"}),
+    ],
+)
+def test_a_folder_says_by_its_targets_which_parameters_it_has(tmp_path, targets, leaves):
+    """Names with and without a module's, of one or several parameters of it; ranks by whole names."""
+    model = mixture("qwen3_moe")
+    ranks = {f"{EXPERTS}.down_proj": 2, "gate_up_proj": 5}
+    lora = {"r": 3, "target_modules": ["q_proj"], "target_parameters": targets, "rank_pattern": ranks}
+    torch.manual_seed(10)
+    apply_lora(model, LoraConfig(**lora, init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    ours, file = ({f.name: f for f in adapter_factors(source)} for source in (model, tmp_path))
+    assert ours.keys() == file.keys()
+    assert {adapter_spectra(tmp_path)[name].kind for name in file} == leaves | {"q_proj"}
+    for name, found in ours.items():
+        assert torch.equal(found.lora_A, file[name].lora_A)
+        assert torch.equal(found.lora_B, file[name].lora_B)
+        assert found.scaling == file[name].scaling
+
+
+class Stacks(nn.Module):
+    """Experts whose parameters' names say nothing of their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Parameter(torch.randn(3, 7, 9))
+        self.first = nn.Parameter(torch.randn(3, 9, 7))
+        self.single = nn.Parameter(torch.randn(1, 6, 5))
+
+    def forward(self, x):
+        return x
+
+
+def test_what_a_folder_of_parameters_leaves_open(tmp_path):
+    model = nn.Sequential(Stacks())
+    targets = ["0.first", "0.second"]
+    apply_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False))
+    save_adapter(model, tmp_path)
+    said = (
+        f"it can't be known from target_parameters={targets} which parameters of 0 have its 2 pairs of factors; "
+        "load_adapter the folder into its model and give that model"
+    )
+    refused(adapter_spectra, tmp_path, said=said)
+    loaded = load_adapter(nn.Sequential(Stacks()), tmp_path)
+    shapes = {name: found.shape for name, found in adapter_spectra(loaded).items()}
+    assert shapes == {
+        f"0.{leaf}[{e}]": size for leaf, size in (("second", (7, 9)), ("first", (9, 7))) for e in range(3)
+    }
+    with_experts("qwen3_moe", target_modules=[], target_parameters=["experts.down_proj"]).save_pretrained(tmp_path)
+    edit(tmp_path, target_parameters=["down_proj", "gate_up_proj"])
+    with pytest.raises(LoraFastError, match=r"which parameters of model\.layers\.0\.mlp\.experts have its 1 pairs of"):
+        adapter_factors(tmp_path)
+
+
+def test_a_stack_of_one_expert_is_a_matrix(tmp_path):
+    base = nn.Sequential(Stacks())
+    model = copy.deepcopy(base)
+    apply_lora(model, LoraConfig(r=2, target_modules=[], target_parameters=["0.single"], init_lora_weights=False))
+    save_adapter(model, tmp_path / "adapter")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    for adapter in (model, tmp_path / "adapter"):
+        for weights in (base, tmp_path / "base.safetensors"):
+            (found,) = adapter_spectra(adapter, base=weights).values()
+            assert (found.name, found.shape) == ("0.single", (6, 5))
+            assert found.weight_norm == pytest.approx(float(base[0].single.detach().double().norm()), rel=1e-12)
+
+
+def test_a_convolution_with_one_channel_out_is_no_stack():
+    base = nn.Sequential(nn.Conv1d(4, 1, 3))
+    model = peft_model(copy.deepcopy(base), r=1, target_modules=["0"], init_lora_weights=False)
+    (found,) = adapter_spectra(model, base=base).values()
+    assert found.shape == (1, 12)
+    assert found.weight_norm == pytest.approx(float(base[0].weight.detach().double().norm()), rel=1e-12)
+
+
+def test_ranks_of_parameters_that_the_config_does_not_have(tmp_path):
+    with_experts("qwen3_moe").save_pretrained(tmp_path)
+    edit(tmp_path, rank_pattern={})
+    refused(
+        adapter_spectra,
+        tmp_path,
+        said="by the ranks in adapter_config.json (r, rank_pattern) model.layers.0.mlp.experts.down_proj has 6 experts "
+        "and model.layers.0.mlp.experts.gate_up_proj 12; correct the config",
+    )
+    edit(tmp_path, rank_pattern={"down_proj": 5})
+    refused(
+        adapter_spectra,
+        tmp_path,
+        said=f"lora_A of {EXPERTS}.down_proj has 24 rows, no multiple of the rank 5 that adapter_config.json gives it "
+        "(r, rank_pattern): the number of experts can't be known; correct the config",
+    )
+
+
+def test_factors_in_each_others_place_are_refused(tmp_path):
+    with_experts("qwen3_moe").save_pretrained(tmp_path)
+
+    def exchange(tensors):
+        for factor in "AB":
+            keys = [f"{PREFIX}{EXPERTS}{inner}.lora_{factor}.weight" for inner in ("", ".base_layer")]
+            tensors[keys[0]], tensors[keys[1]] = tensors[keys[1]], tensors[keys[0]]
+
+    edit(tmp_path, exchange, rank_pattern={".*down_proj": 8})
+    with pytest.raises(LoraFastError, match=r"which parameters of model\.layers\.0\.mlp\.experts have its 2 pairs of"):
+        adapter_spectra(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_a_base_of_another_number_of_experts(tmp_path, kind):
+    with_experts(kind).save_pretrained(tmp_path / "adapter")
+    key = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    more = mixture(kind, **{key: MIXTURES[kind][1][key] + 1})
+    more.save_pretrained(tmp_path / "base")
+    for base in (more, tmp_path / "base"):
+        with pytest.raises(
+            LoraFastError, match=r"but the adapter has updates of \d experts of model\.layers\.0\.mlp\.exp"
+        ):
+            adapter_spectra(tmp_path / "adapter", base=base)
+    rest = {name: value.detach() for name, value in mixture(kind).named_parameters() if ".experts." not in name}
+    save_file(rest, tmp_path / "rest.safetensors")
+    with pytest.raises(
+        LoraFastError, match=r"rest\.safetensors' holds no model\.layers\.0\.mlp\.experts\.down_proj, model"
+    ):
+        adapter_spectra(tmp_path / "adapter", base=tmp_path / "rest.safetensors")
+
+
+def test_which_way_square_stacks_lie(tmp_path):
+    """A folder doesn't say. Of gate_up_proj and down_proj the one that is not square does; of others the model."""
+    turned = mixture("gpt_oss")
+    straight = mixture("qwen3_moe", moe_intermediate_size=32)
+    halved = mixture("qwen3_moe", moe_intermediate_size=16)  # gate_up_proj is square
+    for model, leaf in ((turned, "down_proj"), (straight, "down_proj"), (halved, "gate_up_proj")):
+        base = tmp_path / "base.safetensors"
+        save_file({name: value.detach() for name, value in model.named_parameters()}, base)
+        adapted = copy.deepcopy(model)
+        lora = {"r": 2, "target_modules": [], "target_parameters": [f"experts.{leaf}"], "init_lora_weights": False}
+        apply_lora(adapted, LoraConfig(**lora))
+        save_adapter(adapted, tmp_path / "adapter")
+        expected = amplification_factor(adapted, model)
+        W = model.get_submodule(EXPERTS)._parameters[leaf].detach().double()
+        for name, both in list(expected.items())[:3]:
+            delta = dense(adapter_factors(adapted))[name]
+            U, _, Vh = torch.linalg.svd(delta)
+            weight = W[int(name[-2])].mT if model is turned else W[int(name[-2])]
+            norm = torch.linalg.matrix_norm(U[:, :2].T @ weight @ Vh[:2].T)
+            assert both.projected_norm == pytest.approx(float(norm), rel=1e-9)
+        for adapter in (adapted, tmp_path / "adapter"):
+            for weights in (model, base):
+                for name, found in amplification_factor(adapter, weights).items():
+                    assert found == pytest.approx(expected[name], rel=1e-9)
+    alone = {name: value for name, value in load_file(base).items() if "down_proj" not in name}
+    save_file(alone, base)
+    refused(
+        amplification_factor,
+        tmp_path / "adapter",
+        base,
+        said=f"{EXPERTS}.gate_up_proj stacks square matrices, and neither the adapter's folder nor the checkpoint "
+        "tells whether they are (N, K) or (K, N); load_adapter the folder into its model and give that model for the "
+        "folder",
+    )
+    assert amplification_factor(adapted, base)[f"{EXPERTS}.gate_up_proj[0]"] == expected[f"{EXPERTS}.gate_up_proj[0]"]

@@ -15,6 +15,7 @@ import torch
 from matplotlib.text import Text
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from support import build, peft_model
 
 from lora_fast import LoraFastError
 from lora_fast.checkpoint import read_adapter
@@ -217,6 +218,45 @@ def test_the_suggestion_keeps_what_it_says(here, capsys):
     assert code == 0 and "lora-fast resize one OUT --energy 0.99" in out
     report = run_json(capsys, "resize", "one", "small", "--energy", "0.99")  # as it suggests
     assert {layer["name"]: layer["rank"] for layer in report["layers"]} == needed
+
+
+def test_experts_that_peft_adapted(here, capsys):
+    """A row for each kind of module; every expert is a layer of it, beside its own base weight."""
+    base = build("mixtral", num_local_experts=5)
+    base.save_pretrained("mixture")
+    torch.manual_seed(3)
+    adapted = peft_model(
+        build("mixtral", num_local_experts=5), r=4, target_modules="all-linear", init_lora_weights=False
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B." in name:
+                parameter *= torch.rand(parameter.shape[1]) ** 2
+    adapted.save_pretrained("experts")
+    code, out, err = run(capsys, "svd", "experts", "--base", "mixture", "--layers", "--out", "run")
+    assert code == 0, err
+    table, _, by_layer = out.partition(" layer ")
+    rows = [line.split()[:3] for line in table.splitlines() if line[:1] == " " and line.rstrip().endswith("ok")]
+    assert rows == [
+        *(["q_proj", "2", "4"], ["k_proj", "2", "4"], ["v_proj", "2", "4"], ["o_proj", "2", "4"]),
+        *(["experts.gate_up_proj", "10", "8"], ["experts.down_proj", "10", "4"], ["gate", "2", "4"]),
+    ]
+    assert " 1.mlp.experts.gate_up_proj[4] " in by_layer
+    document = spectra.read("run/spectra.json")
+    for layer in document["layers"]:
+        name, _, expert = layer["name"].partition("[")
+        W = base.get_parameter(name if expert else f"{name}.weight")
+        W = W[int(expert[0])] if expert else W
+        assert layer["weight_norm"] == pytest.approx(float(W.double().norm()), rel=1e-9)
+    advice = document["suggestion"]
+    needed = [
+        layer["r99"] for layer in document["layers"] if layer["name"].startswith("model.layers.0.mlp.experts.gate")
+    ]
+    assert len(set(needed)) > 1
+    assert advice["ranks"]["model.layers.0.mlp.experts.gate_up_proj[0]"] == max(needed)
+    report = run_json(capsys, "resize", "experts", "small", "--energy", "0.99")  # as it suggests
+    assert {layer["name"]: layer["rank"] for layer in report["layers"]} == advice["ranks"]
+    assert report["parameters"] == advice["parameters_of_ranks"]
 
 
 def test_names_in_what_it_suggests_can_be_pasted(here, capsys):

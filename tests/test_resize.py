@@ -66,6 +66,23 @@ def dense_updates(folder):
     return found
 
 
+def updates_of_a_mixture(folder, **config):
+    """{layer or expert: ΔW (N, K) float64}, as PEFT loads the folder: get_delta_weight."""
+    model = peft.PeftModel.from_pretrained(build("mixtral", dtype=torch.float64, **config), folder).double()
+    found = {}
+    for path, layer in model.named_modules():
+        name = path.removeprefix(PREFIX).replace(".base_layer", "")
+        if isinstance(layer, peft.tuners.lora.layer.ParamWrapper):
+            name, delta = f"{name}.{layer.parameter_name}", layer.get_delta_weight("default").detach()
+            if delta.dim() == 3:
+                found |= {f"{name}[{expert}]": matrix for expert, matrix in enumerate(delta)}
+            else:
+                found[name.removesuffix(".weight")] = delta
+        elif isinstance(layer, peft.tuners.lora.layer.LoraLayer):
+            found[name] = layer.get_delta_weight("default").detach()
+    return found
+
+
 def truncated(delta, k):
     """The best approximation of rank k, float64, by LAPACK."""
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
@@ -191,7 +208,7 @@ def test_other_tensors_and_fields_are_carried_over(tmp_path):
         changed = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
         old_config, new_config = config_of(source), config_of(out)
         for name in {field.name for field in dataclasses.fields(LoraConfig)} - changed - {"init_lora_weights"}:
-            old, new = old_config[name], new_config[name]
+            old, new = old_config[name], new_config.get(name)
             assert (set(new) == set(old)) if isinstance(old, list) else (new == old), name
         assert (new_config["r"], new_config["lora_alpha"], new_config["use_rslora"]) == (1, 1, False)
         assert new_config["rank_pattern"] == new_config["alpha_pattern"] == {}
@@ -402,6 +419,167 @@ def test_the_report_goes_through_json(tmp_path):
     assert back["kept_energy"] == report.kept_energy
     assert back["folder"] == str(tmp_path / "out")
     assert seen[-1] == (14, 14)
+
+
+# Experts --------------------------------------------------------------------------------------------------------------
+
+MIXTURE = {"target_modules": "all-linear", "r": 4, "lora_alpha": 6, "init_lora_weights": False}
+
+
+def stack(name):
+    return name.partition("[")[0]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *({"rank": 2}, {"energy": 0.8}, {"error": 0.05}, {"budget": 4000}),
+        *({"budget": 4000, "scope": "global"}, {"energy": 0.8, "scope": "global"}, {"rank": 2, "scope": "global"}),
+    ],
+)
+def test_experts_are_resized_to_the_best_of_their_one_rank(tmp_path, asked):
+    """And PEFT loads what is written as the same updates, gate_up_proj (2 r, as PEFT has it) beneath down_proj."""
+    source = random_adapter(tmp_path / "in", "mixtral", lora=MIXTURE)
+    before = updates_of_a_mixture(source)
+    report = resize_adapter(source, tmp_path / "out", dtype=torch.float64, **asked)
+    after = updates_of_a_mixture(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert_truth(report, before, {layer.name: after[layer.name] for layer in report.layers})
+    assert report.parameters == parameters(tmp_path / "out")
+    rows = {layer.name: layer for layer in report.layers}
+    ranks = {}
+    for name, row in rows.items():
+        ranks.setdefault(stack(name), set()).add(row.rank)
+    assert all(len(of_stack) == 1 for of_stack in ranks.values())
+    assert len(ranks) == len(before) - 2 * 2 * 2  # of two blocks' two stacks of 3
+    if "scope" in asked or "budget" in asked:
+        assert report.parameters <= asked.get("budget", report.parameters_before)
+        assert report.kept_energy >= asked.get("energy", 0)
+        return
+    # The neediest expert's: with one less, one of them would miss.
+    for name, of_stack in ranks.items():
+        (k,) = of_stack
+        members = [delta for other, delta in before.items() if stack(other) == name]
+        needed = []
+        for delta in members:
+            S = torch.linalg.svdvals(delta)
+            dropped = (S**2).flip(0).cumsum(0).flip(0)
+            if "energy" in asked:
+                needed.append(int((dropped > (1 - asked["energy"]) * dropped[0]).sum()))
+            else:
+                needed.append(int((dropped.sqrt() > asked["error"]).sum()) if "error" in asked else asked["rank"])
+        assert k == max(1, *needed)
+    if "rank" not in asked:
+        assert len({k for of_stack in ranks.values() for k in of_stack}) > 1
+
+
+def test_a_budget_for_experts_goes_where_a_parameter_keeps_most(tmp_path):
+    """One rank more of a stack is a direction of each expert, and costs that many parameters."""
+    source = random_adapter(tmp_path / "in", "mixtral", lora=MIXTURE)
+    report = resize_adapter(source, tmp_path / "out", budget=5000, scope="global")
+    energies, costs = {}, {}
+    for name, delta in updates_of_a_mixture(source).items():
+        rank = 8 if "gate_up_proj" in name else 3 if "gate" in name else 4  # of 3 experts a router's N is 3
+        energies[stack(name)] = energies.get(stack(name), 0) + torch.linalg.svdvals(delta)[:rank] ** 2
+        costs[stack(name)] = costs.get(stack(name), 0) + sum(delta.shape)
+    ranks, left = dict.fromkeys(costs, 1), 5000 - sum(costs.values())
+    steps = [(float(value) / costs[name], name) for name in costs for value in energies[name][1:]]
+    for _, name in sorted(steps, reverse=True):
+        if costs[name] <= left:
+            ranks[name] += 1
+            left -= costs[name]
+    assert {stack(layer.name): layer.rank for layer in report.layers} == ranks
+    assert len({ranks[name] for name in ranks if "experts" in name}) > 1
+    assert report.parameters == parameters(tmp_path / "out") == 5000 - left
+
+
+def test_experts_that_have_fewer_directions_than_others(tmp_path):
+    """They share the others' rank, filled up with zeros; one whose update is zero keeps rows of lora_A to train on."""
+    source = random_adapter(tmp_path / "in", "mixtral", lora=MIXTURE)
+    key = f"{PREFIX}model.layers.0.mlp.experts.lora_B.weight"
+    tensors = load_file(source / WEIGHTS_NAME)
+    tensors[key][:, 1::3] = 0.0
+    tensors[key][:, 2 + 3 :: 3] = 0.0  # of the third expert one direction is left
+    save_file(tensors, source / WEIGHTS_NAME, metadata={"format": "pt"})
+    before = updates_of_a_mixture(source)
+    resize_adapter(source, tmp_path / "out", rank=3, dtype=torch.float64)
+    after, written = updates_of_a_mixture(tmp_path / "out"), load_file(tmp_path / "out" / WEIGHTS_NAME)
+    for expert in range(3):
+        name = f"model.layers.0.mlp.experts.down_proj[{expert}]"
+        assert (after[name] - truncated(before[name], 3)).norm() <= 1e-12 * before[name].norm()
+    assert written[key].shape == (32, 9)
+    assert not written[key][:, 1::3].any()
+    old = tensors[key.replace("lora_B", "lora_A")]
+    new = written[key.replace("lora_B", "lora_A")]
+    assert torch.equal(new[3:6], old[4:7].double())
+    assert not new[7:].any()
+
+
+def test_parameters_of_several_adapters_are_merged(tmp_path):
+    """Each has other parameters of the same modules, so that their places in the file change; one has dropout."""
+    targets = [["experts.gate_up_proj"], ["experts.down_proj", "gate.weight"], ["experts.gate_up_proj"]]
+    folders = [
+        random_adapter(
+            tmp_path / str(place),
+            "mixtral",
+            seed=place,
+            lora=MIXTURE | {"target_modules": ["q_proj"], "target_parameters": names, "r": 2 + place},
+        )
+        for place, names in enumerate(targets)
+    ]
+    lora = {"target_modules": ["q_proj", "v_proj"], "r": 2, "lora_dropout": 0.1}
+    folders.insert(0, random_adapter(tmp_path / "dropout", "mixtral", lora=lora))
+    weights = (1.5, 0.5, -2.0, 0.25)
+    expected = {}
+    for folder, weight in zip(folders, weights):
+        for name, delta in updates_of_a_mixture(folder).items():
+            expected[name] = expected.get(name, 0) + weight * delta
+    report = merge_adapters(folders, weights, tmp_path / "out", dtype=torch.float64)
+    found = updates_of_a_mixture(tmp_path / "out")
+    assert found.keys() == expected.keys() == {layer.name for layer in report.layers}
+    for name, delta in expected.items():
+        assert (found[name] - delta).norm() <= 1e-12 * delta.norm()
+    ranks = {layer.name: (layer.old_rank, layer.rank) for layer in report.layers}
+    assert ranks["model.layers.1.mlp.experts.gate_up_proj[2]"] == (6, 6)
+    assert ranks["model.layers.1.mlp.experts.down_proj[0]"] == (3, 3)
+    assert ranks["model.layers.0.mlp.gate"] == (3, 3)
+    assert config_of(tmp_path / "out")["lora_dropout"] == 0.0
+    ours = load_adapter(build("mixtral"), tmp_path / "out")
+    theirs = peft.PeftModel.from_pretrained(build("mixtral"), tmp_path / "out")
+    assert (logits(ours) - logits(theirs)).norm() <= 1e-5 * logits(theirs).norm()
+
+
+class Stacks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(3, 6, 5)) for _ in range(2))
+
+
+def test_what_of_parameters_is_not_merged(tmp_path):
+    folders = []
+    for name in ("first", "second"):
+        model = nn.Sequential(Stacks())
+        lora = {"r": 2, "target_modules": [], "target_parameters": [f"0.{name}"], "init_lora_weights": False}
+        lora_fast.save_adapter(lora_fast.apply_lora(model, LoraConfig(**lora)), tmp_path / name)
+        folders.append(tmp_path / name)
+    refused(
+        lambda: merge_adapters(folders, [1, 1], tmp_path / "out"),
+        "the order in which 0 declares first, second is not known",
+        "merge adapters of the same parameters",
+    )
+    model = nn.Sequential(Stacks())
+    lora = {"r": 2, "target_modules": [], "target_parameters": ["0.first", "0.second"], "init_lora_weights": False}
+    lora_fast.save_adapter(lora_fast.apply_lora(model, LoraConfig(**lora)), tmp_path / "both")
+    refused(lambda: resize_adapter(tmp_path / "both", tmp_path / "out", rank=1), "which parameters of 0", "0.second")
+    experts = MIXTURE | {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    three = random_adapter(tmp_path / "three", "mixtral", lora=experts)
+    four = random_adapter(tmp_path / "four", "mixtral", lora=experts, num_local_experts=4)
+    refused(
+        lambda: merge_adapters([three, four], [1, 1], tmp_path / "out"),
+        "model.layers.0.mlp.experts.down_proj is a parameter of 3 experts of (N, K) = (32, 44) in",
+        "and a parameter of 4 experts of (N, K) = (32, 44) in",
+    )
+    assert not (tmp_path / "out").exists()
 
 
 # Merging --------------------------------------------------------------------------------------------------------------
