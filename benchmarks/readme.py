@@ -207,6 +207,45 @@ def _host(path: Path) -> str:
     return "\n".join(lines)
 
 
+EXPERT_ARMS = {
+    "frozen": "frozen",
+    "frozen again": "frozen again (A/A)",
+    "peft": "PEFT",
+    "lora_fast accelerate_peft": "`accelerate_peft`",
+    "lora_fast apply_lora": "`apply_lora`",
+    "full": "experts trained in full",
+}
+
+
+def experts() -> str:
+    """A mixture's block with LoRA on its experts, from the CSV files of bench_experts.py: of the CPU and every GPU."""
+    return "\n\n".join(map(_experts, sorted(RESULTS.glob("*/experts.csv"))))
+
+
+def _experts(path: Path) -> str:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = {row["provider"]: row for row in csv.DictReader(file)}
+    first, rank = rows["frozen"], rows["peft"]["R"]
+    lines = [
+        textwrap.fill(
+            f"One block of a mixture, {first['experts']} experts of {int(first['hidden']):,} × "
+            f"{int(first['intermediate']):,}, {first['experts_a_token']} a token, {int(first['tokens']):,} tokens, "
+            f"r={rank}, {first['dtype']}; {first['gpu']}, torch {first['torch']}, peft {first['peft']}; forward and "
+            f"backward, medians of {first['rounds']} paired rounds, [95% interval].",
+            TABLE_WIDTH,
+        ),
+        "",
+        "| | ms | over the frozen block | kept for backward, MiB |",
+        "|---|---|---|---|",
+    ]
+    for name, shown in EXPERT_ARMS.items():
+        row = rows[name]
+        ratio = f"{float(row['ratio_to_frozen']):.2f}"
+        ratio += "" if name == "frozen" else f" [{float(row['ratio_low']):.2f}, {float(row['ratio_high']):.2f}]"
+        lines.append(f"| {shown} | {float(row['ms_p50']):,.0f} | {ratio} | {float(row['saved_MiB']):,.0f} |")
+    return "\n".join(lines)
+
+
 def _passes(rows: list[dict]) -> str:
     """Passes over X and Y of forward and backward together, as "2 X + Y"."""
     if not rows:
@@ -327,6 +366,7 @@ BLOCKS = {
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
     "traffic": traffic,
+    "experts": experts,
     "host": host,
     "gpu": gpu,
     "svd": svd,

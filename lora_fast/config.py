@@ -148,6 +148,11 @@ class LoraConfig:
                 f"lora_dropout={self.lora_dropout!r} with target_parameters={list(self.target_parameters)}: PEFT has "
                 "no dropout there and would not load the adapter; expected 0"
             )
+        if self.target_parameters and self.bias != "none":
+            raise LoraFastError(
+                f"bias={self.bias!r} with target_parameters={list(self.target_parameters)}: which biases go with a "
+                "parameter is not told; expected 'none'"
+            )
         if self.target_parameters and self.init_lora_weights in BASE_CHANGING_INITS:
             raise LoraFastError(
                 f"init_lora_weights={self.init_lora_weights!r} starts from a layer's weight; with target_parameters "

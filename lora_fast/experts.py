@@ -220,16 +220,39 @@ def _setup(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _plain(x, weight, lora_A, lora_B, offsets, scaling) -> Tensor:
+    """y (M, N) in steps that autograd can follow; weight (E, N, K)."""
+    ends = offsets.tolist()
+    parts = []
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        rows = x[start:end]
+        y = rows @ weight[expert].mT
+        if lora_A is not None:
+            a, b = (factor[expert].to(x.dtype) for factor in factors_by_expert(lora_A, lora_B, len(weight)))
+            y = y + scaling * (rows @ a.mT @ b.mT)
+        parts.append(y)
+    return torch.cat(parts)
+
+
 def _gradients(ctx, grads):
-    needs_dx, _, needs_dA, needs_dB, *_ = ctx.needs_input_grad
-    dx = dA = dB = None
-    if grads[0] is not None:
-        x, weight, lora_A, lora_B, s, offsets = ctx.saved_tensors
+    needs_dx, _, needs_dA, needs_dB, *_ = needs = ctx.needs_input_grad
+    found = [None] * 4
+    if grads[0] is None:
+        return *found, None, None, None, None
+    x, weight, lora_A, lora_B, s, offsets = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: by autograd's own gradients of the formula
+        matrices = weight.mT if ctx.transposed else weight
+        y = _plain(x, matrices, lora_A, lora_B, offsets, ctx.scaling)
+        wanted = [place for place in (0, 2, 3) if needs[place]]
+        inputs = [(x, weight, lora_A, lora_B)[place] for place in wanted]
+        for place, gradient in zip(wanted, torch.autograd.grad(y, inputs, grads[0].to(y.dtype), create_graph=True)):
+            found[place] = gradient
+    else:
         saved = x, weight, lora_A, lora_B, s, offsets, ctx.scaling, ctx.transposed
-        needs = needs_dx, needs_dA, needs_dB
-        found = torch.ops.lora_fast.experts_backward(grads[0], *saved, *needs, ctx.triton)
-        dx, dA, dB = (g if needed else None for g, needed in zip(found, needs))
-    return dx, None, dA, dB, None, None, None, None
+        arguments = grads[0], *saved, needs_dx, needs_dA, needs_dB, ctx.triton
+        for place, gradient in zip((0, 2, 3), torch.ops.lora_fast.experts_backward(*arguments)):
+            found[place] = gradient if needs[place] else None
+    return *found, None, None, None, None
 
 
 torch.library.register_autograd("lora_fast::experts_forward", _gradients, setup_context=_setup, lib=library)

@@ -152,7 +152,12 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         raise LoraFastError(
             f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule"
         )
-    targets = target_modules(model, config) | target_parameters(model, config)
+    targets = target_modules(model, config)
+    parameters = target_parameters(model, config)
+    for name, layer in parameters.items():
+        if layer.owner in targets.values():
+            raise LoraFastError(f"target_parameters: {name} is the weight of a layer that target_modules adapts too")
+    targets |= parameters
     for name in saved_module_names(model, config):
         if any(is_offloaded(module) for module in model.get_submodule(name).modules()):
             raise LoraFastError(f"modules_to_save: {name} is offloaded by accelerate; keep it on a device to train it")
@@ -163,7 +168,7 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
     for name, module in targets.items():
         if isinstance(module, LoraParameter):
-            module = module.owner
+            name, module = name.rpartition(".")[0], module.owner
         elif module.weight.dim() != 2:
             raise LoraFastError(
                 f"FullyShardedDataParallel holds {plain_name(name)} in pieces already, so that nothing would average "
@@ -171,7 +176,7 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
-            raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or exclude_modules it")
+            raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or don't target it")
     return targets
 
 
@@ -480,7 +485,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
     for name, layer in layers.items():
         if _overflows(layer):
             raise LoraFastError(
-                f"merging adapter {state.active!r} into {name}.weight exceeds what {layer.weight.dtype} holds "
+                f"merging adapter {state.active!r} into the weight of {name} exceeds what {layer.weight.dtype} holds "
                 f"(±{torch.finfo(layer.weight.dtype).max:.4g}); nothing was merged: merge in torch.bfloat16 or "
                 "torch.float32, or leave it unmerged"
             )

@@ -242,6 +242,9 @@ class LoraFastPeftExperts(FastForward, ParamWrapper):
         return experts.refusal(layer) or found
 
 
+# By this name PEFT knows a wrapper that another adapter may share; pickles go by the qualified one.
+LoraFastPeftExperts.__name__ = "ParamWrapper"
+
 # "Linear" stays in each name: PEFT recognizes linear layers by it. Fully at module level, so that they can be pickled.
 FAST_CLASSES: dict[type, type] = {PeftLinear: LoraFastPeftLinear, ParamWrapper: LoraFastPeftExperts}
 

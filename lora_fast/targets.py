@@ -217,7 +217,7 @@ def target_parameters(model: nn.Module, config: LoraConfig) -> dict[str, LoraPar
         near = [n for w in missed for n in difflib.get_close_matches(w, ends, n=3, cutoff=0.6)]
         stacked = [n for n, m in modules.items() for p in m._parameters.values() if p is not None and p.dim() == 3]
         hint = f"; did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
-        hint += f" Stacked experts are in {stacked[0]}" if stacked and not near else ""
+        hint += f"; stacked experts are in {stacked[0]}" if stacked and not near else ""
         raise LoraFastError(
             f"target_parameters={list(wanted)}: no parameter of {type(model).__name__} is named "
             f"{', '.join(map(repr, missed))}{hint}"

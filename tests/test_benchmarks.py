@@ -141,6 +141,20 @@ def test_the_host_benchmark_runs_and_writes_its_rows(tmp_path, compile_environme
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="it is about processors")
+def test_the_experts_benchmark_runs_and_writes_its_rows(tmp_path):
+    import bench_experts
+
+    sizes = ["--experts", "4", "--experts-a-token", "2", "--hidden", "32", "--intermediate", "16", "--tokens", "40"]
+    arguments = [*sizes, "--rank", "3", "--rounds", "6", "--device", "cpu", "--dtype", "fp32"]
+    assert bench_experts.main([*arguments, "--out", str(tmp_path), "--commit", "abc"]) == 0
+    rows = {row["provider"]: row for row in read(tmp_path / "experts.csv")}
+    arms = ["frozen", "frozen again", "peft", "lora_fast accelerate_peft", "lora_fast apply_lora", "full"]
+    assert list(rows) == arms and all(row["commit"] == "abc" and float(row["ms_p50"]) > 0 for row in rows.values())
+    kept = {name: float(row["saved_MiB"]) for name, row in rows.items()}
+    assert kept["frozen"] <= kept["lora_fast apply_lora"] == kept["lora_fast accelerate_peft"] < kept["peft"]
+    assert rows["frozen"]["ratio_to_frozen"] == "1.000" and rows["peft"]["R"] == "3" and rows["full"]["R"] == ""
+
+
 def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
     import bench_noise
 
