@@ -93,8 +93,15 @@ class _Loop:
         return found
 
 
+def _library(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes these, operands whose rows are whole 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
+
+
 def _torch_forward(x, weight, lora_A, lora_B, offsets, scaling):
     """y (M, N), S (M, R); weight (E, N, K)."""
+    if lora_A is None and _library(x, weight):
+        return nn.functional.grouped_mm(x, weight.mT, offs=offsets), x.new_empty(len(x), 0)
     products = _Loop(offsets, x.shape[0])
     y = products.rows(x, weight.mT)
     if lora_A is None:
@@ -106,6 +113,8 @@ def _torch_forward(x, weight, lora_A, lora_B, offsets, scaling):
 
 def _torch_backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, needs_dx, needs_dA, needs_dB):
     """dx, dA (E·R, K), dB (E·R, N) unscaled; None where not needed."""
+    if lora_A is None and _library(x, weight):
+        return nn.functional.grouped_mm(dy, weight, offs=offsets) if needs_dx else None, None, None
     products = _Loop(offsets, x.shape[0])
     dx = products.rows(dy, weight) if needs_dx else None
     if lora_A is None:
@@ -119,11 +128,6 @@ def _torch_backward(dy, x, weight, lora_A, lora_B, s, offsets, scaling, needs_dx
 
 
 # ------------------------------------------------------------------------------------------------- and with the kernels
-
-
-def _library(x: Tensor, weight: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these, operands whose rows are whole 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
 
 
 def _product(x: Tensor, weight: Tensor, offsets: Tensor, routes: dict[str, Callable[[], Tensor]], step: str) -> Tensor:
@@ -309,11 +313,11 @@ class _Unsorted(torch.autograd.Function):
 def refusal(module: nn.Module) -> str | None:
     """None where this module is what `run_experts` computes: experts as Transformers' `use_experts_implementation`
     describes them, whose attributes tell how weights lie and what happens between the two products."""
-    described = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+    described = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
     if not all(hasattr(module, name) for name in described) or not hasattr(module, "down_proj"):
         kind = getattr(type(module), "base_class", type(module))
         return f"{kind.__name__} is no module of experts as Transformers describes them"
-    if module._is_expert_parallel:
+    if getattr(module, "_is_expert_parallel", False):  # Transformers' older versions have neither this nor the norm
         return "its experts are spread over processes"
     return None
 
@@ -369,7 +373,7 @@ def run_experts(
     between = _linear(module, first, rows, experts, offsets, adapters.get(first), triton)
     between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
     y = _linear(module, second, between, experts, offsets, adapters.get(second), triton)
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order][:, None]
     return _Unsorted.apply(y, order, place).view(x.shape[0], count, y.shape[1]).sum(1).to(dtype)

@@ -484,8 +484,9 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
                 raise LoraFastError(f"adapter {state.active!r} holds NaN or inf in {name}; nothing was merged")
     for name, layer in layers.items():
         if _overflows(layer):
+            where = name if isinstance(layer, LoraParameter) else f"{name}.weight"
             raise LoraFastError(
-                f"merging adapter {state.active!r} into the weight of {name} exceeds what {layer.weight.dtype} holds "
+                f"merging adapter {state.active!r} into {where} exceeds what {layer.weight.dtype} holds "
                 f"(±{torch.finfo(layer.weight.dtype).max:.4g}); nothing was merged: merge in torch.bfloat16 or "
                 "torch.float32, or leave it unmerged"
             )

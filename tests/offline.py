@@ -291,7 +291,7 @@ def grouped_cases(target: str) -> Iterator[Case]:
                 f"{label}, r={r}, {length} rows each",
                 lambda capability, call=call: call(capability=capability),
                 main_loops=loops,
-                thorough=length == 20 or (r == 64 and label in ("S", "S, p=0.1", "dx, mask", "dB")),
+                thorough=length == 20 or (r == 64 and label in ("S", "S, p=0.1", "dx, mask", "dB", "gemm, experts")),
             )
 
     def one(capability, M, N, K, R):

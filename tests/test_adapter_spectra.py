@@ -756,7 +756,10 @@ def test_every_expert_has_pefts_update(tmp_path, kind):
         ranks = {"qwen3_moe": (4, 8), "mixtral": (4, 8), "gpt_oss": (3, 4)}[kind]
         assert spectra[f"{EXPERTS}.down_proj[1]"].rank == ranks[0]
         assert spectra[f"{EXPERTS}.gate_up_proj[1]"].rank == ranks[1]
-        assert (spectra[f"{EXPERTS}.down_proj[1]"].kind, spectra[gate].kind) == ("down_proj", gate.rpartition(".")[2])
+        assert (spectra[f"{EXPERTS}.down_proj[1]"].kind, spectra[gate].kind) == (
+            "experts.down_proj",
+            gate.rpartition(".")[2],
+        )
     updates = {name: delta for name, (delta, _) in exact.items()}
     grids = subspace_similarity(tmp_path, model, side="left")
     for name in (f"{EXPERTS}.down_proj[2]", gate):
@@ -818,7 +821,8 @@ def test_a_folder_says_by_its_targets_which_parameters_it_has(tmp_path, targets,
     save_adapter(model, tmp_path)
     ours, file = ({f.name: f for f in adapter_factors(source)} for source in (model, tmp_path))
     assert ours.keys() == file.keys()
-    assert {adapter_spectra(tmp_path)[name].kind for name in file} == leaves | {"q_proj"}
+    kinds = {adapter_spectra(tmp_path)[name].kind for name in file}
+    assert {kind.removeprefix("experts.") for kind in kinds} == leaves | {"q_proj"}
     for name, found in ours.items():
         assert torch.equal(found.lora_A, file[name].lora_A)
         assert torch.equal(found.lora_B, file[name].lora_B)
