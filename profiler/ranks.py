@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lora_fast import LoraFastError
+from lora_fast.quantized import matrix_shape
 
 MAX_AUTO_ARMS = 6
 _RANGE = re.compile(r"(\d+):(\d+):x(\d+)")
@@ -73,8 +74,7 @@ def auto_ranks(model: nn.Module, targets: Sequence[nn.Module], per_rank: int) ->
 
 def parameters_per_rank(targets: Iterable[nn.Module]) -> int:
     """How many parameters one more rank trains: Σ (K + N), of stacked experts for each."""
-    shapes = [module.weight.shape for module in targets]
-    return sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
+    return sum(getattr(module, "stacked", 1) * sum(matrix_shape(module)) for module in targets)
 
 
 def smallest_side(targets: Iterable[nn.Module]) -> int:

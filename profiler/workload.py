@@ -13,7 +13,7 @@ from lora_fast.backend import check_backend
 from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 from lora_fast.profiler.quantization import check_kind
-from lora_fast.quantized import matrix_shape
+from lora_fast.profiler.ranks import parameters_per_rank
 from lora_fast.targets import target_modules, target_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,7 +192,7 @@ def train_peft(model: nn.Module, workload: Workload, rank: int) -> tuple[nn.Modu
     config = peft.LoraConfig(r=rank, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, **names)
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    expected = rank * sum(getattr(layer, "stacked", 1) * sum(matrix_shape(layer)) for layer in targets.values())
+    expected = rank * parameters_per_rank(targets.values())
     if (found := sum(parameter.numel() for parameter in trained)) != expected:
         raise LoraFastError(
             f"PEFT adapts other weights of {type(model).__name__} than these targets name ({found:,} parameters, not "
