@@ -83,12 +83,12 @@ def _as_trained(
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     linears = [path for path, layer in layers.items() if not isinstance(layer, LoraParameter)]
     config = _with_named_targets(model, state.configs[name].with_exact_patterns(list(layers)), linears)
-    config = replace(config, fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()))
+    config = replace(config, fan_in_fan_out=_fan_in_fan_out(layers))
     tensors = {}
     places = _places(layers)
     for path, layer in layers.items():
-        tensors[f"{places[path]}.lora_A.weight"] = gathered(layer.lora_A[name].weight)
-        tensors[f"{places[path]}.lora_B.weight"] = gathered(layer.lora_B[name].weight)
+        for key, factors in zip(_factor_keys(layer), (layer.lora_A, layer.lora_B)):
+            tensors[f"{places[path]}.{key}"] = gathered(factors[name].weight)
     for path, module in state.copies.get(name, {}).items():
         tensors |= {plain_name(f"{path}.{key}"): gathered(value) for key, value in module.state_dict().items()}
     if config.bias != "none":
@@ -115,8 +115,9 @@ def _portable(
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors = {}
     for path, (a, b) in factors.items():
-        tensors[f"{path}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
-        tensors[f"{path}.lora_B.weight"] = nn.functional.pad(b, (0, rank - b.shape[1]))
+        key_a, key_b = _factor_keys(layers[path])
+        tensors[f"{path}.{key_a}"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
+        tensors[f"{path}.{key_b}"] = nn.functional.pad(b, (0, rank - b.shape[1]))
     plain = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -125,9 +126,21 @@ def _portable(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        fan_in_fan_out=_fan_in_fan_out(layers),
     )
     return _with_named_targets(model, plain, list(layers)), tensors
+
+
+def _factor_keys(module: nn.Module) -> tuple[str, str]:
+    """What PEFT's file calls lora_A and lora_B of this module, behind its path."""
+    if isinstance(module, nn.Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A.weight", "lora_B.weight"
+
+
+def _fan_in_fan_out(layers: Mapping[str, LoraLayer]) -> bool:
+    """What PEFT's config says of how weights are stored; it means linear layers."""
+    return any(layer.fan_in_fan_out for layer in layers.values() if not isinstance(layer, nn.Embedding))
 
 
 def _with_named_targets(model: nn.Module, config: LoraConfig, paths: list[str]) -> LoraConfig:
@@ -341,9 +354,10 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
     for path, module in plain.items():
         ranks = config.rank_of(path) * getattr(module, "stacked", 1)
         n, k = matrix_shape(module)
-        shapes[f"{places[path]}.lora_A.weight"] = torch.Size((ranks, k))
-        shapes[f"{places[path]}.lora_B.weight"] = torch.Size((n, ranks))
-        if config.bias != "none" and module.bias is not None:
+        key_a, key_b = _factor_keys(module)
+        shapes[f"{places[path]}.{key_a}"] = torch.Size((ranks, k))
+        shapes[f"{places[path]}.{key_b}"] = torch.Size((n, ranks))
+        if config.bias != "none" and getattr(module, "bias", None) is not None:
             shapes[f"{path}.base_layer.bias"] = module.bias.shape
     saved = saved_module_names(model, config)
     for path in saved:
@@ -405,7 +419,7 @@ def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, T
     for key, value in tensors.items():
         owner, _, rest = key.partition(".lora_")
         if rest and owner in layers:
-            factors = layers[owner].lora_A if rest.startswith("A") else layers[owner].lora_B
+            factors = layers[owner].lora_A if rest.rpartition("_")[2].startswith("A") else layers[owner].lora_B
             factors[name].weight.copy_(value)
             continue
         # modules_to_save stand in their original's place while their adapter is active, so their keys lead there.

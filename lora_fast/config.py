@@ -81,7 +81,8 @@ class LoraConfig:
     lora_alpha: scaling = lora_alpha / R, or lora_alpha / √R with use_rslora (arXiv:2312.03732).
     lora_dropout: probability p in [0, 1) of the dropout on the input of lora_A.
     target_modules: module names (each matches a whole dotted name or its end), a regex matched against the whole dotted
-        name, or "all-linear" (the default): every nn.Linear, subclasses too, and Conv1D but the output head.
+        name, or "all-linear" (the default): every nn.Linear, subclasses too, and Conv1D but the output head. An
+        nn.Embedding that is named is adapted too, as in PEFT without dropout.
     target_parameters: names of parameters (whole dotted names or their ends) that get ΔW = scaling · B A themselves,
         where no linear layer holds them: the stacked experts of a mixture ("experts.gate_up_proj"), each with factors
         of rank R of its own, or a router's weight. As in PEFT they take no dropout, and target_modules=[] adapts them

@@ -70,9 +70,9 @@ def calls_by_path(model: nn.Module) -> Counter[tuple[str, str | None]]:
 
     path: "lora_linear" (base and update in one op), "lora_linears" (so together with the layers that read the same
     input), "lora_swiglu_mlp" (an MLP's three layers in one op), "lora_experts" (a mixture's stacked experts, all
-    parameters of the module together), "lora_update" (the base layer called as it is, the update fused), "formed" (a
-    module called with W + ΔW in place of its parameter), "layers" (an MLP that calls its layers one by one), "base" (no
-    adapter runs) or "peft"."""
+    parameters of the module together), "lora_embedding" (a lookup), "lora_update" (the base layer called as it is, the
+    update fused), "formed" (a module called with W + ΔW in place of its parameter), "layers" (an MLP that calls its
+    layers one by one), "base" (no adapter runs) or "peft"."""
     counters = (module.__dict__.get("calls_by_path", {}) for module in model.modules())
     return sum(map(Counter, counters), Counter())
 

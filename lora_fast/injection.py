@@ -219,9 +219,9 @@ def apply_lora(
     """Puts LoRA adapters into `model` in place and freezes everything else: y += scaling · drop(x) Aᵀ Bᵀ on every
     target.
 
-    The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D). Called again with another
-    adapter_name it adds that adapter, and the newest is active. adapter_dtype: dtype of the master copies of A and B;
-    products run in the base's dtype, over the 4-bit and 8-bit layers of bitsandbytes in x's.
+    The model keeps its class and its weights' names; targets become LoraLinear (LoraConv1D, LoraEmbedding). Called
+    again with another adapter_name it adds that adapter, and the newest is active. adapter_dtype: dtype of the master
+    copies of A and B; products run in the base's dtype, over the 4-bit and 8-bit layers of bitsandbytes in x's.
     backend: "auto", "torch" or "triton" (a call raises where Triton can't run). Returns `model`.
     Raises LoraFastError, with nothing changed, where nothing matches, or an adapter of that name exists."""
     check_backend(backend)
@@ -309,6 +309,11 @@ def _check_ranks(targets: dict[str, nn.Module], specs: dict, init: bool | str) -
 def _check_base_can_change(model: nn.Module, targets: dict[str, nn.Module], init: str) -> None:
     tied = tied_weights(model, targets)
     for name, module in targets.items():
+        if isinstance(module, nn.Embedding):
+            raise LoraFastError(
+                f"init_lora_weights={init!r} starts from a linear layer's weight, and {name} is an embedding; exclude "
+                "it, or start with init_lora_weights=True"
+            )
         if is_quantized(module):
             raise LoraFastError(
                 f"init_lora_weights={init!r} changes {name}.weight, which is quantized; start with "

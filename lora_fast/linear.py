@@ -41,8 +41,8 @@ class AdapterSpec:
 
 
 class LoraLayer(nn.Module):
-    """What LoraLinear and LoraConv1D share; the class beside it in the bases supplies `weight`, `bias` and the base
-    forward."""
+    """What LoraLinear, LoraConv1D and LoraEmbedding share; the class beside it in the bases supplies `weight`, `bias`
+    and the base forward."""
 
     fan_in_fan_out = False
     stacked = 1  # matrices that the weight stacks, each with factors of its own
@@ -97,12 +97,8 @@ class LoraLayer(nn.Module):
     def add_adapter(self, name: str, spec: AdapterSpec, init: bool | str, dtype: torch.dtype) -> None:
         """Adds factors of rank spec.r, initialized as `init` says (see LoraConfig), as masters of `dtype` on the
         weight's device."""
-        (n, k), ranks = matrix_shape(self), spec.r * self.stacked
-        # Made where and as PEFT makes them (on the CPU in fp32, A before B): the same seed then gives the same start.
         device = _execution_device(self) if is_offloaded(self) else self.weight.device
-        make = "meta" if device.type == "meta" else "cpu"
-        a = nn.Linear(k, ranks, bias=False, device=make, dtype=torch.float32)
-        b = nn.Linear(ranks, n, bias=False, device=make, dtype=torch.float32)
+        a, b = self.random_factors(spec, init, "meta" if device.type == "meta" else "cpu")
         if init in BASE_CHANGING_INITS:
             a_start, b_start = self._factors_of(self.matrix(), spec, init)
             a.weight.copy_(a_start)
@@ -110,12 +106,6 @@ class LoraLayer(nn.Module):
             if self._weight_before_init is None:
                 self._weight_before_init = self.weight.detach().to("cpu", copy=True)
             self._subtract(spec.scaling * (b_start @ a_start))
-        elif init == "gaussian":
-            nn.init.normal_(a.weight, std=1 / spec.r)
-            nn.init.zeros_(b.weight)
-        elif init is True:
-            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-            nn.init.zeros_(b.weight)
         if init not in BASE_CHANGING_INITS and self.weight.is_floating_point():
             # PEFT's random starts pass through the base's dtype; so do ours, that a seed gives the same start in bf16
             # too.
@@ -125,6 +115,20 @@ class LoraLayer(nn.Module):
         self.lora_A[name].train(self.training)
         self.lora_B[name].train(self.training)
         self.adapter_specs[name] = spec
+
+    def random_factors(self, spec: AdapterSpec, init: bool | str, device: str) -> tuple[nn.Linear, nn.Linear]:
+        """What holds A (R, K) and B (N, R), fp32, made where and as PEFT makes them (on the CPU, A before B): the same
+        seed then gives the same start."""
+        (n, k), ranks = matrix_shape(self), spec.r * self.stacked
+        a = nn.Linear(k, ranks, bias=False, device=device, dtype=torch.float32)
+        b = nn.Linear(ranks, n, bias=False, device=device, dtype=torch.float32)
+        if init == "gaussian":
+            nn.init.normal_(a.weight, std=1 / spec.r)
+            nn.init.zeros_(b.weight)
+        elif init is True:
+            nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+            nn.init.zeros_(b.weight)
+        return a, b
 
     @staticmethod
     def _factors_of(weight: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """LoRA on subclasses of nn.Linear (Falcon's linear layers, the out_proj of nn.MultiheadAttention, the 4-bit and 8-bit
-layers of bitsandbytes): classes made on demand.
+layers of bitsandbytes) and of nn.Embedding (those that scale): classes made on demand.
 
 A subclass that keeps nn.Linear's forward is adapted as nn.Linear is. One with a forward of its own is called as it is
-and the update added to what it returns, as PEFT does."""
+and the update added to what it returns, as PEFT does. That of an embedding calls nn.Embedding's, which is adapted."""
 
 from functools import cache
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.config import LoraFastError
+from lora_fast.embedding import LoraEmbedding
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.ops import lora_update
 from lora_fast.quantized import is_four_bit, packed_weight, why_called
@@ -29,7 +30,8 @@ def has_plain_weight(module: nn.Linear) -> bool:
 
 
 class LoraSubclass(LoraLayer):
-    """A LoRA layer over `base_class`, a subclass of nn.Linear with nn.Linear's own forward: base and update in one op.
+    """A LoRA layer over `base_class`, a subclass of nn.Linear with nn.Linear's own forward: base and update in one op;
+    or of nn.Embedding.
 
     No module holds the classes that `lora_subclass` makes, so that copies and pickles name `base_class` instead."""
 
@@ -90,13 +92,16 @@ class LoraCalledBase(LoraSubclass):
 
 
 @cache
-def lora_subclass(base: type[nn.Linear]) -> type[LoraSubclass]:
+def lora_subclass(base: type[nn.Linear | nn.Embedding]) -> type[LoraSubclass]:
     """The one LoRA class over `base`."""
-    kind = LoraSubclass if base.forward is nn.Linear.forward else LoraCalledBase
-    return type(f"Lora{base.__name__}", (kind, base), {"__module__": __name__, "base_class": base})
+    if issubclass(base, nn.Embedding):
+        kinds = (LoraSubclass, base, LoraEmbedding)  # base's forward comes first, and finds LoraEmbedding's above it
+    else:
+        kinds = (LoraSubclass if base.forward is nn.Linear.forward else LoraCalledBase, base)
+    return type(f"Lora{base.__name__}", kinds, {"__module__": __name__, "base_class": base})
 
 
-def _empty(base: type[nn.Linear]) -> LoraSubclass:
+def _empty(base: type[nn.Linear | nn.Embedding]) -> LoraSubclass:
     """What a copy or a pickle of such a layer starts from."""
     kind = lora_subclass(base)
     return kind.__new__(kind)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
+from lora_fast.embedding import LoraEmbedding, embedding_refusal
 from lora_fast.linear import LoraLayer, LoraLinear, is_offloaded
 from lora_fast.parameter import LoraOwner, LoraParameter, lora_parameter
 from lora_fast.quantized import is_quantized
@@ -41,12 +42,15 @@ _READS_WEIGHTS_OF = {
 
 
 def lora_class(module: nn.Module) -> type[LoraLayer] | None:
-    """The class that `module` becomes, or None where it is no linear layer that can carry an adapter.
+    """The class that `module` becomes, or None where it is no linear layer or embedding that can carry an adapter.
 
     A subclass of nn.Linear keeps a forward of its own. One whose weight is packed or sharded carries none, but for
     those of bitsandbytes, of which it is known what the forward computes."""
     if type(module) is nn.Linear:
         return LoraLinear
+    if isinstance(module, nn.Embedding) and not isinstance(module, LoraLayer):
+        kind = LoraEmbedding if type(module) is nn.Embedding else lora_subclass(type(module))
+        return kind if embedding_refusal(module) is None else None
     # transformers is imported only where a module of it was already met: importing lora_fast must not pull it in.
     if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
         from lora_fast.conv1d import LoraConv1D
@@ -114,12 +118,16 @@ def embedding_of(module: nn.Module, getter: str = "get_input_embeddings") -> nn.
     return found if isinstance(found, nn.Module) else None
 
 
+def _is_adaptable_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer that carries adapters or can."""
+    return not isinstance(module, nn.Embedding) and (isinstance(module, LoraLayer) or lora_class(module) is not None)
+
+
 def _all_linear_names(model: nn.Module, config: LoraConfig) -> set[str]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if not isinstance(module, LoraParameter)
-        and (isinstance(module, nn.Linear) or lora_class(module) is not None or isinstance(module, LoraLayer))
+        if not isinstance(module, LoraParameter) and (isinstance(module, nn.Linear) or _is_adaptable_linear(module))
     }
     head = embedding_of(model, "get_output_embeddings")
     if head is None and config.task_type == "SEQ_CLS":
@@ -159,11 +167,13 @@ def target_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
                 f"the module; add exclude_modules={list(_STATE_SPACE_UNREACHED)}"
             )
         if not isinstance(module, LoraLayer) and lora_class(module) is None:
+            if isinstance(module, nn.Embedding):
+                raise LoraFastError(f"{name} can't be adapted: {embedding_refusal(module)}; exclude_modules it")
             raise LoraFastError(
                 f"{name} is a {type(module).__module__}.{type(module).__qualname__}; lora-fast adapts torch.nn.Linear, "
                 "its subclasses whose weight is a plain floating-point matrix (out_features, in_features), those of "
-                "bitsandbytes, and Transformers' Conv1D. Make the adapter with PEFT and call accelerate_peft, or "
-                "exclude_modules it"
+                "bitsandbytes, Transformers' Conv1D, and torch.nn.Embedding. Make the adapter with PEFT and call "
+                "accelerate_peft, or exclude_modules it"
             )
         targets[path] = module
     names = [plain_name(name) for name, _ in model.named_modules()]
@@ -294,7 +304,7 @@ def _shown(value: str | Collection[str]) -> str:
 def _near(model: nn.Module, wanted: Collection[str]) -> str:
     """What to write instead: the nearest names that exist, else the names of the linear layers."""
     ends = [(plain_name(name).rpartition(".")[2], module) for name, module in _base_modules(model).items()]
-    last = list(dict.fromkeys(n for n, m in ends if isinstance(m, LoraLayer) or lora_class(m) is not None))
+    last = list(dict.fromkeys(n for n, m in ends if _is_adaptable_linear(m)))
     every = list(dict.fromkeys(name for name, _ in ends))
     near = [n for w in wanted for n in difflib.get_close_matches(w.rpartition(".")[2], every, n=3, cutoff=0.6)]
     if near:

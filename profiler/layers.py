@@ -54,8 +54,8 @@ def _shapes(source: ModelSource, workload: Workload) -> dict[tuple[int, int], li
     apply_lora(model, workload.lora_config(1), adapter_name="probe")
     shapes: dict[tuple[int, int], list[str]] = {}
     for path, module in model.named_modules():
-        # Of stacked experts the rows are divided by values, which no shape tells.
-        if "probe" in getattr(module, "lora_A", ()) and not isinstance(module, LoraParameter):
+        # Of stacked experts the rows are divided by values, which no shape tells; an embedding multiplies nothing.
+        if "probe" in getattr(module, "lora_A", ()) and not isinstance(module, (LoraParameter, nn.Embedding)):
             K, N = module.lora_A["probe"].weight.shape[1], module.lora_B["probe"].weight.shape[0]
             shapes.setdefault((K, N), []).append(path)
     return shapes

@@ -348,13 +348,17 @@ def vocab_size(model: nn.Module) -> int | None:
 
 def counts(model: nn.Module, targets: Sequence[nn.Module]) -> dict:
     """What of a model's shape a run records, for what is read off its numbers later: vocab_size, linears (how many
-    layers all-linear could name, the head among them), and adapted: how many have an adapter, and their Σ K and Σ N."""
+    layers all-linear could name, the head among them), and adapted: how many but embeddings have an adapter, and their
+    Σ K and Σ N, or None where none has."""
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in path]
+    targets = [module for module in targets if not isinstance(module, nn.Embedding)]  # which multiplies nothing
     inputs = sum(getattr(module, "in_features", module.weight.shape[0]) for module in targets)  # a Conv1D's is (K, N)
     return {
         "vocab_size": vocab_size(model),
         "linears": max(len(linears), len(targets)),
-        "adapted": {
+        "adapted": None
+        if not targets
+        else {
             "modules": len(targets),
             "in_features": inputs,
             "out_features": sum(sum(module.weight.shape[-2:]) for module in targets) - inputs,

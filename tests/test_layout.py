@@ -34,7 +34,7 @@ fused
 dispatch
 ops
 mlp grouped experts shared_input quantized
-linear conv1d subclass parameter peft_layers swiglu_mlp svd spectrum rank_evidence
+linear conv1d embedding subclass parameter peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta
 targets injection
 peft_bridge checkpoint rank_rules training_curve
