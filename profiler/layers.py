@@ -40,6 +40,8 @@ def time_layers(
     dense_ms, ratio_to_frozen and ratio_to_dense with their intervals frozen_ci and dense_ci, and noise_floor: the
     larger distance from 1 of the A/A arm's interval. A rank that can't run has status and error in place of times."""
     shapes = _shapes(source, workload)
+    if not shapes:
+        return {"status": "failed", "error": "none of what is adapted is a linear layer"}
     rows = []
     for number, ((K, N), paths) in enumerate(shapes.items()):
         progress(number, len(shapes), f"{K} → {N}")
