@@ -188,6 +188,19 @@ def swiglu_backward(
     return dg, du, dA_down, grad_b(dg, s_gate, scale_gate), grad_b(du, s_up, scale_up)
 
 
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+def scale_columns(z: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+    """y = z ∘ g + bias: z (M, N), g (N,), bias (N,) or None; computed in g's dtype where z's is narrower, y in z's."""
+    return (z * g if bias is None else torch.addcmul(bias.to(g.dtype), z, g)).to(z.dtype)
+
+
+def scale_columns_backward(dy: Tensor, z: Tensor | None, g: Tensor) -> tuple[Tensor, Tensor | None]:
+    """dz = dy ∘ g in dy's dtype and dg = Σ_m dy ∘ z (N,) in g's, None where z is None."""
+    return (dy * g).to(dy.dtype), None if z is None else (dy.to(g.dtype) * z).sum(0)
+
+
 # --- Several adapters in one batch ------------------------------------------------------------------------------------
 # segments: (first row, end, adapter), disjoint; rows outside all of them have no adapter. as_, bs: every a_g (R_g, K)
 # and b_g (N, R_g) as above. S and dS are (M, width): a row holds the R_g numbers of its own adapter, then zeros.

@@ -20,6 +20,7 @@ from lora_fast.linear import whole
 from lora_fast.parameter import LoraParameter
 
 # PEFT's values of init_lora_weights that leave the base weights as they are.
+_NO_PRODUCT = "it is DoRA, whose update is not scaling · lora_B lora_A"
 _STARTS_OF_FACTORS_ALONE = frozenset({"True", "False", "gaussian", "orthogonal", "eva"})
 DIVERGED = "holds NaN or inf; the training run that wrote it diverged"
 # The weights of a mixture's experts in the order in which all of Transformers' modules that stack them declare them.
@@ -96,6 +97,8 @@ def read_updates(adapter: str | os.PathLike | nn.Module, *, check_finite: bool) 
 
 def _from_folder(folder: Path, check_finite: bool) -> AdapterUpdates:
     config, tensors = read_adapter(folder, check_finite=check_finite)
+    if config.use_dora:
+        raise LoraFastError(f"{folder / CONFIG_NAME}: use_dora=True; {_NO_PRODUCT}")
     source = str(folder / WEIGHTS_NAME)
     pairs: dict[str, dict[str, Tensor]] = {}
     embeddings, others = set(), []
@@ -237,6 +240,8 @@ def _from_model(model: nn.Module) -> AdapterUpdates:
     state = lora_state(model)
     name, source = state.active, f"adapter {state.active!r} of this {type(model).__name__}"
     config = state.configs[name]
+    if config.use_dora:
+        raise LoraFastError(f"{source} has use_dora=True; {_NO_PRODUCT}")
     factors, transposed, layers = [], set(), lora_layers(model)
     check_matrices(layers)
     for path, layer in layers.items():

@@ -87,8 +87,8 @@ def _as_trained(
     tensors = {}
     places = _places(layers)
     for path, layer in layers.items():
-        for key, factors in zip(_factor_keys(layer), (layer.lora_A, layer.lora_B)):
-            tensors[f"{places[path]}.{key}"] = gathered(factors[name].weight)
+        for key, factor in zip(_factor_keys(layer), layer.factor_modules(name)):
+            tensors[f"{places[path]}.{key}"] = gathered(factor.weight)
     for path, module in state.copies.get(name, {}).items():
         tensors |= {plain_name(f"{path}.{key}"): gathered(value) for key, value in module.state_dict().items()}
     if config.bias != "none":
@@ -104,7 +104,8 @@ def _portable(
     model: nn.Module, state: LoraState, name: str, layers: dict[str, LoraLayer]
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
     config = state.configs[name]
-    for field, value in (("modules_to_save", state.copies.get(name)), ("bias", config.bias != "none" and config.bias)):
+    unserved = {"modules_to_save": state.copies.get(name), "bias": config.bias != "none", "use_dora": config.use_dora}
+    for field, value in unserved.items():
         if value:
             raise LoraFastError(
                 f"portable=True: {field} can't be served by vLLM, llama.cpp or SGLang; save without portable"
@@ -115,7 +116,7 @@ def _portable(
     rank = max(a.shape[0] for a, _ in factors.values())
     tensors = {}
     for path, (a, b) in factors.items():
-        key_a, key_b = _factor_keys(layers[path])
+        key_a, key_b, _ = _factor_keys(layers[path])
         tensors[f"{path}.{key_a}"] = nn.functional.pad(a, (0, 0, 0, rank - a.shape[0]))
         tensors[f"{path}.{key_b}"] = nn.functional.pad(b, (0, rank - b.shape[1]))
     plain = LoraConfig(
@@ -131,11 +132,11 @@ def _portable(
     return _with_named_targets(model, plain, list(layers)), tensors
 
 
-def _factor_keys(module: nn.Module) -> tuple[str, str]:
-    """What PEFT's file calls lora_A and lora_B of this module, behind its path."""
+def _factor_keys(module: nn.Module) -> tuple[str, str, str]:
+    """What PEFT's file calls lora_A, lora_B and DoRA's magnitude of this module, behind its path."""
     if isinstance(module, nn.Embedding):
-        return "lora_embedding_A", "lora_embedding_B"
-    return "lora_A.weight", "lora_B.weight"
+        return "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"
+    return "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 def _fan_in_fan_out(layers: Mapping[str, LoraLayer]) -> bool:
@@ -354,9 +355,9 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
     for path, module in plain.items():
         ranks = config.rank_of(path) * getattr(module, "stacked", 1)
         n, k = matrix_shape(module)
-        key_a, key_b = _factor_keys(module)
-        shapes[f"{places[path]}.{key_a}"] = torch.Size((ranks, k))
-        shapes[f"{places[path]}.{key_b}"] = torch.Size((n, ranks))
+        sizes = (ranks, k), (n, ranks), (n,)
+        keys = _factor_keys(module)[: 3 if config.use_dora else 2]
+        shapes |= {f"{places[path]}.{key}": torch.Size(size) for key, size in zip(keys, sizes)}
         if config.bias != "none" and getattr(module, "bias", None) is not None:
             shapes[f"{path}.base_layer.bias"] = module.bias.shape
     saved = saved_module_names(model, config)
@@ -419,8 +420,8 @@ def _fill(model: nn.Module, state: LoraState, name: str, tensors: Mapping[str, T
     for key, value in tensors.items():
         owner, _, rest = key.partition(".lora_")
         if rest and owner in layers:
-            factors = layers[owner].lora_A if rest.rpartition("_")[2].startswith("A") else layers[owner].lora_B
-            factors[name].weight.copy_(value)
+            factors = dict(zip(_factor_keys(layers[owner]), layers[owner].factor_modules(name)))
+            factors[f"lora_{rest}"].weight.copy_(value)
             continue
         # modules_to_save stand in their original's place while their adapter is active, so their keys lead there.
         owner, _, leaf = key.replace(".base_layer.", ".").rpartition(".")

@@ -30,7 +30,6 @@ INITS = (True, False, "gaussian", *BASE_CHANGING_INITS)
 # Fields that PEFT's config has and that change nothing at these values, and are refused at any other: ignoring one
 # would silently compute something else.
 _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
@@ -88,6 +87,7 @@ class LoraConfig:
         of rank R of its own, or a router's weight. As in PEFT they take no dropout, and target_modules=[] adapts them
         alone.
     exclude_modules: the forms of target_modules, taken away.
+    use_dora: DoRA (arXiv:2402.09353): each row of W + ΔW in a trained length of its own.
     layers_to_transform, layers_pattern: only layers of these indices (with names only).
     rank_pattern, alpha_pattern: {regex: r or alpha} for modules whose dotted name ends in a match; the first wins.
     modules_to_save: names of modules trained in full and saved with the adapter.
@@ -99,7 +99,7 @@ class LoraConfig:
     task_type: as in PEFT, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to modules_to_save.
     base_model_name_or_path, revision: carried into the saved config for PEFT.
 
-    Raises LoraFastError for a value out of range, use_dora=True included: DoRA is not supported, and is not ignored."""
+    Raises LoraFastError for a value out of range."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -127,8 +127,6 @@ class LoraConfig:
         _check_alpha(self.lora_alpha, "lora_alpha")
         if not isinstance(self.lora_dropout, (int, float)) or not 0 <= self.lora_dropout < 1:
             raise LoraFastError(f"lora_dropout={self.lora_dropout!r}; expected a probability in [0, 1)")
-        if self.use_dora:
-            raise LoraFastError("use_dora=True; DoRA is not supported by lora-fast, use PEFT for it")
         if self.bias not in ("none", "all", "lora_only"):
             raise LoraFastError(f"bias={self.bias!r}; expected 'none', 'all' or 'lora_only'")
         if not any(self.init_lora_weights is i or self.init_lora_weights == i != True for i in INITS):  # noqa: E712 - 1 == True
@@ -154,6 +152,11 @@ class LoraConfig:
                 f"bias={self.bias!r} with target_parameters={list(self.target_parameters)}: which biases go with a "
                 "parameter is not told; expected 'none'"
             )
+        if self.target_parameters and self.use_dora:
+            raise LoraFastError(
+                f"use_dora=True with target_parameters={list(self.target_parameters)}: DoRA scales what a layer gives; "
+                "expected False"
+            )
         if self.target_parameters and self.init_lora_weights in BASE_CHANGING_INITS:
             raise LoraFastError(
                 f"init_lora_weights={self.init_lora_weights!r} starts from a layer's weight; with target_parameters "
@@ -165,7 +168,7 @@ class LoraConfig:
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 _check_regex(getattr(self, name), name)
-        for name in ("use_rslora", "fan_in_fan_out"):
+        for name in ("use_rslora", "use_dora", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise LoraFastError(f"{name}={getattr(self, name)!r}; expected True or False")
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
@@ -265,11 +268,7 @@ class LoraConfig:
         known = {f.name for f in fields(cls)}
         for name, value in peft_config.items():
             neutral = _UNSUPPORTED_PEFT_FIELDS.get(name, (None, False, "", [], {}))
-            if (
-                name in known - {"use_dora"}
-                or name in _INERT_PEFT_FIELDS
-                or any(value is n or value == n for n in neutral)
-            ):
+            if name in known or name in _INERT_PEFT_FIELDS or any(value is n or value == n for n in neutral):
                 continue
             raise LoraFastError(
                 f"{source}: {name}={value!r} is not supported by lora-fast and would change the result; "

@@ -167,6 +167,8 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
                 "quantized (llm_int8_skip_modules), or adapt it by target_modules"
             )
     for name, module in targets.items():
+        if config.use_dora and (reason := _dora_refusal(module)):
+            raise LoraFastError(f"use_dora=True: {name} is {reason}; exclude_modules it, or use PEFT for it")
         if isinstance(module, LoraParameter):
             name, module = name.rpartition(".")[0], module.owner
         elif module.weight.dim() != 2:
@@ -178,6 +180,15 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
             raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or don't target it")
     return targets
+
+
+def _dora_refusal(module: nn.Module) -> str | None:
+    """Why DoRA can't have the lengths of this target's rows, or None."""
+    if isinstance(module, nn.Embedding):
+        return "an embedding"
+    if is_quantized(module):
+        return "quantized"
+    return "offloaded by accelerate" if is_offloaded(module) else None
 
 
 def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool:
@@ -449,10 +460,11 @@ def _set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A and lora_B of the active adapter, module by module, whether or not they are being trained."""
+    """lora_A, lora_B and, of DoRA, the magnitude of the active adapter, module by module, whether or not they are being
+    trained."""
     active = lora_state(model).active
     layers = [layer for layer in lora_layers(model).values() if active in layer.adapter_specs]
-    return [factor[active].weight for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+    return [factor.weight for layer in layers for factor in layer.factor_modules(active)]
 
 
 def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
@@ -484,8 +496,8 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
             raise LoraFastError(
                 f"{name}.weight is tied to {tied[name]}: merging would change both; untie them, or leave it unmerged"
             )
-        for factor in (layer.lora_A, layer.lora_B):
-            if not torch.isfinite(factor[layer.active_adapter].weight).all():
+        for factor in layer.factor_modules(layer.active_adapter):
+            if not torch.isfinite(factor.weight).all():
                 raise LoraFastError(f"adapter {state.active!r} holds NaN or inf in {name}; nothing was merged")
     for name, layer in layers.items():
         if _overflows(layer):
@@ -508,7 +520,8 @@ def _overflows(layer: LoraLayer) -> bool:
     a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
     # |(B A)ₙₖ| ≤ ‖Bₙ‖ ‖A₌ₖ‖, Cauchy-Schwarz; compared so that a NaN in the base counts as unsettled.
     update = abs(layer.adapter_specs[name].scaling) * b.norm(dim=1).max() * a.norm(dim=0).max()
-    if layer.weight.abs().max() + update < torch.finfo(layer.weight.dtype).max / 2:
+    settled = layer.weight.abs().max() + update < torch.finfo(layer.weight.dtype).max / 2
+    if settled and not layer.adapter_specs[name].use_dora:  # which scales the sum
         return False
     return bool((~torch.isfinite(layer.merged_weight()) & torch.isfinite(layer.weight)).any())
 
@@ -547,7 +560,8 @@ def remove_lora(model: nn.Module) -> None:
                 _become(layer.owner, layer.owner.base_class)
             continue
         for name in layer.STATE_NAMES:
-            delattr(layer, name)
+            if name in layer.__dict__ or name in layer._modules:
+                delattr(layer, name)
         _become(layer, layer.base_class)
     if not merged:
         state.copies = {}

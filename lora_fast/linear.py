@@ -23,6 +23,7 @@ from lora_fast.backend import why_not_triton
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError
 from lora_fast.dispatch import PackedWeight
 from lora_fast.distributed import overwrite, whole
+from lora_fast.dora import Magnitude, row_norms
 from lora_fast.quantized import is_quantized, matrix_shape
 from lora_fast.shared_input import LinearCall, run_linear
 
@@ -31,13 +32,14 @@ NO_ADAPTER = "the base layer alone: its adapter is merged, disabled or not the a
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one adapter is on one module: r = R, scaling, dropout_p, and whether its factors are trained when it is
-    active."""
+    """What one adapter is on one module: r = R, scaling, dropout_p, whether its factors are trained when it is active,
+    and whether it is DoRA."""
 
     r: int
     scaling: float
     dropout_p: float
     trainable: bool
+    use_dora: bool = False
 
 
 class LoraLayer(nn.Module):
@@ -50,6 +52,7 @@ class LoraLayer(nn.Module):
     STATE_NAMES = (
         "lora_A",
         "lora_B",
+        "lora_magnitude_vector",
         "adapter_specs",
         "active_adapter",
         "adapters_disabled",
@@ -63,6 +66,7 @@ class LoraLayer(nn.Module):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    lora_magnitude_vector: nn.ModuleDict  # only with DoRA
     adapter_specs: dict[str, AdapterSpec]
     active_adapter: str | None
     adapters_disabled: bool
@@ -112,9 +116,23 @@ class LoraLayer(nn.Module):
             a, b = a.to(self.weight.dtype), b.to(self.weight.dtype)
         self.lora_A[name] = a.to(device=device, dtype=dtype)
         self.lora_B[name] = b.to(device=device, dtype=dtype)
-        self.lora_A[name].train(self.training)
-        self.lora_B[name].train(self.training)
         self.adapter_specs[name] = spec
+        if spec.use_dora:
+            if "lora_magnitude_vector" not in self._modules:
+                self.lora_magnitude_vector = nn.ModuleDict()
+            self.lora_magnitude_vector[name] = Magnitude(self.row_norms(name).to(dtype))
+        for factor in self.factor_modules(name):
+            factor.train(self.training)
+
+    def factor_modules(self, name: str) -> list[nn.Module]:
+        """What holds lora_A, lora_B and, of DoRA, the magnitude of this adapter as its `weight`."""
+        kinds = ("lora_A", "lora_B", "lora_magnitude_vector")[: 3 if self.adapter_specs[name].use_dora else 2]
+        return [self._modules[kind]._modules[name] for kind in kinds]
+
+    def row_norms(self, name: str) -> Tensor:
+        """‖W + scaling · B A‖ of each row (N,), fp32."""
+        lora_A, lora_B, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.adapter_specs[name].scaling
+        return row_norms(self.matrix(), lora_A, lora_B, scaling)
 
     def random_factors(self, spec: AdapterSpec, init: bool | str, device: str) -> tuple[nn.Linear, nn.Linear]:
         """What holds A (R, K) and B (N, R), fp32, made where and as PEFT makes them (on the CPU, A before B): the same
@@ -171,8 +189,8 @@ class LoraLayer(nn.Module):
         self.active_adapter = name if name in self.adapter_specs else None
         for other, spec in self.adapter_specs.items():
             trained = other == self.active_adapter and spec.trainable
-            self.lora_A[other].weight.requires_grad_(trained)
-            self.lora_B[other].weight.requires_grad_(trained)
+            for factor in self.factor_modules(other):
+                factor.weight.requires_grad_(trained)
 
     @torch.no_grad()
     def delta_weight(self, name: str) -> Tensor:
@@ -184,9 +202,14 @@ class LoraLayer(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """weight + scaling · B A of the active adapter, added in fp32 and rounded once to the weight's dtype."""
-        delta = self.delta_weight(self.active_adapter)
-        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        """weight + scaling · B A of the active adapter, with DoRA in rows of its magnitudes, computed in fp32 and
+        rounded once to the weight's dtype."""
+        name = self.active_adapter
+        merged = self.delta_weight(name).add_(self.weight)
+        if self.adapter_specs[name].use_dora:
+            g = self.lora_magnitude_vector[name].weight / self.row_norms(name)
+            merged *= g if self.fan_in_fan_out else g[:, None]
+        return merged.to(self.weight.dtype)
 
     @torch.no_grad()
     def merge(self, *, keep: str) -> None:
@@ -225,7 +248,8 @@ class LoraLayer(nn.Module):
         return self.active_adapter is not None and not self.adapters_disabled and self.merged_adapter is None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with the active adapter; the base layer alone where none runs."""
+        """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ with the active adapter, with DoRA what dora.py says; the base
+        layer alone where none runs."""
         if not self.adapter_runs():
             self.count("base", NO_ADAPTER)
             return super().forward(x)
@@ -244,6 +268,7 @@ class LoraLayer(nn.Module):
         """What an op computes of this base weight and the active adapter."""
         name, children = self.active_adapter, self._modules  # past nn.Module.__getattr__, which is slow
         spec = self.adapter_specs[name]
+        magnitude = children["lora_magnitude_vector"]._modules[name].weight if spec.use_dora else None
         return LinearCall(
             weight,
             self.bias,
@@ -252,6 +277,7 @@ class LoraLayer(nn.Module):
             spec.scaling,
             spec.dropout_p if self.training else 0.0,
             self.backend,
+            magnitude,
         )
 
     def fusion_path(self) -> tuple[str, str | None]:
@@ -308,4 +334,5 @@ def adapter_spec(config: LoraConfig, module_name: str, *, trainable: bool) -> Ad
         scaling=config.scaling_of(module_name),
         dropout_p=float(config.lora_dropout),
         trainable=trainable,
+        use_dora=config.use_dora,
     )

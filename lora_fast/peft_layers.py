@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
@@ -43,18 +45,29 @@ def _is_altered(module: nn.Module) -> bool:
 
 
 class Adapter(NamedTuple):
-    """What one call needs of an adapter that is plain LoRA: lora_A (R, K), lora_B (N, R), scaling, dropout's p now."""
+    """What one call needs of an adapter that is plain LoRA or DoRA: lora_A (R, K), lora_B (N, R), scaling, dropout's p
+    now, and DoRA's magnitude (N,)."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None
 
 
 def read_adapter(layer: PeftLinear, name: str) -> Adapter | str:
     """The adapter of this name, or why it needs PEFT's forward."""
+    magnitude = None
     if name in layer.lora_variant:
-        return f"the adapter is a LoRA variant, {type(layer.lora_variant[name]).__name__}"
+        variant = type(layer.lora_variant[name])
+        if variant is not DoraLinearVariant:
+            return f"the adapter is a LoRA variant, {variant.__name__}"
+        holder = layer.lora_magnitude_vector[name]
+        if type(holder) is not DoraLinearLayer or _is_altered(holder) or type(holder.weight) not in _PLAIN_TENSORS:
+            return "its magnitude is sharded, or has hooks or a forward of its own"
+        if layer.ephemeral_gpu_offload:
+            return "the adapter visits the GPU call by call (ephemeral_gpu_offload)"
+        magnitude = holder.weight
     weights = []
     for factors in (layer.lora_A, layer.lora_B):
         factor = factors[name]
@@ -79,7 +92,7 @@ def read_adapter(layer: PeftLinear, name: str) -> Adapter | str:
     scaling = layer.scaling[name]
     if not isinstance(scaling, (int, float)):
         return "its scaling is a tensor"
-    return Adapter(weights[0], weights[1], scaling, p)
+    return Adapter(weights[0], weights[1], scaling, p, magnitude)
 
 
 def read_layer(layer: PeftLinear) -> Adapter | str:
@@ -131,6 +144,13 @@ def _base_matrix(base: nn.Module, x: Tensor) -> Tensor | PackedWeight | None:
     return weight if type(base) is nn.Linear else weight.t()
 
 
+def _dora_refusal(adapter: Adapter, weight: Tensor | PackedWeight | None) -> str | None:
+    """Why DoRA on a base layer of this weight, None where it is called, needs PEFT's forward."""
+    if adapter.magnitude is None or isinstance(weight, Tensor):
+        return None
+    return "the adapter is DoRA, and the base layer's weight is quantized or not at hand"
+
+
 def base_refusal(base: nn.Module) -> str | None:
     """Why a base layer is called as it is, or None where its product is fused with the update."""
     if not _is_altered(base) and is_four_bit(base):
@@ -158,24 +178,25 @@ class FastForward:
         if refusal is None:
             base = self.base_layer
             weight = _base_matrix(base, x)
-            refusal = _call_refusal(x, weight, adapter.lora_A.dtype)
+            refusal = _dora_refusal(adapter, weight) or _call_refusal(x, weight, adapter.lora_A.dtype)
         if refusal is not None:
             self._count("peft", refusal)
             return super().forward(x, *args, **kwargs)
-        lora_A, lora_B, scaling, p = adapter
+        lora_A, lora_B, scaling, p, magnitude = adapter
         if weight is None:
             self._count("lora_update", base_refusal(base) or why_called(type(base), four_bit=True))
             return lora_update(x, base(x), lora_A, lora_B, scaling, dropout_p=p, backend=self.backend)
-        y = run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend))
+        y = run_linear(self, x, LinearCall(weight, base.bias, lora_A, lora_B, scaling, p, self.backend, magnitude))
         return y.to(x.dtype) if isinstance(weight, PackedWeight) else y  # as its own forward answers
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """What forward would compute now as one op, or None where it takes another path."""
         adapter = read_layer(self)
         weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer, x)
-        if weight is None or _call_refusal(x, weight, adapter.lora_A.dtype) is not None:
+        if weight is None or _dora_refusal(adapter, weight) or _call_refusal(x, weight, adapter.lora_A.dtype):
             return None
-        return LinearCall(weight, self.base_layer.bias, *adapter, self.backend)
+        *factors, magnitude = adapter
+        return LinearCall(weight, self.base_layer.bias, *factors, self.backend, magnitude)
 
     def fusion_path(self) -> tuple[str, str | None]:
         """The path that a call takes as the layer stands now, and why not Triton's."""
@@ -183,6 +204,8 @@ class FastForward:
         if isinstance(adapter, str):
             return "peft", adapter
         base = base_refusal(self.base_layer)
+        if refusal := _dora_refusal(adapter, None if base or is_four_bit(self.base_layer) else adapter.lora_A):
+            return "peft", refusal
         op = "lora_linear" if base is None else "lora_update"
         weight = adapter.lora_A if base or is_four_bit(self.base_layer) else self.base_layer.weight
         triton = why_not_triton(self.backend, op, weight.device, weight.dtype, adapter.lora_A.shape[0])

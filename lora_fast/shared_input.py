@@ -32,12 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lora_fast.dispatch import KERNEL_GROUP, PLAIN_TENSORS, PackedWeight, autocast_dtype
-from lora_fast.ops import lora_linear, lora_linears
+from lora_fast.dispatch import KERNEL_GROUP, PLAIN_TENSORS, PackedWeight, autocast_dtype, compute_input
+from lora_fast.dora import row_norms, scale_columns
+from lora_fast.ops import lora_linear, lora_linears, lora_update
 
 
 class LinearCall(NamedTuple):
-    """What `lora_linear` needs of a layer as it stands now: weight (N, K), bias, lora_A (R, K), lora_B (N, R), …"""
+    """What `lora_linear` needs of a layer as it stands now: weight (N, K), bias, lora_A (R, K), lora_B (N, R), …; and
+    the magnitude m (N,) of DoRA."""
 
     weight: Tensor | PackedWeight
     bias: Tensor | None
@@ -46,6 +48,11 @@ class LinearCall(NamedTuple):
     scaling: float
     dropout_p: float
     backend: str
+    magnitude: Tensor | None = None
+
+    def before_scaling(self) -> "LinearCall":
+        """What DoRA scales afterwards: LoRA without bias."""
+        return self._replace(bias=None, magnitude=None)
 
 
 # ------------------------------------------------------------------------------------------------- what the source says
@@ -151,6 +158,8 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     others, else as "lora_linear"; calls inside a compiled graph are not counted.
 
     layer must answer `linear_call(x) -> LinearCall | None`: what it would compute now, None where it takes no part."""
+    if call.magnitude is not None:
+        return _dora(layer, x, call)
     if torch.compiler.is_compiling():
         return _linear(x, call)
     # In inference mode, and in torch.func, a change of x leaves no trace.
@@ -176,15 +185,42 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     return ys[0]
 
 
+def _dora(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
+    """y of DoRA, counted as LoRA is; "lora_update" where dropout takes a base product of its own."""
+    if call.dropout_p == 0:
+        g = call.magnitude / row_norms(call.weight, call.lora_A, call.lora_B, call.scaling)
+        return scale_columns(run_linear(layer, x, call.before_scaling()), g, call.bias, backend=call.backend)
+    if not torch.compiler.is_compiling():
+        layer.calls_by_path["lora_update", None] += 1
+    x = compute_input(x, call.weight.dtype)
+    bias = None if call.bias is None else call.bias.to(x.dtype)
+    return update_called(x, torch.nn.functional.linear(x, call.weight, bias), call)
+
+
+def update_called(x: Tensor, base: Tensor, call: LinearCall) -> Tensor:
+    """y of a layer whose base forward gave `base`, bias included."""
+    weight, bias, lora_A, lora_B, scaling, p, backend, magnitude = call
+    if magnitude is None:
+        return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=p, backend=backend)
+    g = magnitude / row_norms(weight, lora_A, lora_B, scaling)
+    if p == 0:
+        z = lora_update(x, base, lora_A, lora_B, scaling, backend=backend)
+        return scale_columns(z, g, None if bias is None else (1 - g) * bias, backend=backend)
+    x = torch.nn.functional.dropout(x, p)
+    product = torch.nn.functional.linear(x, weight)
+    z = lora_update(x, product, lora_A, lora_B, scaling, backend=backend)
+    return torch.addcmul(base - product, z, g).to(base.dtype)
+
+
 def _linear(x: Tensor, call: LinearCall) -> Tensor:
-    weight, bias, lora_A, lora_B, scaling, dropout_p, backend = call
+    weight, bias, lora_A, lora_B, scaling, dropout_p, backend, _ = call
     return lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, backend=backend)
 
 
 def _same(before: LinearCall, now: LinearCall) -> bool:
     """Whether a layer would still compute what was computed for it; `_state` tells its weight."""
     same = before.bias is now.bias and before.lora_A is now.lora_A and before.lora_B is now.lora_B
-    return same and before[4:] == now[4:]
+    return same and before[4:7] == now[4:7]
 
 
 def _state(call: LinearCall, x: Tensor) -> tuple:
@@ -211,6 +247,8 @@ def _calls_together(layer: nn.Module, call: LinearCall, x: Tensor) -> dict[nn.Mo
         other_call = None if hooked else other.linear_call(x)
         if other_call is None:
             continue
+        if other_call.magnitude is not None:
+            other_call = other_call.before_scaling()
         weight, bias, lora_A, lora_B, _, *settings = other_call
         tensors = [t for t in (bias, lora_A, lora_B) if t is not None]
         tensors += [] if isinstance(weight, PackedWeight) else [weight]

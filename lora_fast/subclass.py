@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lora_fast.config import LoraFastError
 from lora_fast.embedding import LoraEmbedding
 from lora_fast.linear import NO_ADAPTER, LoraLayer
-from lora_fast.ops import lora_update
 from lora_fast.quantized import is_four_bit, packed_weight, why_called
-from lora_fast.shared_input import LinearCall, run_linear
+from lora_fast.shared_input import LinearCall, run_linear, update_called
 
 # Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -61,18 +60,7 @@ class LoraCalledBase(LoraSubclass):
                 f"{(*x.shape[:-1], self.out_features)}: name its modules in exclude_modules"
             )
         self.count("lora_update", self._called_base())
-        name = self.active_adapter
-        spec = self.adapter_specs[name]
-        return lora_update(
-            x,
-            base,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            spec.scaling,
-            dropout_p=spec.dropout_p,
-            training=self.training,
-            backend=self.backend,
-        )
+        return update_called(x, base, self.call_with(self.weight))
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         """None where its own forward is called, which may compute anything, so that no op of several takes it in."""

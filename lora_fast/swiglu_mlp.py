@@ -52,6 +52,8 @@ def _calls(layers: list[nn.Module], x: Tensor) -> list[LinearCall] | str:
     calls = [layer.linear_call(x) if hasattr(layer, "linear_call") else None for layer in layers]
     if None in calls:
         return "not all three layers run a plain adapter"
+    if any(call.magnitude is not None for call in calls):
+        return "its layers run DoRA, which scales what each of them gives"
     if len({(call.dropout_p, call.backend, call.weight.dtype) for call in calls}) > 1:
         return "the layers differ in dropout, backend or dtype"
     if any(t.device != x.device for call in calls for t in (call.weight, call.lora_A, call.lora_B)):

@@ -104,7 +104,8 @@ def _layer_index(name: str, layers_pattern: str | Collection[str] | None) -> int
 def _base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """{dotted name: module} of the model's own modules, without those of adapters and PyTorch's wrappers."""
     modules = {name: module for name, module in model.named_modules() if name and not is_wrapper(module)}
-    inside = [f"{n}.lora_{factor}" for n, m in modules.items() if isinstance(m, LoraLayer) for factor in "AB"]
+    factors = ("lora_A", "lora_B", "lora_magnitude_vector")
+    inside = [f"{name}.{factor}" for name, m in modules.items() if isinstance(m, LoraLayer) for factor in factors]
     inside += [name for name, module in modules.items() if isinstance(module, LoraParameter)]
     return {name: module for name, module in modules.items() if not name.startswith(tuple(inside))}
 
