@@ -24,6 +24,9 @@ TargetParameters = Annotated[
         show_default=False,
     ),
 ]
+UseDora = Annotated[
+    bool, typer.Option("--dora", help="Adapters by DoRA, which trains the length of each row of the weights too.")
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -68,6 +71,7 @@ def profile(
         typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
     ] = None,
     target_parameters: TargetParameters = None,
+    use_dora: UseDora = False,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -184,6 +188,7 @@ def profile(
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             target_parameters=target_parameters,
+            use_dora=use_dora,
             steps=steps,
             time_budget_s=time_budget,
             target_ci=None if target_ci is None else parse_share(target_ci, "--target-ci"),
@@ -253,6 +258,7 @@ def estimate(
         typer.Option(help="Of those, leave out these: names, or a regular expression.", show_default=False),
     ] = None,
     target_parameters: TargetParameters = None,
+    use_dora: UseDora = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute decoder layers in backward.")
     ] = False,
@@ -310,6 +316,7 @@ def estimate(
             target_modules=target_modules,
             exclude_modules=exclude_modules,
             target_parameters=target_parameters,
+            use_dora=use_dora,
             adapter_dtype=adapter_dtype,
             lora_dropout=lora_dropout,
             gradient_accumulation=gradient_accumulation,

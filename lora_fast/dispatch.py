@@ -2,6 +2,7 @@
 dispatcher."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from importlib import import_module
@@ -194,6 +195,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     2.12."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def compute_input(x: Tensor, other_dtype: torch.dtype | None) -> Tensor:

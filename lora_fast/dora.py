@@ -27,6 +27,7 @@ from lora_fast.dispatch import (
     on_own_device,
     reshaped,
     unpacked,
+    without_autocast,
 )
 from lora_fast.kernels import reference
 
@@ -50,7 +51,7 @@ def row_norms(weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, sca
     divided by it."""
     weight = unpacked(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         a = lora_A.to(weight.dtype)  # as the products take it
         b, along = lora_B.to(dtype), (weight @ a.t()).to(dtype)  # (N, R)
         gram = a.to(dtype) @ a.to(dtype).t()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_fast.dispatch import in_dtype
+from lora_fast.dispatch import in_dtype, without_autocast
 from lora_fast.linear import NO_ADAPTER, AdapterSpec, LoraLayer
 from lora_fast.shared_input import LinearCall
 
@@ -42,7 +42,7 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         s = F.embedding(input, lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         s, b = in_dtype(s.reshape(-1, s.shape[-1]), base.dtype), in_dtype(lora_B, base.dtype)
         # Autocast would round the base's rows, which a lookup does not.
-        with torch.autocast(base.device.type, enabled=False):
+        with without_autocast(base.device):
             y = torch.addmm(base.reshape(-1, base.shape[-1]), s, b.t(), alpha=self.adapter_specs[name].scaling)
         return y.view(base.shape)
 

@@ -19,10 +19,12 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 # What makes two runs' numbers comparable: the same work. Machines, versions and methods may differ, and are listed.
 WORK = (
     *("model", "parameters", "dtype", "batch_size", "seq_len", "target_modules", "exclude_modules"),
-    *("target_parameters", "adapter_dtype"),
+    *("target_parameters", "adapter_dtype", "use_dora"),
     *("lora_dropout", "gradient_accumulation", "gradient_checkpointing", "attn_implementation", "optimizer", "foreach"),
     *("quantize", "shards"),
 )
+# What runs did that say nothing of it, having been made before there was a choice.
+_BEFORE = {"shards": 1, "use_dora": False}
 # Settings of which None is a value.
 _NONE_IS_KNOWN = ("exclude_modules", "target_parameters", "quantize")
 
@@ -37,10 +39,10 @@ def write_results(folder: RunFolder, profile: Profile) -> None:
 
 def different_work(profiles: list[Profile]) -> dict[str, list]:
     """The settings of WORK in which the runs differ, with each run's value. A setting that an older run did not record
-    is not known to differ; a model that is not sharded is on one GPU."""
+    is not known to differ, but for those of `_BEFORE`."""
     found = {}
     for name in WORK:
-        values = [profile.workload.get(name, 1 if name == "shards" else None) for profile in profiles]
+        values = [profile.workload.get(name, _BEFORE.get(name)) for profile in profiles]
         given = [json.dumps(value) for value in values if value is not None or name in _NONE_IS_KNOWN]
         if len(set(given)) > 1:
             found[name] = values

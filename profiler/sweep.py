@@ -67,6 +67,7 @@ def profile_ranks(
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
     target_parameters: str | Sequence[str] | None = None,
+    use_dora: bool = False,
     steps: int | None = None,
     time_budget_s: float | None = None,
     target_ci: float | None = None,
@@ -98,6 +99,7 @@ def profile_ranks(
     ranks: as `--ranks`: "auto", "8,64", "4:1024:x2", or numbers.
     target_modules, exclude_modules: "q_proj,v_proj", names, or a regex over module paths; "all-linear" for the first.
     target_parameters: "experts.gate_up_proj,experts.down_proj", or names: as in LoraConfig.
+    use_dora: adapters are DoRA.
     steps: timed rounds, of one step per arm; time_budget_s: stop timing after so many seconds (at least six rounds are
     timed); target_ci: stop once every ratio's interval is within ± that share of it (0.02: 2%), a rule on widths and
     never on ratios. Without all three, 30 rounds or 90 seconds; with target_ci alone, at most 10 minutes.
@@ -136,6 +138,8 @@ def profile_ranks(
         )
     if compare_peft and find_spec("peft") is None:
         raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
+    if layers and use_dora:
+        raise LoraFastError("layers are timed with LoRA alone; leave out use_dora or layers")
     if layers and quantize:
         raise LoraFastError("layers are timed as they are in dtype, not quantized; leave out one of the two")
     if resume and out in (None, AUTO):
@@ -155,6 +159,7 @@ def profile_ranks(
         target_modules=parse_modules(target_modules),
         exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
         target_parameters=parse_parameters(target_parameters),
+        use_dora=use_dora,
         device=device,
         seed=seed,
         adapter_dtype=adapter_dtype,
@@ -186,8 +191,9 @@ def profile_ranks(
             wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
         notes = too_large(wanted, targets) + note_on(subject, quantize, workload.dtype)
 
+        trained = {r: workload.adapter_parameters(r, [module for _, module in targets]) for r in wanted}
         arms = [
-            Arm(kind, r, per_rank * r, per_rank * r / (total + per_rank * r))
+            Arm(kind, r, trained[r], trained[r] / (total + trained[r]))
             for kind in ([LORA, PEFT] if compare_peft else [LORA])
             for r in wanted
         ]

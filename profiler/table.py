@@ -112,13 +112,14 @@ def si(value: float) -> str:
 
 
 def _targets(work: dict) -> str:
-    """all-linear, or q_proj+v_proj, or all-linear except lm_head, each perhaps and experts.down_proj."""
+    """all-linear, or q_proj+v_proj, or all-linear except lm_head, each perhaps and experts.down_proj, by DoRA."""
     shown = [
         value if isinstance(value, str) else "+".join(value)
         for value in (work["target_modules"], work.get("exclude_modules"))
         if value
     ]
-    return " and ".join([" except ".join(shown), *(work.get("target_parameters") or ())])
+    by = " by DoRA" if work.get("use_dora") else ""
+    return " and ".join([" except ".join(shown), *(work.get("target_parameters") or ())]) + by
 
 
 def _table(profile: Profile, console: Console) -> Table:

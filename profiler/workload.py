@@ -2,7 +2,7 @@
 optimizer, a fixed random batch."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -14,6 +14,7 @@ from lora_fast.config import ALL_LINEAR
 from lora_fast.profiler.models import max_positions, vocab_size
 from lora_fast.profiler.quantization import check_kind
 from lora_fast.profiler.ranks import parameters_per_rank
+from lora_fast.quantized import matrix_shape
 from lora_fast.targets import target_modules, target_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +38,8 @@ class Workload:
     decoder layer is recomputed in backward (Transformers' own, not reentrant). optimizer: of `OPTIMIZERS`, for LoRA and
     for full fine-tuning. foreach: its updates over lists of parameters, which hold temporaries of their size; None:
     PyTorch's choice (see `uses_foreach`). attn_implementation: as Transformers takes it; None: its choice. backend: as
-    apply_lora takes it. quantize: how weights under adapters are packed, of `quantization.KINDS`; None: not."""
+    apply_lora takes it. quantize: how weights under adapters are packed, of `quantization.KINDS`; None: not. use_dora:
+    adapters are DoRA."""
 
     batch_size: int
     seq_len: int
@@ -56,6 +58,7 @@ class Workload:
     attn_implementation: str | None = None
     backend: str = "auto"
     quantize: str | None = None
+    use_dora: bool = False
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -101,7 +104,13 @@ class Workload:
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
             target_parameters=self.target_parameters,
+            use_dora=self.use_dora,
         )
+
+    def adapter_parameters(self, rank: int, targets: Sequence[nn.Module]) -> int:
+        """How many parameters an adapter of this rank on `targets` trains: Σ r (K + N), and with DoRA Σ N."""
+        magnitudes = sum(matrix_shape(module)[0] for module in targets) if self.use_dora else 0
+        return rank * parameters_per_rank(targets) + magnitudes
 
     def to_dict(self) -> dict:
         return {
@@ -189,10 +198,11 @@ def train_peft(model: nn.Module, workload: Workload, rank: int) -> tuple[nn.Modu
         # PEFT's all-linear means the experts of a mixture too, and at twice the rank where it joins two of their names.
         names["target_modules"] = sorted({name.rpartition(".")[2] for name in target_modules(model, ours)})
         names["target_parameters"] = list(ours.target_parameters or ())
+    names["use_dora"] = ours.use_dora
     config = peft.LoraConfig(r=rank, lora_alpha=ours.lora_alpha, lora_dropout=ours.lora_dropout, **names)
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    expected = rank * parameters_per_rank(targets.values())
+    expected = workload.adapter_parameters(rank, list(targets.values()))
     if (found := sum(parameter.numel() for parameter in trained)) != expected:
         raise LoraFastError(
             f"PEFT adapts other weights of {type(model).__name__} than these targets name ({found:,} parameters, not "
