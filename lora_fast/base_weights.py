@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_fast.adapter_updates import AdapterUpdates
 from lora_fast.checkpoint_files import DTYPES, Stored, stored_tensors
 from lora_fast.config import LoraFastError, few, plain_name
+from lora_fast.distributed import whole
 
 # Bytes of a panel in float64.
 _PANEL_BYTES = 1 << 26
@@ -56,7 +57,7 @@ class BaseWeight(NamedTuple):
             for start in range(0, rows, step):
                 place = slice(start, start + step) if self.expert is None else (self.expert, slice(start, start + step))
                 panel = stored[place] if isinstance(stored, Tensor) else stored.read(place)
-                yield above + start, panel.to(device, torch.float64).flatten(1)
+                yield above + start, whole(panel).to(device, torch.float64).flatten(1)
             above += rows
 
     def norm(self) -> float:
@@ -67,10 +68,10 @@ class BaseWeight(NamedTuple):
         """W (N, K) in float64."""
         sizes = [_size(stored, self.expert) for stored in self.parts]
         size = sum(rows for rows, _ in sizes), sizes[0][1]
-        whole = torch.empty(size, dtype=torch.float64, device=device)
+        filled = torch.empty(size, dtype=torch.float64, device=device)
         for start, panel in self.panels(device):
-            whole[start : start + len(panel)] = panel
-        return whole.mT if self.transposed else whole
+            filled[start : start + len(panel)] = panel
+        return filled.mT if self.transposed else filled
 
 
 def _size(stored: Tensor | Stored, expert: int | None) -> tuple[int, int]:

@@ -17,18 +17,25 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor's whole, for which all of its processes have to ask; any other as it is."""
+    """A sharded tensor's whole, for which all of its processes have to ask; any other as it is.
+
+    Wanted of a sum or a maximum too: float() and bool() give that over this process's part."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def overwrite(tensor: Tensor, value: Tensor) -> None:
-    """tensor ← value, which is the same in all processes where the tensor is sharded and it isn't."""
+def spread_as(tensor: Tensor, value: Tensor) -> Tensor:
+    """`value`, which is the same in all processes, spread over them as the tensor is where it isn't yet."""
     if is_sharded(tensor) and not is_sharded(value):
         from torch.distributed.tensor import distribute_tensor  # slow to import, and met already where one is sharded
 
         value = value.to(tensor.device)
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.copy_(value)
+    return value
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """tensor ← value, spread as the tensor is."""
+    tensor.copy_(spread_as(tensor, value))
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -80,6 +87,9 @@ def distribution_of(model: nn.Module) -> str | None:
     for wrapper in ("DistributedDataParallel", "FullyShardedDataParallel"):
         if wrapper in kinds:
             return f"wrapped in {wrapper}"
+    # FSDP1's own mark of a parameter, whose shape tells nothing inside summon_full_params.
+    if any(hasattr(parameter, "_fsdp_flattened") for parameter in model.parameters()):
+        return "in FullyShardedDataParallel's pieces already"
     sharded = any(map(is_sharded, model.parameters())) or any(map(_is_fsdp2, model.modules()))
     return "sharded over processes (its weights are DTensors)" if sharded else None
 

@@ -334,7 +334,8 @@ def call_refusal(module: nn.Module, arguments: tuple, names: Mapping[str, Expert
         if type(weight) not in PLAIN_TENSORS or weight.dim() != 3:
             return f"{name} is no plain parameter of three dimensions"
         if weight.requires_grad:
-            return f"{name} is trained itself"
+            # FullyShardedDataParallel's views of a flat parameter seem trained where a part of it is.
+            return f"{name} is {'trained itself' if weight.is_leaf else 'computed from what is trained'}"
         if autocast_dtype(x.device) is None and weight.dtype != x.dtype:
             return f"hidden states are in {x.dtype}, {name} in {weight.dtype}"
     if left := names.keys() - set(_weights_of(module)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
 from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
-from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite
+from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite, whole
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.parameter import (
     LoraOwner,
@@ -171,11 +171,6 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             raise LoraFastError(f"use_dora=True: {name} is {reason}; exclude_modules it, or use PEFT for it")
         if isinstance(module, LoraParameter):
             name, module = name.rpartition(".")[0], module.owner
-        elif module.weight.dim() != 2:
-            raise LoraFastError(
-                f"FullyShardedDataParallel holds {plain_name(name)} in pieces already, so that nothing would average "
-                "the gradients of adapters put in now; put them in first, then distribute the model"
-            )
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
         if attribute in module.__dict__ and not _is_its_class_forward(module, attribute):
             raise LoraFastError(f"{name}.forward was replaced on the instance; undo that first, or don't target it")
@@ -497,7 +492,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
                 f"{name}.weight is tied to {tied[name]}: merging would change both; untie them, or leave it unmerged"
             )
         for factor in layer.factor_modules(layer.active_adapter):
-            if not torch.isfinite(factor.weight).all():
+            if not torch.isfinite(whole(factor.weight)).all():
                 raise LoraFastError(f"adapter {state.active!r} holds NaN or inf in {name}; nothing was merged")
     for name, layer in layers.items():
         if _overflows(layer):
@@ -517,13 +512,13 @@ def _overflows(layer: LoraLayer) -> bool:
     """Whether a merge would turn finite weights into inf. One layer's merged weight lives at a time, and only where a
     bound on it, max|W| + max|update|, does not settle the question: it costs as much as the merge."""
     name = layer.active_adapter
-    a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    a, b = (whole(factor[name].weight).double() for factor in (layer.lora_A, layer.lora_B))
     # |(B A)ₙₖ| ≤ ‖Bₙ‖ ‖A₌ₖ‖, Cauchy-Schwarz; compared so that a NaN in the base counts as unsettled.
     update = abs(layer.adapter_specs[name].scaling) * b.norm(dim=1).max() * a.norm(dim=0).max()
-    settled = layer.weight.abs().max() + update < torch.finfo(layer.weight.dtype).max / 2
+    settled = whole(layer.weight.abs().max()) + update < torch.finfo(layer.weight.dtype).max / 2
     if settled and not layer.adapter_specs[name].use_dora:  # which scales the sum
         return False
-    return bool((~torch.isfinite(layer.merged_weight()) & torch.isfinite(layer.weight)).any())
+    return bool(whole((~torch.isfinite(layer.merged_weight()) & torch.isfinite(layer.weight)).any()))
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -532,9 +527,10 @@ def unmerge_lora(model: nn.Module) -> None:
     state = lora_state(model)
     if state.merged_keep is None:
         raise LoraFastError("no adapter is merged; merge_lora(model) comes first")
-    for layer in lora_layers(model).values():
-        if layer.merged_adapter is not None:
-            layer.unmerge()
+    layers = {name: layer for name, layer in lora_layers(model).items() if layer.merged_adapter is not None}
+    check_matrices(layers)
+    for layer in layers.values():
+        layer.unmerge()
     state.merged_keep = None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import experts
+from lora_fast.distributed import spread_as, whole
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.shared_input import LinearCall
 
@@ -80,9 +81,10 @@ class LoraParameter(LoraLayer):
         """ΔW in the parameter's layout, in fp32 (float64 for a float64 parameter); autograd can follow."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         lora_A, lora_B, scaling = self.factors(name)
-        a, b = experts.factors_by_expert(lora_A.to(dtype), lora_B.to(dtype), self.stacked)
+        # Whole where they are sharded: the pieces of lora_A need not end where an expert does.
+        a, b = experts.factors_by_expert(whole(lora_A).to(dtype), whole(lora_B).to(dtype), self.stacked)
         delta = scaling * (b @ a)
-        return (delta.mT if self.transposed else delta).view_as(self.weight)
+        return spread_as(self.weight, (delta.mT if self.transposed else delta).view(self.weight.shape))
 
     def linear_call(self, x: Tensor) -> LinearCall | None:
         return None
@@ -124,15 +126,20 @@ class LoraOwner(nn.Module):
         layers[0].count("formed", reason)
         before = {name: layer.weight for name, layer in running.items()}
         formed = {name: before[name] + layer.delta_weight(layer.active_adapter) for name, layer in running.items()}
-        # FullyShardedDataParallel has views of its flat pieces in a parameter's place, as plain attributes.
-        places = {name: self._parameters if name in self._parameters else self.__dict__ for name in running}
         try:
             for name, weight in formed.items():
-                places[name][name] = weight.to(before[name].dtype)
+                self._replace(name, weight.to(before[name].dtype))
             return self.base_class.forward(self, *args, **kwargs)
         finally:
             for name, weight in before.items():
-                places[name][name] = weight
+                self._replace(name, weight)
+
+    def _replace(self, name: str, weight: Tensor) -> None:
+        """Puts a tensor in a parameter's place, or in both of its places: FullyShardedDataParallel has a view of its
+        flat parameter there as a plain attribute too, which comes first."""
+        for place in (self.__dict__, self._parameters):
+            if name in place:
+                place[name] = weight
 
 
 @cache
