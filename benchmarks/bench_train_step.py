@@ -1,12 +1,12 @@
 """A training step of a Llama of 25M parameters with our layers, with PEFT's, and with PEFT's accelerated in place.
 
-    .venv/bin/python benchmarks/bench_train_step.py [--rounds 30] [--batch-size 2 --seq-len 256]
+    .venv/bin/python benchmarks/bench_train_step.py [--rounds 30] [--batch-size 2 --seq-len 256] [--dora]
 
 Every arm trains the same adapter on the same base weights (forward, backward, AdamW on A and B) in one process, stepped
 in randomized rounds; only ratios within a round are compared, and a second copy of the baseline (the A/A arm) shows the
 method's noise. The frozen model, without adapters and optimizer, is the floor of every LoRA. A row of the CSV is an
 arm: its ratio to PEFT's defaults with a 95% interval, and what it keeps for backward in MiB, each storage counted once,
-parameters left out. Rows that lose are kept.
+parameters left out. Rows that lose are kept. With --dora all adapters are DoRA but those of one arm more.
 """
 
 import argparse
@@ -28,24 +28,28 @@ from lora_fast import LoraConfig, accelerate_peft, apply_lora
 from lora_fast.profiler.intervals import ratio_with_interval
 from lora_fast.profiler.models import build, resolve
 
-BASELINE, AGAIN, FROZEN = "peft", "peft again", "frozen"
+BASELINE, AGAIN, FROZEN, WITHOUT_DORA = "peft", "peft again", "frozen", "lora_fast without dora"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_ROUNDS = 3
 
 
-def peft_model(base: nn.Module, rank: int, dropout: float, *, fp32_adapters: bool = True) -> nn.Module:
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules="all-linear")
+def peft_model(
+    base: nn.Module, rank: int, dropout: float, dora: bool = False, *, fp32_adapters: bool = True
+) -> nn.Module:
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora, target_modules="all-linear"
+    )
     torch.manual_seed(0)
     return peft.get_peft_model(base, config, autocast_adapter_dtype=fp32_adapters)
 
 
-def injected(base: nn.Module, rank: int, dropout: float) -> nn.Module:
+def injected(base: nn.Module, rank: int, dropout: float, dora: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return apply_lora(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout))
+    return apply_lora(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora))
 
 
-def accelerated(base: nn.Module, rank: int, dropout: float) -> nn.Module:
-    model = peft_model(base, rank, dropout)
+def accelerated(base: nn.Module, rank: int, dropout: float, dora: bool = False) -> nn.Module:
+    model = peft_model(base, rank, dropout, dora)
     accelerate_peft(model)
     return model
 
@@ -61,16 +65,19 @@ def share_weights(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, {id(p): p for p in base.parameters()})
 
 
-def arms_of(base: nn.Module, rank: int, dropout: float, dtype: str) -> dict[str, nn.Module]:
+def arms_of(base: nn.Module, rank: int, dropout: float, dtype: str, dora: bool) -> dict[str, nn.Module]:
+    adapter = rank, dropout, dora
     arms = {
-        BASELINE: peft_model(share_weights(base), rank, dropout),
-        AGAIN: peft_model(share_weights(base), rank, dropout),
-        "lora_fast": injected(share_weights(base), rank, dropout),
-        "accelerate_peft": accelerated(share_weights(base), rank, dropout),
+        BASELINE: peft_model(share_weights(base), *adapter),
+        AGAIN: peft_model(share_weights(base), *adapter),
+        "lora_fast": injected(share_weights(base), *adapter),
+        "accelerate_peft": accelerated(share_weights(base), *adapter),
         FROZEN: frozen(share_weights(base)),
     }
     if dtype == "bf16":
-        arms["peft bf16 adapters"] = peft_model(share_weights(base), rank, dropout, fp32_adapters=False)
+        arms["peft bf16 adapters"] = peft_model(share_weights(base), *adapter, fp32_adapters=False)
+    if dora:
+        arms[WITHOUT_DORA] = injected(share_weights(base), rank, dropout)
     return {name: model.train() for name, model in arms.items()}
 
 
@@ -103,8 +110,10 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, ids: torch.T
     return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu)
 
 
-def measure(base: nn.Module, ids: torch.Tensor, rank: int, dropout: float, dtype: str, rounds: int) -> list[dict]:
-    arms = arms_of(base, rank, dropout, dtype)
+def measure(
+    base: nn.Module, ids: torch.Tensor, rank: int, dropout: float, dtype: str, dora: bool, rounds: int
+) -> list[dict]:
+    arms = arms_of(base, rank, dropout, dtype, dora)
     saved = {name: saved_MiB(model, ids) for name, model in arms.items()}
     # A learning rate of 0 does all of AdamW's work and keeps every arm at the same weights.
     optimizers = {
@@ -160,6 +169,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--dora", action="store_true", help="DoRA in place of LoRA, into train_step_dora_….csv")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu")
     args = parser.parse_args()
 
@@ -169,11 +179,11 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "op": "train_step",
+        "op": "train_step_dora" if args.dora else "train_step",
         "model": args.model,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"train_step_{args.batch_size * args.seq_len}.csv"
+    path = args.out / f"{provenance['op']}_{args.batch_size * args.seq_len}.csv"
     with path.open("w", newline="") as file:
         writer = None
         for dtype in args.dtypes.split(","):
@@ -182,7 +192,8 @@ def main() -> None:
             ids = torch.randint(0, base.config.vocab_size, (args.batch_size, args.seq_len), generator=generator)
             for dropout in map(float, args.dropouts.split(",")):
                 for rank in map(int, args.ranks.split(",")):
-                    rows = [{**provenance, **row} for row in measure(base, ids, rank, dropout, dtype, args.rounds)]
+                    found = measure(base, ids, rank, dropout, dtype, args.dora, args.rounds)
+                    rows = [{**provenance, **row} for row in found]
                     if writer is None:
                         writer = csv.DictWriter(file, rows[0])
                         writer.writeheader()
