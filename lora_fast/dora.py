@@ -52,12 +52,15 @@ def row_norms(weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, sca
     weight = unpacked(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
-        a = lora_A.to(weight.dtype)  # as the products take it
-        b, along = lora_B.to(dtype), (weight @ a.t()).to(dtype)  # (N, R)
-        gram = a.to(dtype) @ a.to(dtype).t()
-        square = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-        square += (b * (2 * scaling * along + scaling**2 * (b @ gram))).sum(1)
-    return square.clamp_min(0).sqrt().clamp_min(torch.finfo(dtype).tiny)
+        square = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
+        if weight.device.type == "cpu":  # where so narrow a product takes four times as long in half precision
+            weight = weight.to(dtype)
+        a, b = lora_A.to(weight.dtype), lora_B.to(dtype)
+        along = (weight @ a.t()).to(dtype)  # ⟨w_n, a_r⟩ (N, R)
+        a = a.to(dtype)
+        along = torch.addmm(along, b, a @ a.t(), alpha=scaling / 2)
+        square.add_((b * along).sum(1), alpha=2 * scaling)
+    return square.clamp_min_(0).sqrt_().clamp_min_(torch.finfo(dtype).tiny)
 
 
 def scale_columns(z: Tensor, g: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
