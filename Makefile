@@ -29,6 +29,7 @@ test: $(VENV)/.installed-test ## ruff, then the whole test suite (JOBS=2 process
 bench-cpu: $(VENV)/.installed-test ## a training step against PEFT's, and what launches cost, into benchmarks/results/cpu (keep the machine quiet)
 	$(BIN)/python benchmarks/bench_train_step.py
 	$(BIN)/python benchmarks/bench_train_step.py --batch-size 4 --seq-len 512 --dtypes bf16 --rounds 10
+	$(BIN)/python benchmarks/bench_train_step.py --dora --ranks 16 --dtypes fp32
 	$(BIN)/python benchmarks/bench_host.py
 
 # Nothing is installed: with the .venv where there is one, else with a $(PYTHON) that has torch, triton, peft and pytest.

@@ -112,6 +112,29 @@ def train_step(tokens: int) -> str:
     return "\n".join(lines)
 
 
+def dora() -> str:
+    """Our training step with DoRA against PEFT's, from the CSV of bench_train_step.py --dora."""
+    with (RESULTS / "cpu" / "train_step_dora_512.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cases: dict[tuple[str, str, str], dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault((row["dtype"], row["dropout"], row["R"]), {})[row["provider"]] = row
+    first = rows[0]
+    lines = [
+        f"{first['model']}, {first['M']} tokens a step, all-linear, AdamW; {first['gpu']}, torch {first['torch']}, "
+        f"peft {first['peft']}; medians of {first['rounds']} paired rounds, over PEFT's DoRA, [95% interval].",
+        "",
+        "| base | dropout | r | `apply_lora` | `accelerate_peft` | PEFT again (A/A) | our LoRA | frozen model "
+        "| kept for backward, MiB: PEFT → ours |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, of in cases.items():
+        providers = ("lora_fast", "accelerate_peft", "peft again", "lora_fast without dora", "frozen")
+        kept = f"{of['peft']['saved_MiB']} → {of['lora_fast']['saved_MiB']}"
+        lines.append(f"| {' | '.join([*case, *(_ratio(of[name]) for name in providers), kept])} |")
+    return "\n".join(lines)
+
+
 def _ratio(row: dict | None) -> str:
     return "" if row is None else f"{row['ratio_to_peft']} [{row['ratio_low']}, {row['ratio_high']}]"
 
@@ -365,6 +388,7 @@ BLOCKS = {
     "spectra_words": spectra_words,
     "train_step_512": partial(train_step, 512),
     "train_step_2048": partial(train_step, 2048),
+    "dora": dora,
     "traffic": traffic,
     "experts": experts,
     "host": host,
