@@ -88,9 +88,26 @@ def spectra_words() -> str:
     )
 
 
-def train_step(tokens: int) -> str:
-    """Our training step against PEFT's at this many tokens a step, from the CSV of bench_train_step.py."""
-    with (RESULTS / "cpu" / f"train_step_{tokens}.csv").open(newline="", encoding="utf-8") as file:
+# {heading: arm of bench_train_step.py}, each over PEFT's.
+TRAIN_STEP_ARMS = {
+    "`apply_lora` / PEFT": "lora_fast",
+    "`accelerate_peft` / PEFT": "accelerate_peft",
+    "PEFT / PEFT (A/A)": "peft again",
+    "PEFT with bf16 adapters / PEFT": "peft bf16 adapters",
+    "frozen model / PEFT": "frozen",
+}
+DORA_ARMS = {
+    "`apply_lora` / PEFT's DoRA": "lora_fast",
+    "`accelerate_peft`": "accelerate_peft",
+    "PEFT's DoRA (A/A)": "peft again",
+    "our LoRA": "lora_fast without dora",
+    "frozen model": "frozen",
+}
+
+
+def train_step(name: str, arms: dict[str, str]) -> str:
+    """Our training step against PEFT's, from a CSV of bench_train_step.py."""
+    with (RESULTS / "cpu" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     cells: dict[tuple[str, str, str], dict[str, dict]] = {}
     for row in rows:
@@ -100,38 +117,13 @@ def train_step(tokens: int) -> str:
         f"{first['model']}, {first['M']} tokens a step, all-linear, AdamW; {first['gpu']}, torch {first['torch']}, "
         f"peft {first['peft']}; medians of {first['rounds']} paired rounds, [95% interval].",
         "",
-        "| base | dropout | r | `apply_lora` / PEFT | `accelerate_peft` / PEFT | PEFT / PEFT (A/A) "
-        "| PEFT with bf16 adapters / PEFT | frozen model / PEFT | kept for backward, MiB: PEFT → ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| base | dropout | r | {' | '.join(arms)} | kept for backward, MiB: PEFT → ours |",
+        "|---" * (4 + len(arms)) + "|",
     ]
     for (dtype, dropout, rank), of in cells.items():
-        providers = ("lora_fast", "accelerate_peft", "peft again", "peft bf16 adapters", "frozen")
-        ratios = " | ".join(_ratio(of.get(provider)) for provider in providers)
+        ratios = " | ".join(_ratio(of.get(arm)) for arm in arms.values())
         kept = f"{of['peft']['saved_MiB']} → {of['lora_fast']['saved_MiB']}"
         lines.append(f"| {dtype} | {dropout} | {rank} | {ratios} | {kept} |")
-    return "\n".join(lines)
-
-
-def dora() -> str:
-    """Our training step with DoRA against PEFT's, from the CSV of bench_train_step.py --dora."""
-    with (RESULTS / "cpu" / "train_step_dora_512.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    cases: dict[tuple[str, str, str], dict[str, dict]] = {}
-    for row in rows:
-        cases.setdefault((row["dtype"], row["dropout"], row["R"]), {})[row["provider"]] = row
-    first = rows[0]
-    lines = [
-        f"{first['model']}, {first['M']} tokens a step, all-linear, AdamW; {first['gpu']}, torch {first['torch']}, "
-        f"peft {first['peft']}; medians of {first['rounds']} paired rounds, over PEFT's DoRA, [95% interval].",
-        "",
-        "| base | dropout | r | `apply_lora` | `accelerate_peft` | PEFT again (A/A) | our LoRA | frozen model "
-        "| kept for backward, MiB: PEFT → ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for case, of in cases.items():
-        providers = ("lora_fast", "accelerate_peft", "peft again", "lora_fast without dora", "frozen")
-        kept = f"{of['peft']['saved_MiB']} → {of['lora_fast']['saved_MiB']}"
-        lines.append(f"| {' | '.join([*case, *(_ratio(of[name]) for name in providers), kept])} |")
     return "\n".join(lines)
 
 
@@ -386,9 +378,9 @@ BLOCKS = {
     "adapter_training": adapter_training,
     "spectra": spectra_table,
     "spectra_words": spectra_words,
-    "train_step_512": partial(train_step, 512),
-    "train_step_2048": partial(train_step, 2048),
-    "dora": dora,
+    "train_step_512": partial(train_step, "train_step_512", TRAIN_STEP_ARMS),
+    "train_step_2048": partial(train_step, "train_step_2048", TRAIN_STEP_ARMS),
+    "dora": partial(train_step, "train_step_dora_512", DORA_ARMS),
     "traffic": traffic,
     "experts": experts,
     "host": host,
