@@ -18,10 +18,11 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 
 import harness
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 FROZEN, AGAIN = "frozen", "frozen again"
 COLUMNS = (
@@ -95,23 +96,6 @@ def arms_of(block: nn.Module, rank: int) -> dict[str, nn.Module]:
     return {name: build(shared(block), rank) for name, build in make.items()}
 
 
-def saved_MiB(block: nn.Module, x: Tensor) -> float:
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    storages = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        y = block(x)
-    found = sum(storages.values()) / 2**20
-    del y
-    return found
-
-
 def measure(args: argparse.Namespace, rank: int):
     from lora_fast.profiler.intervals import ratio_with_interval
 
@@ -133,7 +117,7 @@ def measure(args: argparse.Namespace, rank: int):
             leaf.grad = None
         return took
 
-    saved = {name: saved_MiB(block, x) for name, block in arms.items()}
+    saved = {name: harness.kept_MiB(partial(block, x), block.parameters()) for name, block in arms.items()}
     order, names = random.Random(0), list(arms)
     samples: dict[str, list[float]] = {name: [] for name in names}
     gc.disable()  # a collection inside one arm's step would be that arm's bad luck

@@ -21,7 +21,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from harness import RESULTS, commit, processor
+from harness import RESULTS, commit, kept_MiB, processor
 from torch import nn
 
 from lora_fast import LoraConfig, accelerate_peft, apply_lora
@@ -82,22 +82,9 @@ def arms_of(base: nn.Module, rank: int, dropout: float, dtype: str, dora: bool) 
 
 
 def saved_MiB(model: nn.Module, ids: torch.Tensor) -> float:
-    """Bytes kept for backward between forward and backward of the decoder, each storage once, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """What the decoder keeps between forward and backward, parameters left out."""
     decoder = next(m for m in model.modules() if type(m).__name__ == "LlamaModel")
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        out = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    total = sum(storages.values()) / 2**20
-    del out
-    return total
+    return kept_MiB(lambda: decoder(input_ids=ids, use_cache=False).last_hidden_state, model.parameters())
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer | None, ids: torch.Tensor) -> tuple[float, float]:

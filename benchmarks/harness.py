@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -82,6 +83,25 @@ class Deadline:
 
     def left(self) -> float:
         return float("inf") if self.end is None else self.end - time.monotonic()
+
+
+def kept_MiB(call: Callable[[], Any], left_out: Iterable[torch.Tensor]) -> float:
+    """What the graph of a call's result keeps for backward, each storage once, without those of `left_out`.
+
+    What is saved and dropped again with a part of the graph that leads nowhere doesn't count."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in left_out}
+    saved: list[weakref.ref] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = call()
+    storages = [tensor.untyped_storage() for ref in saved if (tensor := ref()) is not None]
+    total = sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in others}.values())
+    del result
+    return total / 2**20
 
 
 class RowWriter:

@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
+import harness
 import numpy as np
 import torch
-from harness import NO_TIME
 from torch import Tensor
 
 from lora_fast import tuning
@@ -92,21 +93,8 @@ def input_sets(M: int, K: int, Ns: Sequence[int], dtype: torch.dtype, device: to
 
 
 def saved_MiB(arm: Arm, x: Tensor, frozen: Sequence[Tensor]) -> float:
-    """Bytes kept from forward to backward, each storage once; `frozen` and the arm's own factors are left out."""
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in (*frozen, *arm.trained)}
-    storages: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        ys = arm.outputs(x)
-    total = sum(storages.values()) / 2**20
-    del ys
-    return total
+    """What is kept from forward to backward; `frozen` and the arm's own factors are left out."""
+    return harness.kept_MiB(partial(arm.outputs, x), (*frozen, *arm.trained))
 
 
 def peak_MiB(call: Callable[[], Any], device: torch.device) -> float | None:
@@ -276,14 +264,14 @@ def compare(
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> dict[str, Measured]:
     """Prepares every arm, then times all of them; frozen: the weights, which no arm is charged for. Arms whose turn
-    comes when out_of_time() are left out, with NO_TIME."""
+    comes when out_of_time() are left out, with harness.NO_TIME."""
     device = sets[0].x.device
     measured = {name: Measured() for name in arms}
     truths: dict[int, list[Tensor]] = {}
     calls: dict[str, Callable[[], Any] | None] = {}
     for name, arm in arms.items():
         if any(calls.values()) and out_of_time():  # rather some arms than none: the first is the baseline
-            measured[name].error = NO_TIME
+            measured[name].error = harness.NO_TIME
         else:
             calls[name] = _prepare(arm, sets, frozen, truths, measured[name])
     truths.clear()
