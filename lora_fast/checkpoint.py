@@ -376,7 +376,7 @@ def _expected(model: nn.Module, config: LoraConfig, targets: dict[str, nn.Module
 def _optional(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, torch.Size]:
     """{key: shape} of base tensors that PEFT may save along: a targeted head's own weight, resized embeddings."""
     shapes = {}
-    for path, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters(remove_duplicate=False):  # a tied head's weight by its own name too
         owner, _, leaf = path.rpartition(".")
         if owner in targets:
             shapes[f"{plain_name(owner)}.base_layer.{leaf}"] = parameter.shape

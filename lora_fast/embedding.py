@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_fast.config import LoraFastError
 from lora_fast.dispatch import in_dtype, without_autocast
 from lora_fast.linear import NO_ADAPTER, AdapterSpec, LoraLayer
 from lora_fast.shared_input import LinearCall
@@ -18,6 +19,7 @@ from lora_fast.shared_input import LinearCall
 # The only way in which the forward of a subclass may get at its rows, and all that it may ask of the table itself.
 _LOOKUP = re.compile(r"\bsuper\(\)\.forward\(")
 _TABLE = re.compile(r"\bself\.weight\b(?!\.(device|dtype|shape|size)\b)")
+_NO_GRADIENT = re.compile(r"\b(no_grad|inference_mode)\b")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -39,6 +41,11 @@ class LoraEmbedding(LoraLayer, nn.Embedding):
         self.count("lora_embedding", None)
         name = self.active_adapter
         lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
+        if lora_A.shape[1] != self.weight.shape[0]:
+            raise LoraFastError(
+                f"lora_A has V={lora_A.shape[1]}, the embedding has V={self.weight.shape[0]}: it was resized after "
+                "its adapter was put in; resize first, then apply_lora"
+            )
         s = F.embedding(input, lora_A.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         s, b = in_dtype(s.reshape(-1, s.shape[-1]), base.dtype), in_dtype(lora_B, base.dtype)
         # Autocast would round the base's rows, which a lookup does not.
@@ -80,15 +87,22 @@ def embedding_refusal(module: nn.Embedding) -> str | None:
     for kind in type(module).__mro__:
         if kind is nn.Embedding:
             return None
-        if "forward" in vars(kind) and not _looks_up(kind):
-            return f"{kind.__name__}.forward reads the table itself, past the lookup that the update is added to"
+        if "forward" in vars(kind) and (reason := _forward_refusal(source_of(kind.forward))):
+            return f"{kind.__name__}.forward {reason}"
     return None
 
 
-def _looks_up(kind: type[nn.Embedding]) -> bool:
-    """Whether the forward of this class has all rows from the class above it."""
+def _forward_refusal(source: str) -> str | None:
+    """Why a forward of this source takes no update, or None where it has all rows from the class above it, and its
+    gradients too."""
+    if not _LOOKUP.search(source) or _TABLE.search(source):
+        return "reads the table itself, past the lookup that the update is added to"
+    return "records no gradient, so that nothing would be trained" if _NO_GRADIENT.search(source) else None
+
+
+def source_of(what: object) -> str:
+    """The source of a function or a class, "" where there is none."""
     try:
-        source = inspect.getsource(kind.forward)
+        return inspect.getsource(what)
     except (OSError, TypeError):
-        return False
-    return bool(_LOOKUP.search(source)) and not _TABLE.search(source)
+        return ""

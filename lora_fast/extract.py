@@ -227,6 +227,11 @@ def _targets(
     found = {}
     if model is not None:
         linears = find_targets(model, LoraConfig(target_modules=wanted))
+        if embedding := next((path for path, module in linears.items() if isinstance(module, nn.Embedding)), None):
+            raise LoraFastError(
+                f"target_modules: {embedding} is a torch.nn.Embedding, and only linear layers are extracted; leave it "
+                "out, and save_others=True takes it along whole"
+            )
         for name in pair.names:
             path = _path_in(model, name)
             if path in linears:

@@ -158,7 +158,18 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         if layer.owner in targets.values():
             raise LoraFastError(f"target_parameters: {name} is the weight of a layer that target_modules adapts too")
     targets |= parameters
+    for name in targets:
+        if saved := next((s for s in (state.originals if state else ()) if f"{name}.".startswith(f"{s}.")), None):
+            raise LoraFastError(
+                f"{name} is in modules_to_save of another adapter, which trains a copy of {saved}; exclude_modules it, "
+                "or remove_lora(model) first"
+            )
     for name in saved_module_names(model, config):
+        if any(isinstance(module, LoraLayer) for module in model.get_submodule(name).modules()):
+            raise LoraFastError(
+                f"modules_to_save: {name} carries another adapter's factors, and is trained whole or by factors, not "
+                "both; leave it out here, or remove_lora(model) first"
+            )
         if any(is_offloaded(module) for module in model.get_submodule(name).modules()):
             raise LoraFastError(f"modules_to_save: {name} is offloaded by accelerate; keep it on a device to train it")
         if any(map(is_quantized, model.get_submodule(name).modules())):
@@ -490,6 +501,13 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
         if name in tied:
             raise LoraFastError(
                 f"{name}.weight is tied to {tied[name]}: merging would change both; untie them, or leave it unmerged"
+            )
+        lora_A, lora_B = (factors[layer.active_adapter].weight for factors in (layer.lora_A, layer.lora_B))
+        shape = lora_B.shape[0], lora_A.shape[1]
+        if shape != matrix_shape(layer):
+            raise LoraFastError(
+                f"{name}.weight was resized after its adapter was put in: (N, K) is {matrix_shape(layer)}, the "
+                f"adapter's {shape}; resize first, then apply_lora"
             )
         for factor in layer.factor_modules(layer.active_adapter):
             if not torch.isfinite(whole(factor.weight)).all():

@@ -225,6 +225,7 @@ def merge_adapters(
         config, tensors = _read(adapter)
         updates = _updates(adapter, tensors)
         left_over = tensors.keys() - {key for update in updates for key in update.keys}
+        left_over -= {f"{update.place.path}.base_layer.weight" for update in updates}  # the base's, which PEFT adds
         if left_over:
             raise LoraFastError(
                 f"{adapter} holds {min(left_over)}, which is trained in full (modules_to_save or bias): adding such "

@@ -1,14 +1,15 @@
 """Which modules of a model a config means, by PEFT's matching rules; no per-model code."""
 
 import difflib
+import itertools
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
-from lora_fast.embedding import LoraEmbedding, embedding_refusal
+from lora_fast.embedding import LoraEmbedding, embedding_refusal, source_of
 from lora_fast.linear import LoraLayer, LoraLinear, is_offloaded
 from lora_fast.parameter import LoraOwner, LoraParameter, lora_parameter
 from lora_fast.quantized import is_quantized
@@ -249,11 +250,11 @@ def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
 def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
     """{who: those among `names` whose module is seldom or never called, because who reads its weight directly}."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    owners = {plain_name(name): type(module) for name, module in _base_modules(model).items()}
+    modules = {plain_name(name): module for name, module in _base_modules(model).items()}
     found: dict[str, list[str]] = {}
     for name in names:
         owner_name, _, leaf = plain_name(name).rpartition(".")
-        owner = owners.get(owner_name, type(model))
+        owner = type(modules.get(owner_name, model))
         forward = owner.forward
         if model_type in _STATE_SPACE_TYPES and _ends_with_one_of(name, _STATE_SPACE_SELDOM_REACHED):
             found.setdefault(f"in training a {model_type}", []).append(name)
@@ -264,7 +265,26 @@ def unreached(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
         elif forward is nn.TransformerEncoderLayer.forward and leaf in ("linear1", "linear2"):
             # Its fused path, which it takes outside training where its own weights are frozen.
             found.setdefault("in evaluation torch.nn.TransformerEncoderLayer", []).append(name)
+        elif reader := _reader_of_embedding(modules, owner, plain_name(name)):
+            found.setdefault(reader, []).append(name)
     return found
+
+
+def _reader_of_embedding(modules: Mapping[str, nn.Module], owner: type[nn.Module], name: str) -> str | None:
+    """Who reads the weight of the embedding of this name, in a module of class `owner` that nowhere calls it: that
+    class, or another embedding, which it is tied to, as T5's `shared` is; None where it is called or no embedding."""
+    module = modules.get(name)
+    if not isinstance(module, nn.Embedding):
+        return None
+    own = itertools.takewhile(lambda kind: kind is not nn.Module, owner.__mro__)
+    source = "".join(source_of(kind) for kind in own if "forward" in vars(kind))
+    attribute = rf"\bself\.{re.escape(name.rpartition('.')[2])}"
+    if not source or re.search(rf"{attribute}\(", source):
+        return None
+    if re.search(rf"{attribute}\.weight\b(?!\.(device|dtype|shape|size)\b)", source):
+        return owner.__name__
+    tied = (n for n, m in modules.items() if m is not module and isinstance(m, nn.Embedding))
+    return next((n for n in tied if modules[n].weight is module.weight), None)
 
 
 def unadapted_experts(model: nn.Module, config: LoraConfig) -> list[str]:
