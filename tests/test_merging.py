@@ -200,6 +200,18 @@ def test_switching_equals_models_built_alone():
     assert torch.equal(logits(both), expected["one"])
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_module_is_trained_whole_or_by_factors(name):
+    """A copy of a layer with another adapter's factors would go on computing that adapter."""
+    whole, factors = {"target_modules": ["q_proj"], "modules_to_save": [name]}, {"target_modules": [name, "q_proj"]}
+    for first, second in ((whole, factors), (factors, whole)):
+        model = injected(lora=first, name="one")
+        before = snapshot(model)
+        with pytest.raises(LoraFastError, match=rf"{name} (is in modules_to_save of|carries) another adapter"):
+            apply_lora(model, LoraConfig(**second), adapter_name="two")
+        assert_unchanged(model, before)
+
+
 def test_disable_adapters():
     base = build("llama")
     plain = logits(base)
