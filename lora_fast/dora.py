@@ -129,9 +129,11 @@ def _gradients(ctx, dy):
         return None, None, None, None
     needs_dz, needs_dg, needs_dbias, _ = ctx.needs_input_grad
     z, g = ctx.saved_tensors
-    dbias = flatten(dy).sum(0).to(ctx.bias_dtype) if needs_dbias else None
+    dbias = None
+    if needs_dbias:  # not summed in dy's dtype: fp16 ends at 65,504, and a bias in fp32 may go on to g
+        dbias = flatten(dy).sum(0, dtype=torch.promote_types(dy.dtype, ctx.bias_dtype)).to(ctx.bias_dtype)
     if torch.is_grad_enabled() or is_batched(dy):  # create_graph=True, or many dys at once: what autograd can follow
-        dg = (dy.to(g.dtype) * z).flatten(0, -2).sum(0) if needs_dg else None
+        dg = flatten(dy.to(g.dtype) * z).sum(0) if needs_dg else None
         return (dy * g).to(dy.dtype) if needs_dz else None, dg, dbias, None
     arguments = dy, z if needs_dg else dy, g, needs_dg, ctx.triton
     run = torch.ops.lora_fast.scale_columns_backward if is_observed() else _backward
