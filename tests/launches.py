@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lora_fast.kernels import adapter_grads, factors, gemm_lora, partials, shrink, swiglu
+from lora_fast.kernels import adapter_grads, factors, gemm_lora, partials, scale_columns, shrink, swiglu
 from lora_fast.kernels.launch import Launch
 
 TARGET = TARGETS["sm_90"]
@@ -132,6 +132,7 @@ def drawn_calls(draw: random.Random) -> list[Callable[[], Any]]:
     seed, mask = torch.zeros(1, dtype=torch.int64), torch.empty(M, -(-N // 8), dtype=torch.uint8)
     others = [matrix(*size, dtype) for size in ((M, N), (N, K), (M, R))]
     masks = torch.empty(2, M, -(-K // 8), dtype=torch.uint8)
+    factor, bias = matrix(1, N, torch.float32)[0], draw.choice((None, matrix(1, N, dtype)[0]))
     kind = {"capability": draw.choice(((8, 0), (9, 0)))}
 
     def two_masked_products(ranks: tuple[int, int]) -> Callable[[], Tensor]:
@@ -154,6 +155,8 @@ def drawn_calls(draw: random.Random) -> list[Callable[[], Any]]:
         lambda: partials.add_up([partials.Sum(parts, total), partials.Sum(parts, total, 2.0)]),
         lambda: swiglu.swiglu_shrink(g, u, a_down, **kind),
         lambda: swiglu.swiglu_backward(dy, g, u, s, s, None, **kind),
+        lambda: scale_columns.scale_columns(u, factor, bias),
+        lambda: scale_columns.scale_columns_backward(dy, u, factor),
     ]
 
 

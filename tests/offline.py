@@ -321,6 +321,20 @@ def expert_table_cases(target: str) -> Iterator[Case]:
         yield Case("expert_table", f"{experts} experts", lambda capability, call=call: call(), wide=False)
 
 
+def scale_columns_cases(target: str) -> Iterator[Case]:
+    from lora_fast.kernels.scale_columns import scale_columns, scale_columns_backward
+
+    def both(capability, M, N, dtype=torch.bfloat16, bias=False):
+        z, g = meta(M, N, dtype=dtype), meta(N, dtype=torch.float32)
+        scale_columns(z, g, meta(N, dtype=dtype) if bias else None)
+        scale_columns_backward(z, z, g)
+
+    for dtype, bias in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        call = functools.partial(both, M=8191, N=4096, dtype=dtype, bias=bias)
+        yield Case("scale_columns", f"{str(dtype)[6:]}{', bias' if bias else ''}", call)
+    yield from ones("scale_columns", target, "bias", functools.partial(both, bias=True), M=70, N=144)
+
+
 def factors_cases(target: str) -> Iterator[Case]:
     from lora_fast.kernels.factors import cast_factors
 
@@ -373,6 +387,7 @@ CASES = {
     "swiglu": swiglu_cases,
     "grouped": grouped_cases,
     "expert_table": expert_table_cases,
+    "scale_columns": scale_columns_cases,
     "factors": factors_cases,
     "jacobi": jacobi_cases,
     "gram": gram_cases,

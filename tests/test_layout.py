@@ -32,7 +32,7 @@ config backend tuning fusion
 distributed
 fused
 dispatch
-ops
+ops dora
 mlp grouped experts shared_input quantized
 linear conv1d embedding subclass parameter peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta

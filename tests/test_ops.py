@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_fast import LoraFastError, lora_grouped_linear, lora_linear, lora_linears, lora_swiglu_mlp, lora_update
+from lora_fast.dora import scale_columns
 from lora_fast.kernels import reference
 
 OPS = torch.ops.lora_fast
@@ -499,6 +500,7 @@ def calls_of_every_op(backend):
         "lora_update": lambda x: lora_update(x, x, lora_A, lora_B, **options),
         "lora_swiglu_mlp": lambda x: lora_swiglu_mlp(x, frozen, frozen, frozen, **options),
         "lora_grouped_linear": grouped,
+        "scale_columns": lambda x: scale_columns(x, lora_B[:, 1], bias, backend=backend),
     }
     return x, calls
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from traffic import Traffic, count_traffic
 
 from lora_fast import fused, lora_linear, lora_linears, lora_swiglu_mlp, lora_update, tuning
-from lora_fast.kernels import adapter_grads, grouped, reference, swiglu
+from lora_fast.kernels import adapter_grads, grouped, reference, scale_columns, swiglu
 from lora_fast.kernels import shrink as shrink_kernels
 
 pytestmark = pytest.mark.skipif(
@@ -262,6 +262,29 @@ def test_a_swiglu_mlp(p):
         **{"gemm_lora_kernel": 5, "_forward_kernel": 1, "_backward_kernel": 1, "_sum_kernel": 4},
     }
     assert traffic.ops() == {"mm": 2, **({"randint": 1} if p else {})}  # dS of gate and of up
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_factor_for_each_column():
+    """Forward reads z and writes y, backward reads dy and z and writes dz, and does not read z for dz alone. An fp32
+    copy of any would be a pass of twice the bytes."""
+    z, dy = random(M, N, dtype=HALF, seed=1), random(M, N, dtype=HALF, seed=2)
+    g, bias = random(N, seed=3), random(N, dtype=HALF, seed=4)
+    with count_traffic() as forward:
+        scale_columns.scale_columns(z, g, bias)
+    assert not excess(forward, passes({}, ("Y", M * N, 2)), (4 + E) * N)
+    assert forward.launches() == {"_scale_kernel": 1} and not forward.ops()
+    with count_traffic() as backward:
+        scale_columns.scale_columns_backward(dy, z, g)
+    parts = triton.cdiv(M, scale_columns.BACKWARD.rows)  # of so few rows, each of one block
+    assert not excess(backward, passes({}, ("Y", M * N, 3)), 4 * N * (1 + 2 * parts + 1))
+    assert backward.launches() == {"_scale_backward_kernel": 1, "_sum_kernel": 1} and not backward.ops()
+    with count_traffic() as frozen:
+        scale_columns.scale_columns_backward(dy, None, g)
+    assert not excess(frozen, passes({}, ("Y", M * N, 2)), 4 * N)
+    assert frozen.launches() == {"_scale_kernel": 1} and not frozen.ops()
 
 
 # --- Several adapters in a batch --------------------------------------------------------------------------------------
