@@ -19,8 +19,11 @@ from lora_fast.injection import lora_layers, lora_state
 from lora_fast.linear import whole
 from lora_fast.parameter import LoraParameter
 
+_NO_PRODUCT = (
+    "it is DoRA, whose update is not scaling · lora_B lora_A; merge it into its base and compare the two "
+    "(delta_spectra, or lora-fast svd --base BASE --tuned MERGED)"
+)
 # PEFT's values of init_lora_weights that leave the base weights as they are.
-_NO_PRODUCT = "it is DoRA, whose update is not scaling · lora_B lora_A"
 _STARTS_OF_FACTORS_ALONE = frozenset({"True", "False", "gaussian", "orthogonal", "eva"})
 DIVERGED = "holds NaN or inf; the training run that wrote it diverged"
 # The weights of a mixture's experts in the order in which all of Transformers' modules that stack them declare them.

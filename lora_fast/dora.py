@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from lora_fast.backend import runs_triton
 from lora_fast.dispatch import (
-    PackedWeight,
     flatten,
     implement,
     is_batched,
@@ -26,7 +25,6 @@ from lora_fast.dispatch import (
     library,
     on_own_device,
     reshaped,
-    unpacked,
     without_autocast,
 )
 from lora_fast.kernels import reference
@@ -43,13 +41,13 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-@torch.no_grad()
-def row_norms(weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """‖W + scaling · B A‖ of each row (N,), in fp32, float64 for a float64 weight; no gradient passes.
+def row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W + scaling · B A‖ of each row (N,), in fp32, float64 for a float64 weight; a constant for gradients and for
+    tangents.
 
     weight (N, K), lora_A (R, K), lora_B (N, R). At least the smallest normal number, so that a row of zeros can be
     divided by it."""
-    weight = unpacked(weight)
+    weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device):
         square = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square_()
@@ -59,7 +57,8 @@ def row_norms(weight: Tensor | PackedWeight, lora_A: Tensor, lora_B: Tensor, sca
         along = (weight @ a.t()).to(dtype)  # ⟨w_n, a_r⟩ (N, R)
         a = a.to(dtype)
         along = torch.addmm(along, b, a @ a.t(), alpha=scaling / 2)
-        square.add_((b * along).sum(1), alpha=2 * scaling)
+        # Not in place: torch.func.vmap may have a batch of factors alone.
+        square = square.add((b * along).sum(1), alpha=2 * scaling)
     return square.clamp_min_(0).sqrt_().clamp_min_(torch.finfo(dtype).tiny)
 
 

@@ -179,7 +179,7 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
     for name, module in targets.items():
         if config.use_dora and (reason := _dora_refusal(module)):
-            raise LoraFastError(f"use_dora=True: {name} is {reason}; exclude_modules it, or use PEFT for it")
+            raise LoraFastError(f"use_dora=True: {name} is {reason}")
         if isinstance(module, LoraParameter):
             name, module = name.rpartition(".")[0], module.owner
         attribute = "_old_forward" if "_hf_hook" in module.__dict__ else "forward"  # accelerate's hook calls the former
@@ -189,12 +189,13 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
 
 
 def _dora_refusal(module: nn.Module) -> str | None:
-    """Why DoRA can't have the lengths of this target's rows, or None."""
-    if isinstance(module, nn.Embedding):
-        return "an embedding"
-    if is_quantized(module):
-        return "quantized"
-    return "offloaded by accelerate" if is_offloaded(module) else None
+    """Why DoRA can't have the lengths of this target's rows, and the remedy, or None."""
+    if isinstance(module, nn.Embedding) or is_quantized(module):
+        kind = "quantized" if is_quantized(module) else "an embedding"
+        return f"{kind}; name it in exclude_modules, or use PEFT for it"
+    if is_offloaded(module):
+        return "offloaded by accelerate; keep it on a device, or name it in exclude_modules"
+    return None
 
 
 def _is_its_class_forward(module: nn.Module, attribute: str = "forward") -> bool:

@@ -18,7 +18,7 @@ def accelerate_peft(peft_model: nn.Module, *, backend: str = "auto") -> FusionRe
 
     peft_model: a PeftModel, PEFT's LoraModel or PeftMixedModel, a Transformers model with add_adapter, or any module
     around one (DDP); also after a Trainer was built on it. The layers stay PEFT's in everything but forward, and a call
-    that the fast path does not cover (adapters disabled, merged or several active, DoRA, mixed batches, hooks, …) runs
+    that the fast path does not cover (adapters disabled, merged or several active, mixed batches, hooks, …) runs
     PEFT's own forward; `fusion_report` says which calls did. Calling it again is harmless, and wanted after an adapter
     was added to layers that had none. backend: "auto", "torch" or "triton" (a call raises where Triton can't run).
     Raises LoraFastError, with nothing changed, where peft is missing, no layer can be made fast, all that could be are

@@ -67,6 +67,9 @@ def read_adapter(layer: PeftLinear, name: str) -> Adapter | str:
             return "its magnitude is sharded, or has hooks or a forward of its own"
         if layer.ephemeral_gpu_offload:
             return "the adapter visits the GPU call by call (ephemeral_gpu_offload)"
+        base = layer.get_base_layer()
+        if is_four_bit(base) or _base_matrix(base, base.weight) is None:
+            return "the adapter is DoRA, and the base layer's weight is quantized or not at hand"
         magnitude = holder.weight
     weights = []
     for factors in (layer.lora_A, layer.lora_B):
@@ -144,13 +147,6 @@ def _base_matrix(base: nn.Module, x: Tensor) -> Tensor | PackedWeight | None:
     return weight if type(base) is nn.Linear else weight.t()
 
 
-def _dora_refusal(adapter: Adapter, weight: Tensor | PackedWeight | None) -> str | None:
-    """Why DoRA on a base layer of this weight, None where it is called, needs PEFT's forward."""
-    if adapter.magnitude is None or isinstance(weight, Tensor):
-        return None
-    return "the adapter is DoRA, and the base layer's weight is quantized or not at hand"
-
-
 def base_refusal(base: nn.Module) -> str | None:
     """Why a base layer is called as it is, or None where its product is fused with the update."""
     if not _is_altered(base) and is_four_bit(base):
@@ -178,7 +174,7 @@ class FastForward:
         if refusal is None:
             base = self.base_layer
             weight = _base_matrix(base, x)
-            refusal = _dora_refusal(adapter, weight) or _call_refusal(x, weight, adapter.lora_A.dtype)
+            refusal = _call_refusal(x, weight, adapter.lora_A.dtype)
         if refusal is not None:
             self._count("peft", refusal)
             return super().forward(x, *args, **kwargs)
@@ -193,7 +189,7 @@ class FastForward:
         """What forward would compute now as one op, or None where it takes another path."""
         adapter = read_layer(self)
         weight = None if isinstance(adapter, str) else _base_matrix(self.base_layer, x)
-        if weight is None or _dora_refusal(adapter, weight) or _call_refusal(x, weight, adapter.lora_A.dtype):
+        if weight is None or _call_refusal(x, weight, adapter.lora_A.dtype) is not None:
             return None
         *factors, magnitude = adapter
         return LinearCall(weight, self.base_layer.bias, *factors, self.backend, magnitude)
@@ -204,8 +200,6 @@ class FastForward:
         if isinstance(adapter, str):
             return "peft", adapter
         base = base_refusal(self.base_layer)
-        if refusal := _dora_refusal(adapter, None if base or is_four_bit(self.base_layer) else adapter.lora_A):
-            return "peft", refusal
         op = "lora_linear" if base is None else "lora_update"
         weight = adapter.lora_A if base or is_four_bit(self.base_layer) else self.base_layer.weight
         triton = why_not_triton(self.backend, op, weight.device, weight.dtype, adapter.lora_A.shape[0])

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from lora_fast.dispatch import KERNEL_GROUP, PLAIN_TENSORS, PackedWeight, autocast_dtype, compute_input
+from lora_fast.dispatch import KERNEL_GROUP, PLAIN_TENSORS, PackedWeight, autocast_dtype, compute_input, in_dtype
 from lora_fast.dora import row_norms, scale_columns
 from lora_fast.ops import lora_linear, lora_linears, lora_update
 
@@ -188,8 +188,9 @@ def run_linear(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
 def _dora(layer: nn.Module, x: Tensor, call: LinearCall) -> Tensor:
     """y of DoRA, counted as LoRA is; "lora_update" where dropout takes a base product of its own."""
     if call.dropout_p == 0:
+        z = run_linear(layer, x, call.before_scaling())  # first, since it checks sizes and devices
         g = call.magnitude / row_norms(call.weight, call.lora_A, call.lora_B, call.scaling)
-        return scale_columns(run_linear(layer, x, call.before_scaling()), g, call.bias, backend=call.backend)
+        return scale_columns(z, g, call.bias, backend=call.backend)
     if not torch.compiler.is_compiling():
         layer.calls_by_path["lora_update", None] += 1
     x = compute_input(x, call.weight.dtype)
@@ -202,13 +203,12 @@ def update_called(x: Tensor, base: Tensor, call: LinearCall) -> Tensor:
     weight, bias, lora_A, lora_B, scaling, p, backend, magnitude = call
     if magnitude is None:
         return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=p, backend=backend)
+    x = x if p == 0 else torch.nn.functional.dropout(x, p)
+    product = base if p == 0 else torch.nn.functional.linear(x, in_dtype(weight, x.dtype))
+    z = lora_update(x, product, lora_A, lora_B, scaling, backend=backend)
     g = magnitude / row_norms(weight, lora_A, lora_B, scaling)
     if p == 0:
-        z = lora_update(x, base, lora_A, lora_B, scaling, backend=backend)
         return scale_columns(z, g, None if bias is None else (1 - g) * bias, backend=backend)
-    x = torch.nn.functional.dropout(x, p)
-    product = torch.nn.functional.linear(x, weight)
-    z = lora_update(x, product, lora_A, lora_B, scaling, backend=backend)
     return torch.addcmul(base - product, z, g).to(base.dtype)
 
 

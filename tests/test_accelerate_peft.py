@@ -13,6 +13,7 @@ import pytest
 import support
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_hook
@@ -291,6 +292,19 @@ def two_adapters(model, active, **config) -> None:
     model.linear.set_adapter(active)
 
 
+class OwnDora(DoraLinearVariant):
+    """A variant that nobody knows."""
+
+
+def with_dora(model, *, kind=False, change=None, offload=False) -> None:
+    two_adapters(model, "second", use_dora=True)
+    if kind:
+        model.linear.lora_variant["second"] = OwnDora()
+    if change is not None:
+        change(model.linear.lora_magnitude_vector["second"])
+    model.linear.ephemeral_gpu_offload = offload
+
+
 def set_layer(name, value):
     return lambda model: setattr(model.linear, name, value)
 
@@ -336,7 +350,10 @@ FALLBACKS = {
     "merged": (lambda model: model.linear.merge(), "merged"),
     "two active": (lambda model: two_adapters(model, ["default", "second"]), "2 of its adapters"),
     "none active": (lambda model: model.linear.set_adapter([]), "0 of its adapters"),
-    "DoRA": (lambda model: two_adapters(model, "second", use_dora=True), "DoraLinearVariant"),
+    "a variant": (lambda model: with_dora(model, kind=True), "a LoRA variant, OwnDora"),
+    "hook on magnitude": (lambda model: with_dora(model, change=hooked), "its magnitude is sharded, or has hooks"),
+    "parametrized magnitude": (lambda model: with_dora(model, change=parametrized), "its magnitude is sharded, or"),
+    "DoRA by way of a GPU": (lambda model: with_dora(model, offload=True), "ephemeral_gpu_offload"),
     "lora_bias": (with_bias, "bias of its own"),
     "uncast input": (set_layer("cast_input_dtype_enabled", False), "cast of the input"),
     "tensor scaling": (lambda model: model.linear.scaling.update(default=torch.tensor(0.3)), "scaling is a tensor"),
@@ -712,12 +729,19 @@ def replaced_forwards():
     return model
 
 
+def falcon_dora():
+    return support.peft_model(support.build("falcon"), target_modules="all-linear", use_dora=True)
+
+
 REFUSED = {
     "no module": (lambda: 3, "int"),
     "a trainer": (lambda: type("Trainer", (), {"model": nn.Linear(2, 2)})(), "its attribute `model`"),
     "no adapter": (lambda: support.build("llama"), "it holds no PEFT layer"),
     "another method": (ia3, "2 times: ia3.layer.Linear has no fast path"),
-    "DoRA alone": (lambda: llama(use_dora=True), "14 times: the adapter is a LoRA variant, DoraLinearVariant"),
+    "DoRA over other layers": (
+        falcon_dora,
+        "8 times: the adapter is DoRA, and the base layer's weight is quantized or",
+    ),
     "embedding alone": (lambda: llama(target_modules=["embed_tokens"]), "lora.layer.Embedding has no fast path"),
     "own forward": (replaced_forwards, "replaced on the instance"),
     "merged": (merged, "of this PeftModelForCausalLM are merged into the base weights: .*unmerge them first"),

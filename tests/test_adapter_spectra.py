@@ -354,8 +354,9 @@ def test_dora_and_other_methods_are_refused_by_name(tmp_path, saved):
         dora,
         said=f"{Q} is a LoRA variant (DoraLinearVariant, DoRA); its {not_factors}",
     )
-    with pytest.raises(LoraFastError, match="use_dora=True is not supported by lora-fast"):
-        adapter_spectra(tmp_path / "dora")
+    compare = "compare the two (delta_spectra, or lora-fast svd --base BASE --tuned MERGED)"
+    refused(adapter_spectra, tmp_path / "dora", said=compare)
+    refused(adapter_spectra, injected(lora={"use_dora": True}), said=compare)
     edit(tmp_path / "dora", use_dora=False)  # its magnitudes are still there
     refused(
         adapter_spectra,

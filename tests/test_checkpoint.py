@@ -156,7 +156,6 @@ def test_missing_and_left_over_tensors(saved):
     [
         ("peft_type", "LOHA"),
         ("peft_type", None),
-        ("use_dora", True),
         ("lora_bias", True),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("trainable_token_indices", [1, 2]),

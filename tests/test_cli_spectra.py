@@ -563,6 +563,7 @@ FIRST = names()[0]
         (["merge", "one", "two", "new", "--weights", "1,x"], "--weights '1,x'"),
         (["merge", "one", "two", "new", "--weights", "1,nan"], "expected finite numbers"),
         (["merge", "one", "narrow", "new", "--weights", "1,1"], "(29, 44)"),
+        (["merge", "one", "dora", "new", "--weights", "1,1"], "use_dora=True"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(here, capsys, arguments, says):

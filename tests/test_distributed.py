@@ -120,16 +120,24 @@ def in_fsdp1(model):
 WAYS = {"ddp": in_ddp, "sharded": sharded, "checkpointed": checkpointed_and_sharded, "fsdp1": in_fsdp1}
 mixture = partial(adapted, family="mixtral", rank_pattern={"gate.weight": 2}, **MIXTURE)
 of_peft_on_experts = partial(of_peft, family="mixtral", **MIXTURE)
-MODELS = {"lora": adapted, "experts": mixture, "peft": of_peft, "peft experts": of_peft_on_experts}
+dora = partial(adapted, use_dora=True)
+MODELS = {"lora": adapted, "dora": dora, "experts": mixture, "peft": of_peft, "peft experts": of_peft_on_experts}
 LINEARS = {("lora_linear", None), ("lora_linears", None), ("lora_swiglu_mlp", None)}
 FORMED = "MixtralTopKRouter is no module of experts as Transformers describes them"
 EXPERTS = {("lora_linear", None), ("lora_experts", None)}
-CALLS = {"lora": LINEARS, "experts": EXPERTS | {("formed", FORMED)}, "peft": LINEARS, "peft experts": EXPERTS}
+CALLS = {
+    "lora": LINEARS,
+    "dora": LINEARS - {("lora_swiglu_mlp", None)},
+    "experts": EXPERTS | {("formed", FORMED)},
+    "peft": LINEARS,
+    "peft experts": EXPERTS,
+}
 # PEFT's own adapters of experts fail under FSDP1: a parametrization changes a view of the flat parameter in place.
 SPREAD = [(way, kind) for way in WAYS for kind in MODELS if (way, kind) != ("fsdp1", "peft experts")]
 DONE = {
     "lora": partial(adapted, bias="all", target_modules=TARGETS),
     "pissa": partial(adapted, "pissa", bias="all", target_modules=TARGETS),
+    "dora": partial(dora, target_modules=TARGETS),
     "experts": mixture,
 }
 
@@ -157,9 +165,10 @@ def everything(model, call, folder):
     found = {"adapted": logits(call)}
     with whole(call):
         save_adapter(model, folder)
-        found["singular values"] = singular_values(model)
-        sizes = amplification_factor(model, base=model).values()
-        found["sizes"] = torch.tensor([(size.projected_norm, size.weight_norm) for size in sizes])
+        if not any(hasattr(module, "lora_magnitude_vector") for module in model.modules()):  # DoRA has none
+            found["singular values"] = singular_values(model)
+            sizes = amplification_factor(model, base=model).values()
+            found["sizes"] = torch.tensor([(size.projected_norm, size.weight_norm) for size in sizes])
         disabled = disable_adapters(model)
         disabled.__enter__()  # its end is in another of these blocks
     found["disabled"] = logits(call)

@@ -661,7 +661,7 @@ def test_a_refused_name_changes_nothing(name):
         ({"lora_dropout": 1.0}, r"lora_dropout=1.0; expected a probability in \[0, 1\)"),
         ({"lora_dropout": -0.1}, r"lora_dropout=-0.1"),
         ({"lora_dropout": float("nan")}, r"lora_dropout=nan"),
-        ({"use_dora": True}, r"use_dora=True; DoRA is not supported by lora-fast, use PEFT for it"),
+        ({"use_dora": 1}, r"use_dora=1; expected True or False"),
         ({"bias": "some"}, r"bias='some'; expected 'none', 'all' or 'lora_only'"),
         ({"bias": True}, r"bias=True"),
         (

@@ -448,6 +448,7 @@ def test_the_report_says_how_the_layers_run():
             r"modules_to_save: .*o_proj is quantized and can't be trained whole",
         ),
         ({"modules_to_save": ["mlp"]}, r"modules_to_save: .*mlp is quantized and can't be trained whole"),
+        ({"use_dora": True}, r"use_dora=True: .*q_proj is quantized; name it in exclude_modules"),
     ],
 )
 def test_what_a_quantized_weight_cannot_do_is_refused(lora, message):
@@ -456,6 +457,15 @@ def test_what_a_quantized_weight_cannot_do_is_refused(lora, message):
     with pytest.raises(LoraFastError, match=message):
         apply_lora(model, LoraConfig(**LORA | lora))
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_dora_stays_pefts(kind):
+    model = with_adapter(llama(kind, torch.bfloat16), PEFT, use_dora=True)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(LoraFastError) as error:
+            accelerate_peft(model)
+        assert "14 times: the adapter is DoRA, and the base layer's weight is quantized" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
