@@ -7,8 +7,6 @@ Numbers are multiplied in fp32 and rounded once. Bytes moved, at e bytes an elem
 (dy and z read, dz written), 2 e M N where g gets no gradient; PyTorch's own steps, which hold the products in fp32,
 move 12 and about 30 bytes for each element of bf16. Partial sums of dg are added up in a fixed order."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -18,18 +16,10 @@ from lora_fast.kernels.devices import MULTIPROCESSORS
 from lora_fast.kernels.launch import Launch, cdiv, plan
 from lora_fast.kernels.partials import Sum, add_up
 
-
-class Tile(NamedTuple):
-    rows: int
-    columns: int
-    num_warps: int
-
-
 # Rows of 256 bytes, 16 elements a thread: all there is to do is to keep enough loads on their way. In bf16 those are
 # 40 KB and more on a multiprocessor, which takes a dozen programs of at most 40 registers a thread, in backward seven
 # of 72.
-FORWARD = Tile(16, 128, 4)
-BACKWARD = Tile(16, 128, 4)
+TILE = {"BLOCK_M": 16, "BLOCK_N": 128, "num_warps": 4}
 # About so many programs of backward for each multiprocessor, which run all at once: the slowest is what counts.
 RESIDENT = 5
 
@@ -73,22 +63,18 @@ def _scale_backward_kernel(
 
 @plan
 def _forward(M: int, N: int, stride_z: int) -> Launch:
-    rows, columns, num_warps = FORWARD
-    grid = (cdiv(M, rows) * cdiv(N, columns),)
-    return Launch(_scale_kernel, grid, (M, N, stride_z), BLOCK_M=rows, BLOCK_N=columns, num_warps=num_warps)
+    grid = (cdiv(M, TILE["BLOCK_M"]) * cdiv(N, TILE["BLOCK_N"]),)
+    return Launch(_scale_kernel, grid, (M, N, stride_z), **TILE)
 
 
 @plan
 def _backward(M: int, N: int, stride_dy: int, stride_z: int) -> tuple[int, Launch]:
     """Into how many parts the rows are cut, and the launch."""
-    rows, columns, num_warps = BACKWARD
-    strips = cdiv(N, columns)
+    rows, strips = TILE["BLOCK_M"], cdiv(N, TILE["BLOCK_N"])
     parts = min(max(1, round(RESIDENT * MULTIPROCESSORS / strips)), cdiv(M, rows))
     part_rows = cdiv(cdiv(M, parts), rows) * rows
     parts = cdiv(M, part_rows)
-    numbers = M, N, stride_dy, stride_z, part_rows
-    sizes = {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": num_warps}
-    return parts, Launch(_scale_backward_kernel, (strips, parts), numbers, **sizes)
+    return parts, Launch(_scale_backward_kernel, (strips, parts), (M, N, stride_dy, stride_z, part_rows), **TILE)
 
 
 def scale_columns(z: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,16 +14,9 @@ if TYPE_CHECKING:
     from lora_fast.extract import extract_adapter
     from lora_fast.fusion import FusionReport, fusion_report
     from lora_fast.grouped import lora_grouped_linear
-    from lora_fast.injection import (
-        apply_lora,
-        disable_adapters,
-        lora_parameters,
-        merge_lora,
-        remove_lora,
-        set_adapter,
-        unmerge_lora,
-    )
+    from lora_fast.injection import apply_lora, lora_parameters, remove_lora, set_adapter
     from lora_fast.linear import LoraLinear
+    from lora_fast.merging import disable_adapters, merge_lora, unmerge_lora
     from lora_fast.mlp import lora_swiglu_mlp
     from lora_fast.ops import lora_linear, lora_linears, lora_update
     from lora_fast.peft_bridge import accelerate_peft
@@ -99,16 +92,9 @@ _HOMES = {
     "extract": ("extract_adapter",),
     "fusion": ("FusionReport", "fusion_report"),
     "grouped": ("lora_grouped_linear",),
-    "injection": (
-        "apply_lora",
-        "disable_adapters",
-        "lora_parameters",
-        "merge_lora",
-        "remove_lora",
-        "set_adapter",
-        "unmerge_lora",
-    ),
+    "injection": ("apply_lora", "lora_parameters", "remove_lora", "set_adapter"),
     "linear": ("LoraLinear",),
+    "merging": ("disable_adapters", "merge_lora", "unmerge_lora"),
     "mlp": ("lora_swiglu_mlp",),
     "ops": ("lora_linear", "lora_linears", "lora_update"),
     "peft_bridge": ("accelerate_peft",),

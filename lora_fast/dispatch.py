@@ -28,6 +28,9 @@ CAST_SHARE = 48
 # takes the paths of what runs.
 PLAIN_TENSORS = (torch.nn.Parameter, Tensor, FakeTensor)
 
+# Of base weights under adapters. Not float8: its values mean something only together with a scale kept elsewhere.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 library = torch.library.Library("lora_fast", "DEF")
 # Drawing a mask is random: tagged so that no tool takes two draws for one, or draws one again in backward.
 library.define("dropout_mask(Tensor x, float p) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
@@ -64,6 +67,12 @@ def unpacked(weight: Tensor | PackedWeight | None) -> Tensor | None:
 def tensors_among(weights: Sequence[Tensor | PackedWeight | None]) -> list[Tensor | None]:
     """What autograd keeps of them, and watches for changes until backward: of a packed one what it is packed in."""
     return [weight.packed if isinstance(weight, PackedWeight) else weight for weight in weights]
+
+
+def is_plain_matrix(weight: Tensor | None, shape: tuple[int, int]) -> bool:
+    """Whether a module's weight is a matrix of plain numbers of this shape, so that an update can be merged into it:
+    not quantized, packed, sharded, computed from other parameters or not there yet."""
+    return type(weight) is torch.nn.Parameter and weight.dtype in FLOATS and weight.shape == shape
 
 
 def implement(name: str, function: Callable) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_fast.config import LoraFastError
-from lora_fast.dispatch import in_dtype, without_autocast
+from lora_fast.dispatch import in_dtype, is_plain_matrix, without_autocast
 from lora_fast.linear import NO_ADAPTER, AdapterSpec, LoraLayer
 from lora_fast.shared_input import LinearCall
 
@@ -20,7 +20,6 @@ from lora_fast.shared_input import LinearCall
 _LOOKUP = re.compile(r"\bsuper\(\)\.forward\(")
 _TABLE = re.compile(r"\bself\.weight\b(?!\.(device|dtype|shape|size)\b)")
 _NO_GRADIENT = re.compile(r"\b(no_grad|inference_mode)\b")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LoraEmbedding(LoraLayer, nn.Embedding):
@@ -78,9 +77,7 @@ def _holding(weight: Tensor) -> nn.Linear:
 
 def embedding_refusal(module: nn.Embedding) -> str | None:
     """Why this embedding can't carry an adapter, or None."""
-    weight = module._parameters.get("weight")
-    shape = (module.num_embeddings, module.embedding_dim)
-    if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS or weight.shape != shape:
+    if not is_plain_matrix(module._parameters.get("weight"), (module.num_embeddings, module.embedding_dim)):
         return "its weight is no plain floating-point table (num_embeddings, embedding_dim)"
     if module.max_norm is not None:
         return "it renormalizes its rows as it reads them (max_norm)"

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast import experts
+from lora_fast.dispatch import FLOATS
 from lora_fast.distributed import spread_as, whole
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.shared_input import LinearCall
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LoraParameter(LoraLayer):
@@ -63,7 +62,7 @@ class LoraParameter(LoraLayer):
     def refusal(self) -> str | None:
         """Why this parameter can't carry an adapter, or None."""
         weight = self.weight
-        if type(weight) is not nn.Parameter or weight.dtype not in _FLOATS:
+        if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
             return f"a {type(weight).__name__} of {weight.dtype}; expected a plain floating-point parameter"
         if weight.dim() not in (2, 3):
             return f"of shape {tuple(weight.shape)}; expected (N, K), or (E, N, K) of E experts"

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fast import experts
 from lora_fast.backend import why_not_triton
-from lora_fast.dispatch import PackedWeight, autocast_dtype
+from lora_fast.dispatch import FLOATS, PackedWeight, autocast_dtype
 from lora_fast.ops import lora_update
 from lora_fast.quantized import is_four_bit, packed_weight, why_called
 from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
@@ -30,7 +30,6 @@ from lora_fast.shared_input import LinearCall, has_global_hooks, run_linear
 # Exact types: a DTensor, a quantized or a sharded tensor is a subclass, and means something else by a matrix product.
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _HALF = (torch.bfloat16, torch.float16)
-_FLOATS = (torch.float32, torch.float64, *_HALF)
 
 
 def _is_altered(module: nn.Module) -> bool:
@@ -121,7 +120,7 @@ def _call_refusal(x: object, weight: Tensor | None, adapter_dtype: torch.dtype) 
         return "the model is being exported: the graph must not need lora-fast"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "torch.func or forward-mode differentiation, which the op has no rule for"
-    if type(x) not in _PLAIN_TENSORS or x.dtype not in _FLOATS:
+    if type(x) not in _PLAIN_TENSORS or x.dtype not in FLOATS:
         return "the input is not a plain floating-point tensor"
     dtype = x.dtype
     if (cast := autocast_dtype(x.device)) is not None:
@@ -142,7 +141,7 @@ def _base_matrix(base: nn.Module, x: Tensor) -> Tensor | PackedWeight | None:
     if type(base) not in (nn.Linear, Conv1D) or _is_altered(base):
         return None
     weight = base.weight
-    if type(weight) not in _PLAIN_TENSORS or weight.dtype not in _FLOATS:
+    if type(weight) not in _PLAIN_TENSORS or weight.dtype not in FLOATS:
         return None
     return weight if type(base) is nn.Linear else weight.t()
 

@@ -203,13 +203,15 @@ def update_called(x: Tensor, base: Tensor, call: LinearCall) -> Tensor:
     weight, bias, lora_A, lora_B, scaling, p, backend, magnitude = call
     if magnitude is None:
         return lora_update(x, base, lora_A, lora_B, scaling, dropout_p=p, backend=backend)
-    x = x if p == 0 else torch.nn.functional.dropout(x, p)
-    product = base if p == 0 else torch.nn.functional.linear(x, in_dtype(weight, x.dtype))
+    product = base
+    if p > 0:
+        x = torch.nn.functional.dropout(x, p)
+        product = torch.nn.functional.linear(x, in_dtype(weight, x.dtype))
     z = lora_update(x, product, lora_A, lora_B, scaling, backend=backend)
     g = magnitude / row_norms(weight, lora_A, lora_B, scaling)
-    if p == 0:
-        return scale_columns(z, g, None if bias is None else (1 - g) * bias, backend=backend)
-    return torch.addcmul(base - product, z, g).to(base.dtype)
+    if p > 0:
+        return torch.addcmul(base - product, z, g).to(base.dtype)
+    return scale_columns(z, g, None if bias is None else (1 - g) * bias, backend=backend)
 
 
 def _linear(x: Tensor, call: LinearCall) -> Tensor:
@@ -220,7 +222,7 @@ def _linear(x: Tensor, call: LinearCall) -> Tensor:
 def _same(before: LinearCall, now: LinearCall) -> bool:
     """Whether a layer would still compute what was computed for it; `_state` tells its weight."""
     same = before.bias is now.bias and before.lora_A is now.lora_A and before.lora_B is now.lora_B
-    return same and before[4:7] == now[4:7]
+    return same and before[4:] == now[4:]
 
 
 def _state(call: LinearCall, x: Tensor) -> tuple:

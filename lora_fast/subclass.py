@@ -7,7 +7,6 @@ and the update added to what it returns, as PEFT does. That of an embedding call
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_fast.config import LoraFastError
@@ -15,17 +14,6 @@ from lora_fast.embedding import LoraEmbedding
 from lora_fast.linear import NO_ADAPTER, LoraLayer
 from lora_fast.quantized import is_four_bit, packed_weight, why_called
 from lora_fast.shared_input import LinearCall, run_linear, update_called
-
-# Not float8: its values mean something only together with a scale that the layer keeps elsewhere.
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def has_plain_weight(module: nn.Linear) -> bool:
-    """Whether the weight is a matrix (out_features, in_features) of plain numbers, so that an update can be merged into
-    it: not quantized, packed, sharded, computed from other parameters or not there yet."""
-    weight = module._parameters.get("weight")
-    shape = (module.out_features, module.in_features)
-    return type(weight) is nn.Parameter and weight.dtype in _FLOATS and weight.shape == shape
 
 
 class LoraSubclass(LoraLayer):

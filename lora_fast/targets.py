@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from lora_fast.config import ALL_LINEAR, HEADS_OF_TASK, LoraConfig, LoraFastError, is_wrapper, plain_name
+from lora_fast.dispatch import is_plain_matrix
 from lora_fast.embedding import LoraEmbedding, embedding_refusal, source_of
 from lora_fast.linear import LoraLayer, LoraLinear, is_offloaded
 from lora_fast.parameter import LoraOwner, LoraParameter, lora_parameter
 from lora_fast.quantized import is_quantized
-from lora_fast.subclass import has_plain_weight, lora_subclass
+from lora_fast.subclass import lora_subclass
 
 # Classification heads that PEFT leaves out of "all-linear" for task_type="SEQ_CLS": they are trained in full instead.
 _CLASSIFIER_NAMES = ("score", "classifier")
@@ -59,7 +60,8 @@ def lora_class(module: nn.Module) -> type[LoraLayer] | None:
         return LoraConv1D
     if not isinstance(module, nn.Linear) or isinstance(module, (LoraLayer, LoraOwner)):
         return None
-    return lora_subclass(type(module)) if has_plain_weight(module) or is_quantized(module) else None
+    plain = is_plain_matrix(module._parameters.get("weight"), (module.out_features, module.in_features))
+    return lora_subclass(type(module)) if plain or is_quantized(module) else None
 
 
 def _ends_with_one_of(name: str, suffixes: Collection[str]) -> bool:

@@ -140,7 +140,7 @@ def _check_together(evidence: Evidence, found: dict[str, list]) -> None:
         )
     spectra = directions_of(evidence.spectra) if evidence.spectra else None
     lora = next((arm for arm in evidence.profile.arms if arm.kind == "lora"), None) if evidence.profile else None
-    if spectra is not None and lora is not None:
+    if spectra is not None and lora is not None and not work.get("use_dora"):  # whose magnitudes count too
         per_rank = lora.trainable // lora.rank
         if per_rank != spectra.parameters_per_rank:
             evidence.notes.append(

@@ -353,16 +353,12 @@ def counts(model: nn.Module, targets: Sequence[nn.Module]) -> dict:
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in path]
     targets = [module for module in targets if not isinstance(module, nn.Embedding)]  # which multiplies nothing
     inputs = sum(getattr(module, "in_features", module.weight.shape[0]) for module in targets)  # a Conv1D's is (K, N)
+    outputs = sum(sum(module.weight.shape[-2:]) for module in targets) - inputs
+    adapted = {"modules": len(targets), "in_features": inputs, "out_features": outputs}
     return {
         "vocab_size": vocab_size(model),
         "linears": max(len(linears), len(targets)),
-        "adapted": None
-        if not targets
-        else {
-            "modules": len(targets),
-            "in_features": inputs,
-            "out_features": sum(sum(module.weight.shape[-2:]) for module in targets) - inputs,
-        },
+        "adapted": adapted if targets else None,
     }
 
 

@@ -187,11 +187,12 @@ def profile_ranks(
         workload.batch(subject)  # says now, not after the memory pass, that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
         targets, per_rank = _probe(subject, workload)
+        adapted = [module for _, module in targets]
         if wanted is None:
-            wanted = auto_ranks(subject, [module for _, module in targets], per_rank)
+            wanted = auto_ranks(subject, adapted, per_rank)
         notes = too_large(wanted, targets) + note_on(subject, quantize, workload.dtype)
 
-        trained = {r: workload.adapter_parameters(r, [module for _, module in targets]) for r in wanted}
+        trained = {r: workload.adapter_parameters(r, adapted) for r in wanted}
         arms = [
             Arm(kind, r, trained[r], trained[r] / (total + trained[r]))
             for kind in ([LORA, PEFT] if compare_peft else [LORA])
@@ -212,8 +213,8 @@ def profile_ranks(
             "price_per_hour": price_per_hour,
             "omp_wait_policy": environment_of_children()["OMP_WAIT_POLICY"],
             "rank_of_share": ranks_of_shares(total, per_rank),
-            "smallest_side": smallest_side(module for _, module in targets),
-            **models.counts(subject, [module for _, module in targets]),
+            "smallest_side": smallest_side(adapted),
+            **models.counts(subject, adapted),
         }
         about = environment(device)
 

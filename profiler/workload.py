@@ -63,6 +63,10 @@ class Workload:
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_kind(self.quantize)
+        if self.use_dora and self.quantize:
+            raise LoraFastError(
+                f"use_dora with quantize={self.quantize!r}: DoRA is not for packed weights; leave out one"
+            )
         for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

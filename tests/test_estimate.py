@@ -89,6 +89,8 @@ def test_what_is_predicted_is_what_the_tracker_sees(source, rank, checkpointing)
         {"target_modules": ("q_proj", "v_proj")},
         {"target_modules": ("embed_tokens", "q_proj")},
         {"target_modules": ("embed_tokens",), "dtype": "bf16", "gradient_checkpointing": True},
+        {"use_dora": True},
+        {"use_dora": True, "lora_dropout": 0.1, "dtype": "bf16"},
         {"attn_implementation": "eager"},
         {"optimizer": "adafactor"},
         {"optimizer": "adafactor", "foreach": True},

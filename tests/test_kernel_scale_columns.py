@@ -75,8 +75,8 @@ def test_any_shape(M, N, half, bias):
 def test_parts_cover_all_rows_and_run_at_once(M, N):
     parts, launch = scale_columns._backward(M, N, N, N)
     *_, part_rows = launch.numbers
-    assert (parts - 1) * part_rows < M <= parts * part_rows and part_rows % scale_columns.BACKWARD.rows == 0
-    strips = -(-N // scale_columns.BACKWARD.columns)
+    assert (parts - 1) * part_rows < M <= parts * part_rows and part_rows % scale_columns.TILE["BLOCK_M"] == 0
+    strips = -(-N // scale_columns.TILE["BLOCK_N"])
     assert launch.grid == (strips, parts) and (parts == 1 or strips * parts <= 7 * 132)
     if M * N > 1 << 22:
         assert strips * parts >= 0.9 * 5 * 132

@@ -36,7 +36,7 @@ ops dora
 mlp grouped experts shared_input quantized
 linear conv1d embedding subclass parameter peft_layers swiglu_mlp svd spectrum rank_evidence
 checkpoint_files checkpoint_pair delta
-targets injection
+targets injection merging
 peft_bridge checkpoint rank_rules training_curve
 adapter_updates
 base_weights

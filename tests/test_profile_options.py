@@ -98,16 +98,17 @@ def workload(**changes):
     return Workload(**{**fields, "seed": 0, **changes})
 
 
-def test_pefts_arms_share_the_weights_and_train_the_same_adapter(config):
+@pytest.mark.parametrize("dora", [False, True])
+def test_pefts_arms_share_the_weights_and_train_the_same_adapter(config, dora):
     pytest.importorskip("peft")
     base = build(resolve(config), device="cpu", dtype=torch.bfloat16)
     copies = [shared_copy(base), shared_copy(base)]
     weights = {p.data_ptr() for p in base.parameters()}
     for dtype, rank in (("fp32", 3), ("bf16", 5)):
-        model, trained = train_peft(copies.pop(), workload(dtype="bf16", adapter_dtype=dtype), rank)
+        model, trained = train_peft(copies.pop(), workload(dtype="bf16", adapter_dtype=dtype, use_dora=dora), rank)
         assert {p.dtype for p in trained} == {torch.float32 if dtype == "fp32" else torch.bfloat16}
         assert weights == {p.data_ptr() for p in model.parameters() if p.data_ptr() in weights}
-        ours = train_adapter(shared_copy(base), workload(), rank)
+        ours = train_adapter(shared_copy(base), workload(use_dora=dora), rank)
         assert sorted(tuple(p.shape) for p in trained) == sorted(tuple(p.shape) for p in ours)
         assert type(model).__module__.startswith("peft.") and model.training
     assert not any(hasattr(module, "lora_A") for module in base.modules())
