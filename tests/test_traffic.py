@@ -278,7 +278,7 @@ def test_a_factor_for_each_column():
     assert forward.launches() == {"_scale_kernel": 1} and not forward.ops()
     with count_traffic() as backward:
         scale_columns.scale_columns_backward(dy, z, g)
-    parts = triton.cdiv(M, scale_columns.BACKWARD.rows)  # of so few rows, each of one block
+    parts = triton.cdiv(M, scale_columns.TILE["BLOCK_M"])  # of so few rows, each of one block
     assert not excess(backward, passes({}, ("Y", M * N, 3)), 4 * N * (1 + 2 * parts + 1))
     assert backward.launches() == {"_scale_backward_kernel": 1, "_sum_kernel": 1} and not backward.ops()
     with count_traffic() as frozen:
