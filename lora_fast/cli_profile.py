@@ -281,8 +281,23 @@ def estimate(
     quantize: Quantize = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Memory of one GPU, such as 24GB: what fits, and how much.", show_default=False),
+        typer.Option(
+            help="Memory of one GPU, such as 24GB: what fits, and how much. Or its name, such as H100 or RTX4090: also "
+            "the least time of a step, by its peak rates.",
+            show_default=False,
+        ),
     ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            help="What that GPU costs, such as 2.50/h (US dollars): adds the least cost of a million tokens.",
+            show_default=False,
+        ),
+    ] = None,
+    compare_peft: Annotated[
+        bool,
+        typer.Option("--compare-peft", help="Also PEFT's LoRA at every rank, through PEFT's own layers."),
+    ] = False,
     shards: Annotated[int, typer.Option(help="GPUs that FSDP spreads weights and states over.")] = 1,
     device: Annotated[str, typer.Option(help="Whose allocator and defaults are meant: cuda or cpu.")] = "cuda",
     out: Annotated[
@@ -299,12 +314,14 @@ def estimate(
     """Predict the peak memory and FLOPs of each LoRA rank and of full fine-tuning, without weights or a GPU.
 
     One training step of every arm is traced on tensors without memory, through the layers that would run. Not in it:
-    the CUDA context, fragmentation, and time, which `lora-fast profile` measures.
+    the CUDA context and fragmentation. With --gpu NAME also the least time of each, and with it the rank from which
+    LoRA is no faster: a projection, which `lora-fast profile` on that GPU puts to the test.
     """
     cli_output.check_json_target(json)
     with cli_output.progress(ESTIMATE_STAGES) as report, cli_output.warnings_as_lines():
         from lora_fast.profiler import estimate as estimation
         from lora_fast.profiler import runs
+        from lora_fast.profiler.price import parse_price
 
         cli_output.quiet_transformers()
         result = estimation.estimate_memory(
@@ -326,7 +343,9 @@ def estimate(
             attn_implementation=attn_implementation,
             quantize=quantize,
             device=device,
-            memory_GiB=None if gpu is None else estimation.parse_memory(gpu),
+            **({} if gpu is None else estimation.parse_gpu(gpu)),
+            price_per_hour=None if price is None else parse_price(price),
+            compare_peft=compare_peft,
             shards=shards,
             out=out,
             progress=report,

@@ -219,9 +219,14 @@ def peft(profile: Profile) -> str | None:
     if timed:
         ratios = _each([f"{a.step_ms / b.step_ms:.2f} (r{b.rank})" for a, b in timed])
         said.append(f"its steps take {ratios} times ours")
-    if sized:
-        differences = _each([f"{_size(a.peak_MiB - b.peak_MiB)} (r{b.rank})" for a, b in sized])
-        said.append(f"its peaks are {differences} above ours")
+    elif projected := [(a, b) for a, b in pairs if a.projected_ratio is not None and b.projected_ratio is not None]:
+        ratios = _each([f"{a.projected_ratio / b.projected_ratio:.2f} (r{b.rank})" for a, b in projected])
+        said.append(f"its steps take, projected, {ratios} times ours")
+    for where, sign in (("above", 1), ("below", -1)):
+        apart = [(sign * (a.peak_MiB - b.peak_MiB), b) for a, b in sized]
+        differences = [f"{_size(MiB)} (r{b.rank})" for MiB, b in apart if MiB > 0 or (MiB == 0 and sign > 0)]
+        if differences:
+            said.append(f"its peaks are {_each(differences)} {where} ours")
     if not said:
         return None
     text = f"PEFT beside it: {'; '.join(said)}."

@@ -1,4 +1,5 @@
-"""The rank from which LoRA is no longer cheaper than full fine-tuning, for each cost: time, FLOPs, memory.
+"""The rank from which LoRA is no longer cheaper than full fine-tuning, for each cost: time, measured or projected,
+FLOPs, memory.
 
 Cost can only grow with the rank, so measured ratios are first made non-decreasing by the pool-adjacent-violators rule
 (the least-squares non-decreasing fit; Barlow et al. 1972), which keeps noise from inventing several crossings. The
@@ -14,7 +15,7 @@ import numpy as np
 from lora_fast.profiler.intervals import interval, log_ratios, resampled_medians
 
 # What each cost is called in a sentence.
-COSTS = {"time": "time", "flops": "FLOPs", "memory": "memory"}
+COSTS = {"time": "time", "projected": "projected time", "flops": "FLOPs", "memory": "memory"}
 # Shares of all parameters, the adapter's included, at which the guide “LoRA微调中的Rank临界点与全量训练决策” calls an
 # adapter large enough to think of full fine-tuning: 10% to 20%.
 SHARES = (0.10, 0.20)
@@ -136,19 +137,24 @@ def crossover(ranks: Sequence[int], logs: Sequence[float], draws: np.ndarray | N
 
 
 def crossovers(arms: Sequence, seed: int) -> dict[str, Crossover]:
-    """The crossover of each of COSTS, from a profile's Arms; seed draws the interval of time's.
+    """The crossover of each of COSTS, from a profile's Arms, of "projected" where it was; seed draws the interval of
+    time's.
 
-    Time is measured and has noise, so its crossover has an interval; FLOPs and memory are the same in every step."""
+    Time is measured and has noise, so its crossover has an interval; the others are the same in every step."""
     full = next(arm for arm in arms if arm.kind == "full")
     lora = [arm for arm in arms if arm.kind == "lora"]
-    flops = [arm for arm in lora if arm.flops_ratio is not None]
-    return {
+    found = {
         "time": _of_time(full, lora, seed),
-        "flops": crossover([arm.rank for arm in flops], [math.log(arm.flops_ratio) for arm in flops])
-        if flops
-        else Crossover(UNMEASURED, reason="FLOPs were not counted"),
+        "projected": _of_ratios(lora, "projected_ratio"),
+        "flops": _of_ratios(lora, "flops_ratio") or Crossover(UNMEASURED, reason="FLOPs were not counted"),
         "memory": _of_memory(full, lora),
     }
+    return {cost: crossover for cost, crossover in found.items() if crossover is not None}
+
+
+def _of_ratios(lora: list, field: str) -> Crossover | None:
+    known = [(arm.rank, getattr(arm, field)) for arm in lora if getattr(arm, field) is not None]
+    return crossover([rank for rank, _ in known], [math.log(ratio) for _, ratio in known]) if known else None
 
 
 def _of_time(full, lora: list, seed: int) -> Crossover:

@@ -1,5 +1,5 @@
 """What every rank and full fine-tuning would need, predicted without weights and without a GPU: bytes, FLOPs, what
-fits."""
+fits, and the least time on a GPU that is named."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
@@ -20,11 +21,12 @@ from lora_fast.profiler.html import write_results
 from lora_fast.profiler.memory import MiB, in_MiB
 from lora_fast.profiler.models import ModelSource, build, counts, max_positions, resolve, resolve_shapes
 from lora_fast.profiler.predict import Prediction, trace
-from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.profile import Arm, Profile, add_projection
 from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parameters_per_rank, parse_ranks, smallest_side, too_large
+from lora_fast.profiler.roofline import CHIPS, Chip, chip_named
 from lora_fast.profiler.runs import RunFolder, environment
-from lora_fast.profiler.workload import Workload, parse_modules, parse_parameters
+from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, parse_modules, parse_parameters
 
 GiB = 2**30
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
@@ -53,6 +55,9 @@ def estimate_memory(
     quantize: str | None = None,
     device: str = "cuda",
     memory_GiB: float | None = None,
+    gpu: str | None = None,
+    price_per_hour: float | None = None,
+    compare_peft: bool = False,
     shards: int = 1,
     whole: bool = False,
     out: str | Path | None = None,
@@ -64,20 +69,30 @@ def estimate_memory(
     a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
     memory_GiB: memory of one GPU; every arm then says whether it fits beside RESERVE_GiB, and the largest batch and
     length that do; workload["largest_rank"] is the largest rank that does, up to "rank_limit", the largest min(N, K).
+    gpu: one of roofline.CHIPS by name, such as "H100": memory_GiB is then its memory unless given, and the least time
+    of every arm's step on it is projected (not for shards, whose times the network decides, nor for adapters on stacked
+    experts). price_per_hour: US dollars. compare_peft: PEFT's LoRA beside ours at every rank.
     shards: GPUs that FSDP2 spreads weights, adapters, gradients and optimizer states over, layer by layer; what each
     also holds of gathered layers and of gradients not yet shared out is the category "gathered"
     (profiler/sharding.py). whole: trace every layer even where all are alike.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html.
     The other arguments are those of `profile_ranks`.
-    Returns a Profile without times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops, fits.
-    Raises LoraFastError for wrong input."""
+    Returns a Profile without measured times: peak_MiB, by_category, phase_peaks_MiB, forward_flops, backward_flops,
+    fits, projected_ms, projected_ratio, projected_tokens_per_s. Raises LoraFastError for wrong input."""
     wanted = parse_ranks(ranks)
+    chip = None if gpu is None else _chip(gpu)
+    if chip and memory_GiB is None:
+        memory_GiB = float(chip.memory_GB)  # as makers name their GPUs
     if memory_GiB is not None and not 0 < memory_GiB < math.inf:
         raise LoraFastError(f"memory_GiB={memory_GiB!r}; expected a positive number")
     if not isinstance(shards, int) or shards < 1:
         raise LoraFastError(f"shards={shards!r}; expected a whole number of at least 1")
     if device not in ("cuda", "cpu"):
         raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
+    if chip and device == "cpu":
+        raise LoraFastError(f"gpu={gpu!r} with device='cpu'; leave out one")
+    if compare_peft and find_spec("peft") is None:
+        raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
     if shards > 1 and quantize:
         raise LoraFastError("how FSDP2 spreads quantized weights is not predicted; leave out shards or quantize")
     folder = None if out is None else RunFolder(out)
@@ -113,25 +128,33 @@ def estimate_memory(
         if wanted is None:
             wanted = auto_ranks(subject, targets, per_rank)
 
-        arms, steps, predictions = [], {}, []
-        for number, rank in enumerate((*wanted, None)):
-            name = "full" if rank is None else f"r{rank}"
-            progress("estimate", number, len(wanted) + 1, name)
-            steps[rank] = trace(source, workload, rank, whole=whole, shards=shards)
-            predictions.append(found := steps[rank].extended())
-            share = found.trainable / found.parameters
-            arms.append(Arm("full" if rank is None else "lora", rank, found.trainable, share))
+        kinds = [(kind, rank) for kind in ([LORA, PEFT] if compare_peft else [LORA]) for rank in wanted]
+        kinds.append((FULL, None))
+        arms, steps = [], []
+        for number, (kind, rank) in enumerate(kinds):
+            progress("estimate", number, len(kinds), Arm(kind, rank, 0, 0.0).name)
+            steps.append(trace(source, workload, rank, peft=kind == PEFT, whole=whole, shards=shards))
+            found = steps[-1].extended()
+            arms.append(Arm(kind, rank, found.trainable, found.trainable / found.parameters))
+        predictions = [step.extended() for step in steps]
         full = predictions[-1]
         for arm, found in zip(arms, predictions):
             _fill(arm, found, full)
+        projected = chip is not None and shards == 1 and not workload.target_parameters
+        if projected:
+            add_projection(arms, [step.seconds(chip) for step in steps], workload.tokens)
         rank_limit = max(min(module.weight.shape[-2:]) for module in targets)
         largest_rank = None
         if memory_GiB is not None:
             room = int((memory_GiB - RESERVE_GiB) * GiB)
-            peaks = Peaks(source, workload, steps, max_positions(subject), whole=whole, shards=shards)
+            how = {"longest": max_positions(subject), "whole": whole, "shards": shards}
+            ours = {arm.rank: step for arm, step in zip(arms, steps) if arm.kind != PEFT}
+            pefts = {arm.rank: step for arm, step in zip(arms, steps) if arm.kind == PEFT}
+            peaks = Peaks(source, workload, ours, **how)
+            peaks_of_pefts = Peaks(source, workload, pefts, peft=True, **how)
             for number, arm in enumerate(arms):
                 progress("fits", number, len(arms), arm.name)
-                arm.fits = peaks.fits(arm.rank, room)
+                arm.fits = (peaks_of_pefts if arm.kind == PEFT else peaks).fits(arm.rank, room)
             largest_rank = peaks.largest_rank(room, rank_limit)
             progress("fits", len(arms), len(arms), "done")
     progress("estimate", len(arms), len(arms), "done")
@@ -144,6 +167,8 @@ def estimate_memory(
         "attn_implementation": getattr(subject.config, "_attn_implementation", None),
         "memory_GiB": memory_GiB,
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
+        "projected_on": chip._asdict() if projected else None,
+        "price_per_hour": price_per_hour,
         "largest_rank": largest_rank,
         "rank_limit": rank_limit,
         "shards": shards,
@@ -153,6 +178,9 @@ def estimate_memory(
         **counts(subject, targets),
     }
     notes = too_large(wanted, named) + note
+    if chip and not projected:
+        why = "several GPUs wait for their network" if shards > 1 else "how tokens choose experts is not in shapes"
+        notes.append(f"no time is projected: {why}")
     profile = Profile(environment("cpu"), described, arms, None, crossovers(arms, seed=0), notes)
     if folder:
         profile.folder = folder.path
@@ -174,12 +202,20 @@ def _source(model, stack: ExitStack) -> ModelSource:
     return replace(resolve(str(folder / "config.json")), name=type(model).__name__)
 
 
-def parse_memory(text: str) -> float:
-    """--gpu: "24GB", "80 GiB", "24" → GiB, as makers name their GPUs (24 GB on the box are 24 GiB in the chip)."""
+def parse_gpu(text: str) -> dict[str, float | str]:
+    """--gpu: "24GB", "80 GiB", "24" → {"memory_GiB": 24.0}, as makers name their GPUs (24 GB on the box are 24 GiB in
+    the chip); anything else → {"gpu": it}."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gi?b?)?\s*", text, re.IGNORECASE)
-    if not match or float(match[1]) == 0:
-        raise LoraFastError(f"--gpu {text!r}; expected the memory of one GPU, such as 24GB")
-    return float(match[1])
+    if match and float(match[1]) > 0:
+        return {"memory_GiB": float(match[1])}
+    return {"gpu": _chip(text).name}
+
+
+def _chip(name: str) -> Chip:
+    if (chip := chip_named(name)) is None:
+        names = ", ".join(chip.name for chip in CHIPS)
+        raise LoraFastError(f"gpu={name!r}; expected the memory of one GPU, such as 24GB, or one of {names}")
+    return chip
 
 
 def _fill(arm: Arm, found: Prediction, full: Prediction) -> None:

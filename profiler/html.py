@@ -222,9 +222,8 @@ def _drawn(profiles: list[Profile]) -> list[dict[str, dict]]:
 
 def _answers(profile: Profile, name: str, several: bool) -> str:
     known = [cost for cost in COSTS if cost in profile.crossover and not (cost == "time" and profile.estimated)]
-    label = {"time": "Time", "flops": "FLOPs", "memory": "Memory"}
     cards = "".join(
-        f'<div class="card"><span>{label[cost]}: crossover at rank</span>'
+        f'<div class="card"><span>{escape(COSTS[cost][0].upper() + COSTS[cost][1:])}: crossover at rank</span>'
         f"<strong>{escape(profile.crossover[cost].short)}</strong>"
         f"<small>{escape(_bare(profile.crossover[cost].sentence(cost)))}</small></div>"
         for cost in known
@@ -331,6 +330,13 @@ def _method(profile: Profile) -> str:
             "the layers that would run, at two depths; from these each number, and memory moment by moment, is "
             "extended to the model's depth on a straight line. Bytes are those of all tensors at the step's peak; the "
             "CUDA context and fragmentation are not in them. A multiply-add is two FLOPs. Nothing was timed."
+        ) + (
+            " Projected time: of every launch of the step the longer of two times, that of its FLOPs at the GPU's peak "
+            "rate and that of the bytes that it reads and writes at the peak bandwidth, added up (roofline; Williams, "
+            "Waterman and Patterson 2009). It is the least that the step can take: no program reaches the peaks, and "
+            "a small model waits for its host, which is not in it."
+            if any(arm.projected_ratio is not None for arm in profile.arms)
+            else ""
         )
     return (
         "Measured: an arm is one training step, of LoRA at a rank or of all parameters. Memory: a fresh "

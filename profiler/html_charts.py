@@ -1,15 +1,15 @@
 """Chart descriptions as plotly figures: dicts of title, data and layout, without the page's colours."""
 
 from lora_fast.profiler.memory import CATEGORIES
-from lora_fast.profiler.report import amount, curve
+from lora_fast.profiler.report import BESIDE, amount, curve
 from lora_fast.profiler.workload import AGAIN
 from lora_fast.rank_search import SIGNIFICANT
 
 # Middle tones, legible on white and on black; the categories of memory in the order in which they are stacked.
-BLUE, GREY, RED, ORANGE, GREEN = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f"
-PALETTE = (BLUE, ORANGE, GREEN, "#9a72d4", "#d9705e", "#4fb3c9", "#b59a3c", "#c76aa8")
-STACK = dict(zip(CATEGORIES, (GREY, BLUE, GREEN, "#9a72d4", ORANGE, "#d9705e", "#4fb3c9"), strict=True))
-LINES = {"Step time": BLUE, "FLOPs": ORANGE, "Peak memory": GREEN}
+BLUE, GREY, RED, ORANGE, GREEN, PURPLE = "#3f87d6", "#8a929d", "#dd4f45", "#d98a1c", "#2fa37f", "#9a72d4"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#d9705e", "#4fb3c9", "#b59a3c", "#c76aa8")
+STACK = dict(zip(CATEGORIES, (GREY, BLUE, GREEN, PURPLE, ORANGE, "#d9705e", "#4fb3c9"), strict=True))
+LINES = {"Step time": BLUE, "Projected step time": PURPLE, "FLOPs": ORANGE, "Peak memory": GREEN}
 # A capacity is drawn where the arms come near it; a small model on a large GPU would be squeezed flat.
 NEAR = 0.5
 
@@ -147,7 +147,7 @@ def _ratios(panel: dict) -> dict:
     if banded:
         edges = [curve([{"rank": p["rank"], "ratio": p[end]} for p in banded]) for end in ("low", "high")]
         data.append(_area(edges[0][0], edges[0][1], edges[1][1], BLUE, "95% interval"))
-    crossover = panel["crossover"]
+    crossover, colours = panel["crossover"], dict(zip(BESIDE, (ORANGE, GREEN, PURPLE, ORANGE)))
     if crossover["low"] is not None or crossover["high"] is not None:
         interval = [crossover["low"] or ranks[0], crossover["high"] or ranks[-1]]
         data.append(_area(interval, [low] * 2, [high] * 2, RED, "crossover, 95% interval"))
@@ -155,9 +155,9 @@ def _ratios(panel: dict) -> dict:
         data.append(_area(crossover["bracket"], [low] * 2, [high] * 2, RED, "crossover, between"))
     value = "" if full is None else f": {amount(full, unit)}"
     data.append(_line(ends, [1, 1], GREY, f"{panel.get('full_name', 'full fine-tuning')}{value}", dash="dash"))
-    for other, colour in zip(panel["beside"], (ORANGE, GREEN)):
+    for other in panel["beside"]:
         hover = f"{other['name']}, r=%{{x:.0f}}: %{{y:.3f}}"
-        data.append(_line(*curve(other["points"]), colour, other["name"], dash="dot", hover=hover))
+        data.append(_line(*curve(other["points"]), colours[other["name"]], other["name"], dash="dot", hover=hover))
     data.append({**_line(*curve(points), BLUE, "LoRA"), "showlegend": False, "line": {"color": BLUE, "width": 2.5}})
     absolute = {entry["rank"]: entry["value"] for entry in panel["absolute"]}
     hover = [

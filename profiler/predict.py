@@ -12,8 +12,9 @@ CUDA context holds. Attention is PyTorch's on a CPU, which keeps for backward wh
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 from unittest import mock
@@ -27,14 +28,13 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from lora_fast import LoraFastError, LoraFastWarning
 from lora_fast.kernels import reference
 from lora_fast.profiler.memory import CATEGORIES, CUDA_GRANULE, PHASES, track_step
 from lora_fast.profiler.models import ModelSource, build, layer_count
 from lora_fast.profiler.quantization import quantize, with_state_of
+from lora_fast.profiler.roofline import Chip, Launch, LaunchCounter
 from lora_fast.profiler.sharding import decoder_layers
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, optimizer_of, train
 
@@ -53,7 +53,7 @@ class Prediction:
     (moments, CATEGORIES), in the order of time unless they were extended from two depths. phases: {"forward":
     {category: bytes}, …}, what is held at each phase's peak; by_category: at the peak of all. trainable, parameters:
     numbers of them. forward_flops, backward_flops: of all passes of a step, a multiply-add being two. traced_layers:
-    the depths that were traced."""
+    the depths that were traced. launches: how often each is made in a phase, of all passes; only of what was traced."""
 
     moments: tuple[tuple[str, np.ndarray], ...]
     after_step: dict[str, int]
@@ -62,6 +62,7 @@ class Prediction:
     forward_flops: int
     backward_flops: int
     traced_layers: tuple[int, ...]
+    launches: Mapping[str, Counter[Launch]] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> dict[str, dict[str, int]]:
@@ -115,6 +116,20 @@ class Traced:
         moments = tuple((phase, _share(phase, held, self.shards)) for phase, held in step.moments)
         traced_layers = tuple(depth for depth in self.depths if depth is not None)
         return replace(step, moments=moments, traced_layers=traced_layers)
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """{phase: the least time that its launches take one after the other}, of one GPU that has the model to itself.
+
+        Time is linear in the depth, as everything is."""
+        found = [
+            {phase: sum(count * chip.seconds(launch) for launch, count in made.items()) for phase, made in step.items()}
+            for step in (step.launches for step in self.found)
+        ]
+        if len(found) == 1:
+            return found[0]
+        low, high = self.depths
+        steps = (self.depth - low) / (high - low)
+        return {phase: found[0][phase] + steps * (found[1][phase] - found[0][phase]) for phase in PHASES}
 
     def _stretch(self, phase: str, held: Sequence[np.ndarray], line: Callable) -> np.ndarray:
         return _moments(*held, line, lambda moments: _highest(moments, _share(phase, moments, self.shards)))
@@ -209,7 +224,7 @@ def _weighted(
         moments.append((phase, stretch(phase, held, line) if stretch else line(*held)))
     names = ("after_step", "trainable", "parameters", "forward_flops", "backward_flops")
     numbers = {name: line(*(getattr(step, name) for step in steps)) for name in names}
-    return replace(steps[0], moments=tuple(moments), **numbers)
+    return replace(steps[0], moments=tuple(moments), launches={}, **numbers)
 
 
 def _moments(a: np.ndarray, b: np.ndarray, line: Callable, highest: Callable) -> np.ndarray:
@@ -277,15 +292,18 @@ def _trace(
         optimizer = _of_any_value(optimizer_of(workload, trained))
         batch = replace(workload, device="cpu").batch(model)
         passes = min(workload.gradient_accumulation, 2)
-        marks: list[int] = []
+        marks: list[tuple[int, int]] = []  # FLOPs and launches until then
         history: list[tuple[str, list]] = []
         try:
-            with FlopCounter() as counter:
+            with LaunchCounter() as counter, contextlib.ExitStack() as stack:
+                if on_cuda and workload.backend != "torch":
+                    stack.enter_context(counter.as_kernels())
                 for name, parameter in by_name.items():
                     parameter.grad = None if name in idle else torch.empty_like(parameter)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 counter.flops = 0
+                counter.launches.clear()
                 tracked = track_step(
                     model,
                     optimizer,
@@ -293,7 +311,7 @@ def _trace(
                     adapters=() if kind == FULL else trained,
                     round_to=CUDA_GRANULE if on_cuda else 1,
                     micro_steps=passes,
-                    mark=lambda: marks.append(counter.flops),
+                    mark=lambda: marks.append((counter.flops, len(counter.launches))),
                     history=history,
                     shards=shards,
                 )
@@ -304,15 +322,18 @@ def _trace(
     if reached != trained_names - idle:
         return _trace(source, workload, kind, rank, layers, shards, frozenset(trained_names - reached))
     # Every pass computes the same.
-    forward, both = (workload.gradient_accumulation * flops for flops in marks[:2])
+    repeats = workload.gradient_accumulation
+    (forward, turn), (both, end) = marks[:2]
+    made = dict(zip(PHASES, (counter.launches[:turn], counter.launches[turn:end], counter.launches[marks[-1][1] :])))
     return Prediction(
         moments=tuple((phase, np.array(held, dtype=np.int64)) for phase, held in history),
         after_step=tracked["after_step"],
         trainable=sum(p.numel() for p in trained),
         parameters=parameters + (0 if kind == FULL else sum(p.numel() for p in trained)),
-        forward_flops=forward,
-        backward_flops=both - forward,
+        forward_flops=repeats * forward,
+        backward_flops=repeats * (both - forward),
         traced_layers=(),
+        launches={phase: Counter((1 if phase == "optimizer" else repeats) * listed) for phase, listed in made.items()},
     )
 
 
@@ -363,80 +384,3 @@ def _seen_as_real() -> Iterator[None]:
         return
     with mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None):
         yield
-
-
-class FlopCounter(TorchDispatchMode):
-    """FLOPs of all operators that have a formula, lora-fast's own among them; a multiply-add is two.
-
-    PyTorch's FlopCounterMode hooks into every module, and a model with hooks on its layers takes other paths."""
-
-    looks_inside = True  # an op without a formula
-
-    def __init__(self):
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        formula = _FORMULAS.get(operation._overloadpacket, _FORMULAS_BY_NAME.get(operation.name()))
-        if operation.name().partition(".")[0] in _METADATA:
-            return NotImplemented
-        if formula is None:
-            # A linear layer below autograd, say, is one operator that consists of others.
-            if operation._can_decompose():
-                with self:
-                    return operation.decompose(*arguments, **keywords)
-            return operation(*arguments, **keywords)
-        if operation._overloadpacket is torch.ops.aten._grouped_mm and arguments[0].dtype != torch.bfloat16:
-            # Experts of a mixture: as it runs in any dtype, but its shapes are only told for this one.
-            inputs = [value.bfloat16() if i < 2 else value for i, value in enumerate(arguments)]
-            result = operation(*inputs, **keywords).to(arguments[0].dtype)
-        else:
-            result = operation(*arguments, **keywords)
-        self.flops += formula(*arguments, **keywords, out_val=result)
-        return result
-
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
-    return sdpa_flop_count(query.shape, *_for_each_query(query, key, value))
-
-
-def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *args, out_val=None, **kwargs) -> int:
-    return sdpa_backward_flop_count(grad.shape, query.shape, *_for_each_query(query, key, value))
-
-
-def _for_each_query(query: Tensor, *grouped: Tensor) -> list[tuple[int, ...]]:
-    """Shapes with the heads of the queries: a head that several share works for each. PyTorch 2.13 counts so by
-    itself, 2.11 refuses."""
-    return [(batch, query.shape[1], length, size) for batch, _, length, size in (tensor.shape for tensor in grouped)]
-
-
-def _grouped_mm(a: Tensor, b: Tensor, *args, out_val=None, **kwargs) -> int:
-    """Each row, or column, of a belongs to one group and meets that group's part of b alone."""
-    return 2 * a.numel() * b.shape[-1]
-
-
-def _packed_mm(a: Tensor, b: Tensor, shape: Sequence[int], *args, out_val=None, **kwargs) -> int:
-    """a (…, K) by a weight packed in 4 bits, `shape` (N, K); unpacking it is left out."""
-    return 2 * a.numel() * shape[0]
-
-
-# Questions that fake tensors answer themselves; asked again from here, they come back here.
-_METADATA = {
-    *("prim::layout", "prim::device", "aten::dim", "aten::is_contiguous", "aten::sym_is_contiguous", "aten::size"),
-    *("aten::sym_size", "aten::stride", "aten::sym_stride", "aten::storage_offset", "aten::sym_storage_offset"),
-    *("aten::numel", "aten::sym_numel", "aten::is_strides_like_format", "aten::is_non_overlapping_and_dense"),
-}
-_ATTENTION = [
-    f"_scaled_dot_product_{name}"
-    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-]
-_FORMULAS = {
-    **flop_registry,
-    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
-    torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm],
-    torch.ops.aten._grouped_mm: _grouped_mm,
-    **{getattr(torch.ops.aten, name): _attention for name in _ATTENTION},
-    **{getattr(torch.ops.aten, f"{name}_backward"): _attention_backward for name in _ATTENTION},
-}
-_FORMULAS_BY_NAME = {"bitsandbytes::gemm_4bit": _packed_mm}  # known to torch.ops only where bitsandbytes is imported

@@ -29,7 +29,9 @@ class Arm:
     flops_ratio: to full fine-tuning. predicted_MiB, predicted_by_category: the peak that shapes predict.
     executed_tflops_s: the step's FLOPs over its time, in 10¹² a second; full_equivalent_tflops_s: full
     fine-tuning's FLOPs over its time, what a full step of the same tokens would have done; executed_utilization,
-    full_equivalent_utilization: the same over what a large matrix product reached beside them. fits: of an estimate
+    full_equivalent_utilization: the same over what a large matrix product reached beside them. projected_ms: the
+    least time of each phase by the peak rates of a GPU that is known (profiler/roofline.py); projected_ratio: of the
+    whole step, to full fine-tuning; projected_tokens_per_s: the most, from the same. fits: of an estimate
     for a given memory, whether the arm fits, largest_batch_size at the same length and largest_seq_len at the same
     batch (0: none)."""
 
@@ -67,6 +69,9 @@ class Arm:
     full_equivalent_tflops_s: float | None = None
     executed_utilization: float | None = None
     full_equivalent_utilization: float | None = None
+    projected_ms: dict[str, float] | None = None
+    projected_ratio: float | None = None
+    projected_tokens_per_s: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     fits: dict | None = None
 
@@ -81,10 +86,20 @@ class Arm:
 
 
 def usd_per_million_tokens(arm: Arm, usd_per_hour: float | None) -> float | None:
-    """None where the price or the arm's speed is not known."""
-    if usd_per_hour is None or not arm.tokens_per_s:
+    """None where the price or the arm's speed is not known; the least where that is projected."""
+    tokens_per_s = arm.tokens_per_s or arm.projected_tokens_per_s
+    if usd_per_hour is None or not tokens_per_s:
         return None
-    return usd_per_hour / 3600 / arm.tokens_per_s * 1e6
+    return usd_per_hour / 3600 / tokens_per_s * 1e6
+
+
+def add_projection(arms: list[Arm], seconds: list[dict[str, float]], tokens: int) -> None:
+    """Fills in what `seconds` of the phases of each arm's step say, of steps of so many tokens."""
+    full = sum(next(took for arm, took in zip(arms, seconds, strict=True) if arm.kind == FULL).values())
+    for arm, took in zip(arms, seconds, strict=True):
+        arm.projected_ms = {phase: 1000 * value for phase, value in took.items()}
+        arm.projected_ratio = sum(took.values()) / full
+        arm.projected_tokens_per_s = tokens / sum(took.values())
 
 
 @dataclass
@@ -93,8 +108,9 @@ class Profile:
 
     aa: the second copy of full fine-tuning, or of the arm that `of` names where that did not fit: ratio, ci,
     noise_floor (the larger distance of ci from 1), limit; or None.
-    crossover: of "time", "flops" and "memory" (the first versions wrote no "flops"). folder: where the run was
-    written, or None. layers: rows of `layers.time_layers`, where they were asked for."""
+    crossover: of "time", "flops" and "memory" (the first versions wrote no "flops") and, where time was projected, of
+    "projected". folder: where the run was written, or None. layers: rows of `layers.time_layers`, where they were asked
+    for."""
 
     environment: dict
     workload: dict

@@ -11,19 +11,24 @@ from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
 from lora_fast.profiler.workload import AGAIN, FULL, PEFT
 
+# What is drawn beside a cost.
+BESIDE = ("FLOPs", "PEFT's LoRA", "projected", "predicted from shapes")
+
 
 def chart(profile: Profile) -> dict:
     """The description, in plain data: title, panels, memory and drift.
 
-    panels: time (in an estimate FLOPs) and memory, each a ratio to full fine-tuning over rank. A panel has points
-    {rank, ratio, low, high} (low and high: 95% interval, or None), absolute {rank, value} in unit, failed (ranks
+    panels: time (in an estimate projected time or, without that, FLOPs) and memory, each a ratio to full fine-tuning
+    over rank. A panel has points {rank, ratio, low, high} (low and high: 95% interval, or None), absolute {rank, value}
+    in unit, failed (ranks
     without a value), full (what a ratio of 1 is, or None; memory's full_name says where it is predicted), noise
     (half-width of the band in which equal arms lie, or None), beside (what is drawn with them, each a name and points:
     another cost, the prediction, PEFT's LoRA), and the crossover: rank, low, high, bracket, text.
     overlay: the points and the crossover of each cost that is known. memory: per arm its categories in MiB at the peak
     and at each phase's, the prediction and what went wrong, and the capacity. drift: per arm, each round's step over
     the arm's median."""
-    costs = {"time": _time(profile), "flops": _flops(profile), "memory": _memory(profile)}
+    costs = {"time": _time(profile), "projected": _projected(profile), "flops": _flops(profile)}
+    costs["memory"] = _memory(profile)
     for cost, panel in costs.items():
         found = profile.crossover.get(cost, Crossover(UNMEASURED, reason="it was not looked for"))
         low, high = found.interval or (None, None)
@@ -35,16 +40,17 @@ def chart(profile: Profile) -> dict:
             "text": found.sentence(COSTS[cost]),
         }
         panel["ranks"] = [arm.rank for arm in profile.lora]
-    first = costs["flops" if profile.estimated else "time"]
-    if not profile.estimated and costs["flops"]["points"]:
-        first["beside"].append({"name": "FLOPs", "points": costs["flops"]["points"]})
-    for panel, ratio in (
-        (first, "flops_ratio" if profile.estimated else "ratio_to_full"),
-        (costs["memory"], "memory_ratio"),
-    ):
+    projected = bool(costs["projected"]["points"])
+    cost = "time" if not profile.estimated else "projected" if projected else "flops"
+    first = costs[cost]
+    for other, name in (("flops", BESIDE[0]), ("projected", BESIDE[2])):
+        if cost not in (other, "flops") and costs[other]["points"]:
+            first["beside"].append({"name": name, "points": costs[other]["points"]})
+    ratios = {"time": "ratio_to_full", "projected": "projected_ratio", "flops": "flops_ratio"}
+    for panel, ratio in ((first, ratios[cost]), (costs["memory"], "memory_ratio")):
         points = [{"rank": arm.rank, "ratio": getattr(arm, ratio)} for arm in profile.arms if arm.kind == PEFT]
         if points := [point for point in points if point["ratio"] is not None]:
-            panel["beside"].append({"name": "PEFT's LoRA", "points": points})
+            panel["beside"].append({"name": BESIDE[1], "points": points})
     return {
         "title": title(profile),
         "panels": [first, costs["memory"]],
@@ -68,6 +74,21 @@ def _time(profile: Profile) -> dict:
         ],
         "failed": [arm.rank for arm in profile.lora if arm.step_ms is None],
         "absolute": [{"rank": arm.rank, "value": arm.step_ms} for arm in profile.lora if arm.step_ms is not None],
+        "beside": [],
+    }
+
+
+def _projected(profile: Profile) -> dict:
+    known = [arm for arm in profile.lora if arm.projected_ratio is not None]
+    full = profile.full.projected_ms
+    return {
+        "title": "Projected step time",
+        "unit": "ms",
+        "full": sum(full.values()) if full else None,
+        "noise": None,
+        "points": [{"rank": arm.rank, "ratio": arm.projected_ratio, "low": None, "high": None} for arm in known],
+        "failed": [],
+        "absolute": [{"rank": arm.rank, "value": sum(arm.projected_ms.values())} for arm in known],
         "beside": [],
     }
 
@@ -116,7 +137,7 @@ def _memory(profile: Profile) -> dict:
     predicted = [arm for arm in profile.lora if arm.predicted_MiB is not None and full.peak_MiB]
     if predicted:
         points = [{"rank": arm.rank, "ratio": arm.predicted_MiB / full.peak_MiB} for arm in predicted]
-        panel["beside"].append({"name": "predicted from shapes", "points": points})
+        panel["beside"].append({"name": BESIDE[3], "points": points})
     return panel
 
 
@@ -169,7 +190,7 @@ def curve(points: list[dict]) -> tuple[list[float], list[float]]:
     return fine.tolist(), np.interp(fine, ranks, ratios).tolist()
 
 
-BLUE, GREY, RED, ORANGE, GREEN = "#1f5fa8", "#555555", "#c0392b", "#c77d0a", "#2a8c6c"
+BLUE, GREY, RED, ORANGE, GREEN, PURPLE = "#1f5fa8", "#555555", "#c0392b", "#c77d0a", "#2a8c6c", "#7a4fb5"
 
 
 def draw_png(description: dict) -> bytes:
@@ -222,8 +243,9 @@ def _draw_panel(axes, panel: dict) -> None:
             label="LoRA" + (", 95% interval" if banded else ""),
             zorder=4,
         )
-    for other, colour in zip(panel["beside"] if relative else [], (ORANGE, GREEN)):
-        style = {"color": colour, "linewidth": 1.4, "linestyle": (0, (4, 2)), "zorder": 3}
+    colours = dict(zip(BESIDE, (ORANGE, GREEN, PURPLE, ORANGE)))
+    for other in panel["beside"] if relative else []:
+        style = {"color": colours[other["name"]], "linewidth": 1.4, "linestyle": (0, (4, 2)), "zorder": 3}
         axes.plot(*curve(other["points"]), label=other["name"], **style)
     if relative:
         axes.axhline(

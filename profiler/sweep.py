@@ -20,12 +20,13 @@ from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.html import write_results
 from lora_fast.profiler.intervals import MIN_ROUNDS
 from lora_fast.profiler.memory import MALLOC, MiB, in_MiB
-from lora_fast.profiler.predict import predict
+from lora_fast.profiler.predict import trace
 from lora_fast.profiler.process import environment_of_children, run_in_child
-from lora_fast.profiler.profile import Arm, Profile
+from lora_fast.profiler.profile import Arm, Profile, add_projection
 from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parameters_per_rank, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.resume import UnderWay, finished
+from lora_fast.profiler.roofline import chip_named
 from lora_fast.profiler.rounds import STABLE, Record
 from lora_fast.profiler.runs import RunFolder, default_folder, environment, resolve_device
 from lora_fast.profiler.time_pass import (
@@ -238,7 +239,7 @@ def profile_ranks(
             arms = [before.get(arm.name, arm) for arm in arms]
         else:
             before = {}
-        notes += _predict(arms, source, workload, progress)
+        notes += _predict(arms, source, workload, about["gpu"], progress)
         changed()
         _memory_pass(arms, set(before), source, workload, memory_limit_MiB, arm_timeout_s, folder, progress, changed)
         notes += _memory_ratios(arms)
@@ -301,19 +302,23 @@ def _implementation(workload: Workload, ranks: Sequence[int]) -> str:
     return next(iter(told)) if len(told) == 1 else "; ".join(f"{', '.join(names)}: {of}" for of, names in told.items())
 
 
-def _predict(arms: list[Arm], source, workload: Workload, progress: Progress) -> list[str]:
-    """Fill in what shapes predict, and FLOPs; returns a note where they can't. A measurement does without."""
+def _predict(arms: list[Arm], source, workload: Workload, gpu: dict | None, progress: Progress) -> list[str]:
+    """Fill in what shapes predict, FLOPs, and times on a GPU whose peaks are known; returns a note where they can't. A
+    measurement does without."""
     try:
         found = []
         for index, arm in enumerate(arms):
             progress("predict", index, len(arms), arm.name)
-            found.append(predict(source, workload, arm.rank, peft=arm.kind == PEFT))
+            found.append(trace(source, workload, arm.rank, peft=arm.kind == PEFT))
     except Exception as error:  # a model of one's own may do anything but run on tensors without values
         return [f"nothing is predicted: {describe(error)['error']}"]
     finally:
         progress("predict", len(arms), len(arms), "done")
-    full = found[-1]
-    for arm, one in zip(arms, found, strict=True):
+    if gpu and (chip := chip_named(gpu["name"])):
+        add_projection(arms, [step.seconds(chip) for step in found], workload.tokens)
+    predictions = [step.extended() for step in found]
+    full = predictions[-1]
+    for arm, one in zip(arms, predictions, strict=True):
         arm.predicted_MiB = one.peak / MiB
         arm.predicted_by_category = in_MiB(one.by_category)
         arm.forward_flops, arm.backward_flops = one.forward_flops, one.backward_flops

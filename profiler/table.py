@@ -194,6 +194,9 @@ def _of_measurement(profile: Profile) -> list[Column]:
     if known("flops_ratio"):
         flops = _relative("flops_ratio", "forward_flops")
         every.append(Column("FLOPs", 2, lambda arm: _two_digits(flops(arm)), flops))
+    if known("projected_ratio"):
+        projected = attrgetter("projected_ratio")
+        every.append(Column("projected", 2, lambda arm: _two_digits(projected(arm)), projected))
     if known("executed_utilization"):
         unit, kind, show = "util.", "utilization", _percent
     else:  # the first versions timed no matrix product to hold them against
@@ -237,6 +240,14 @@ def _of_estimate(profile: Profile) -> list[Column]:
         *([held("gathered", "gathered", 2)] if profile.workload.get("shards", 1) > 1 else ()),
         Column("FLOPs\nvs full", 0, lambda arm: f"{arm.flops_ratio:.3f}", lambda arm: arm.flops_ratio),
     ]
+    if profile.full.projected_ms:
+        projected = attrgetter("projected_ratio")
+        every.append(Column("time\nvs full", 0, lambda arm: f"{projected(arm):.3f}", projected))
+        tokens = attrgetter("projected_tokens_per_s")
+        every.append(Column("tokens/s\nat most", 2, lambda arm: _number(tokens(arm)), tokens))
+    if (price := profile.workload.get("price_per_hour")) is not None:
+        cost = partial(usd_per_million_tokens, usd_per_hour=price)
+        every.append(Column("$/1M tok\nat least", 0, lambda arm: _digits(cost(arm)), cost))
     if fitted:
         every.append(Column("fits", 0, lambda arm: "yes" if arm.fits["fits"] else "no", lambda arm: arm.fits["fits"]))
         for header, name in (("max\nbatch", "largest_batch_size"), ("max\nlength", "largest_seq_len")):
@@ -315,6 +326,13 @@ def _estimate_caption(profile: Profile) -> str:
         lines.append(
             "gathered: parts of the model that other GPUs have shares of, and gradients not yet shared out; FSDP2 "
             "over every decoder layer is meant."
+        )
+    if gpu := work.get("projected_on"):
+        rate = "half" if work["dtype"] in ("bf16", "fp16") else "single"
+        lines.append(
+            f"time: projected for {gpu['name']}, not measured: every launch at the chip's peaks, {gpu[rate]:g} "
+            f"TFLOP/s in {work['dtype']} and {gpu['bandwidth']:g} TB/s, and no wait between. Full fine-tuning takes at "
+            f"least {_number(sum(profile.full.projected_ms.values()))} ms a step."
         )
     if work["memory_GiB"] is not None:
         lines.append(

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_fast import LoraFastError
 from lora_fast.cli import main
 from lora_fast.profiler import estimate_memory
-from lora_fast.profiler.estimate import RESERVE_GiB, parse_memory
+from lora_fast.profiler.estimate import RESERVE_GiB, parse_gpu
 from lora_fast.profiler.memory import CATEGORIES, PHASES, track_step
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.predict import DEPTHS, SHARDED_DEPTHS, layers_are_alike, predict
@@ -281,7 +281,7 @@ def test_crossovers_lie_where_the_ratios_pass_one(dense):
 
 @pytest.mark.parametrize(("text", "value"), [("24GB", 24), ("80 GiB", 80), ("24", 24), ("11.5g", 11.5)])
 def test_memory_as_people_write_it(text, value):
-    assert parse_memory(text) == value
+    assert parse_gpu(text) == {"memory_GiB": value}
 
 
 def test_the_command(dense, capsys):
@@ -303,7 +303,7 @@ def test_the_command(dense, capsys):
     ("arguments", "message"),
     [
         (["--ranks", "4,x"], "'x' is not a rank"),
-        (["--gpu", "lots"], "--gpu 'lots'; expected the memory of one GPU, such as 24GB"),
+        (["--gpu", "lots"], "gpu='lots'; expected the memory of one GPU, such as 24GB, or one of A100, "),
         (["--shards", "0"], "shards=0"),
         (["--device", "tpu"], "device='tpu'"),
         (["--dtype", "int8"], "dtype='int8'"),

@@ -173,6 +173,10 @@ def test_peft_arms_are_compared_at_their_rank(estimate):
     assert "1.50 (r4) times ours" in text and "30 MiB (r4) above ours" in text and "r99" not in text
     assert "At r4 29 MiB are activations: its fp32 adapters keep an fp32 copy" in text
     assert "fp32 copy" not in advice.peft(replace(found, workload=found.workload | {"adapter_dtype": "bf16"}))
+    other.peak_MiB, other.step_ms = four.peak_MiB - 30, None
+    four.projected_ratio, other.projected_ratio = 0.5, 0.7
+    text = advice.peft(found)
+    assert "its steps take, projected, 1.40 (r4) times ours" in text and "30 MiB (r4) below ours" in text
 
 
 def test_a_profile_without_numbers_gets_no_advice():
