@@ -170,6 +170,27 @@ def traffic() -> str:
     return "\n".join(lines)
 
 
+def projection() -> str:
+    """The least time of a step on GPUs that aren't here, from the CSV of bench_projection.py."""
+    with (RESULTS / "predicted" / "projection.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    cases: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cases.setdefault((row["gpu"], row["M"], row["dropout"]), {})[row["provider"]] = row
+    lines = [
+        "| GPU | tokens a step | dropout | full, ms at least | lora_fast / full | PEFT / full | PEFT, bf16 adapters / full |",
+        "|---" * 7 + "|",
+    ]
+    for (gpu_name, tokens, dropout), arms in cases.items():
+        ratios = [arms[name]["ratio_to_full"] for name in ("lora_fast", "peft", "peft bf16 adapters")]
+        recomputed = " (checkpointing)" if arms["full"]["checkpointing"] == "True" else ""
+        cells = [gpu_name, f"{int(tokens):,}{recomputed}", dropout, f"{float(arms['full']['ms']):,.0f}", *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    heading = f"{first['model']}, bf16, r={next(row['R'] for row in rows if row['R'])}, all-linear, AdamW; projected, not measured"
+    return "\n".join([f"{heading}; peft {first['peft']}.", "", *lines])
+
+
 HOST_OPS = {"linear": "linear", "qkv": "q, k, v", "swiglu_mlp": "SwiGLU MLP"}
 HOST_ARMS = {
     "frozen": "frozen",
@@ -382,6 +403,7 @@ BLOCKS = {
     "train_step_2048": partial(train_step, "train_step_2048", TRAIN_STEP_ARMS),
     "dora": partial(train_step, "train_step_dora_512", DORA_ARMS),
     "traffic": traffic,
+    "projection": projection,
     "experts": experts,
     "host": host,
     "gpu": gpu,

@@ -296,6 +296,8 @@ def _trace(
         history: list[tuple[str, list]] = []
         try:
             with LaunchCounter() as counter, contextlib.ExitStack() as stack:
+                if on_cuda:
+                    stack.enter_context(mock.patch.object(nn.functional, "dropout", _dropout))
                 if on_cuda and workload.backend != "torch":
                     stack.enter_context(counter.as_kernels())
                 for name, parameter in by_name.items():
@@ -371,6 +373,11 @@ def _of_any_value(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
     optimizer.step = step_of_any_value
     return optimizer
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """A GPU's: one launch, and a byte an element is kept of the mask; a CPU keeps it in x's dtype."""
+    return torch.native_dropout(x, p, training)[0] if training and p > 0 else x
 
 
 @contextlib.contextmanager

@@ -222,6 +222,24 @@ def test_every_product_of_a_step_is_among_its_launches(path):
     assert made == {"forward": step.forward_flops, "backward": step.backward_flops, "optimizer": 0}
 
 
+def test_dropout_is_a_gpus_own(path):
+    """PEFT's reads x and writes it and a byte of mask an element, and backward reads dy and that byte and writes dx."""
+    source = resolve(str(path))
+    steps = {p: trace(source, workload(lora_dropout=p, adapter_dtype="bf16"), 8, peft=True) for p in (0.0, 0.1)}
+    tokens, widths = 2 * 64, 6 * 64 + 176  # of x of seven layers
+    seconds = {p: step.seconds(SIMPLE) for p, step in steps.items()}
+    forward, backward = (seconds[0.1][phase] - seconds[0.0][phase] for phase in ("forward", "backward"))
+    assert forward == pytest.approx(5 * 1e-12 * tokens * widths * (2 + 2 + 1), rel=1e-6)
+    first = 1e-12 * tokens * 3 * 64 * (2 + 2 + 1)  # q, k and v of the first layer, whose x needs no gradient
+    assert backward == pytest.approx(forward - first, rel=1e-6)
+    # In fp32 a CPU keeps the mask in four bytes where a GPU keeps it in one.
+    cpu, gpu = (
+        trace(source, workload(lora_dropout=0.1, dtype="fp32", device=d), 8, peft=True) for d in ("cpu", "cuda")
+    )
+    fewer = cpu.extended().phases["forward"]["activations"] - gpu.extended().phases["forward"]["activations"]
+    assert fewer == pytest.approx(5 * tokens * widths * 3, rel=0.1)
+
+
 def test_batches_of_a_step_repeat_its_passes_and_not_its_optimizer(path):
     one, four = (trace(resolve(str(path)), workload(gradient_accumulation=n), 8).seconds(SIMPLE) for n in (1, 4))
     assert (four["forward"], four["backward"]) == pytest.approx((4 * one["forward"], 4 * one["backward"]))
