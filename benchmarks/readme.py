@@ -177,18 +177,17 @@ def projection() -> str:
     cases: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cases.setdefault((row["gpu"], row["M"], row["dropout"]), {})[row["provider"]] = row
-    lines = [
-        "| GPU | tokens a step | dropout | full, ms at least | lora_fast / full | PEFT / full | PEFT, bf16 adapters / full |",
-        "|---" * 7 + "|",
-    ]
+    headers = ("GPU", "tokens a step", "dropout", "full, ms at least", "lora_fast / full", "PEFT / full")
+    headers += ("PEFT with bf16 adapters / full",)
+    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for (gpu_name, tokens, dropout), arms in cases.items():
         ratios = [arms[name]["ratio_to_full"] for name in ("lora_fast", "peft", "peft bf16 adapters")]
         recomputed = " (checkpointing)" if arms["full"]["checkpointing"] == "True" else ""
         cells = [gpu_name, f"{int(tokens):,}{recomputed}", dropout, f"{float(arms['full']['ms']):,.0f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
-    first = rows[0]
-    heading = f"{first['model']}, bf16, r={next(row['R'] for row in rows if row['R'])}, all-linear, AdamW; projected, not measured"
-    return "\n".join([f"{heading}; peft {first['peft']}.", "", *lines])
+    rank = next(row["R"] for row in rows if row["R"])
+    heading = f"{rows[0]['model']}, bf16, r={rank}, all-linear, AdamW, peft {rows[0]['peft']}; projected, not measured."
+    return "\n".join([heading, "", *lines])
 
 
 HOST_OPS = {"linear": "linear", "qkv": "q, k, v", "swiglu_mlp": "SwiGLU MLP"}
