@@ -59,12 +59,12 @@ def rows(start: dict[str, Any], steps: tuple[tuple[int, bool], ...]) -> Iterator
                     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=harness.RESULTS / "predicted", metavar="DIR")
     parser.add_argument("--commit", help="what the rows call the commit, where there is no git")
     parser.add_argument("--tiny", action="store_true", help="one sequence alone, to see that it runs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     start = {"commit": args.commit or harness.commit()}
     start |= {name: harness.installed(name) for name in ("torch", "transformers", "peft")}
     with harness.RowWriter(args.out / "projection.csv", COLUMNS) as writer:

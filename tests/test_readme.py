@@ -1,5 +1,6 @@
 """README's examples run as they stand, and its tables are what the committed result files say."""
 
+import csv
 import json
 import re
 import shlex
@@ -13,6 +14,10 @@ import pytest
 import lora_fast
 from lora_fast.checkpoint import read_adapter
 from lora_fast.profiler import estimate_memory
+from lora_fast.profiler.models import resolve_shapes
+from lora_fast.profiler.predict import trace
+from lora_fast.profiler.roofline import Chip, chip_named
+from lora_fast.profiler.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,6 +86,33 @@ def test_the_example_of_an_estimate_runs_and_is_the_one_that_is_shown(tmp_path):
     for arm, told in zip(now.arms, shown["arms"], strict=True):
         assert arm.by_category == pytest.approx(told["by_category"], rel=1e-3, abs=1)
         assert (arm.flops_ratio, arm.trainable) == (told["flops_ratio"], told["trainable"])
+    chip = Chip(**shown["workload"]["projected_on"])
+    assert chip == chip_named("H100") and own["workload"]["projected_on"] == shown["workload"]["projected_on"]
+    work = Workload(
+        device="cuda",
+        seed=0,
+        **{name: shown["workload"][name] for name in settings if name not in ("memory_GiB", "shards")},
+    )
+    for told in (shown["arms"][0], shown["arms"][-1]):
+        took = trace(resolve_shapes("llama-8b"), work, told["rank"]).seconds(chip)
+        assert {phase: 1000 * seconds for phase, seconds in took.items()} == pytest.approx(
+            told["projected_ms"], rel=1e-3
+        )
+
+
+def test_the_projections_shown_are_those_of_today(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench_projection
+
+    bench_projection.main(["--tiny", "--commit", "abc", "--out", str(tmp_path)])
+    now, shown = (
+        list(csv.DictReader((folder / "projection.csv").open(newline="")))
+        for folder in (tmp_path, ROOT / "benchmarks" / "results" / "predicted")
+    )
+    assert len(now) == 24 and len(shown) == 48
+    for row, told in zip(now, shown):
+        assert float(row.pop("ms")) == pytest.approx(float(told.pop("ms")), rel=1e-3)
+        assert {**row, "commit": told["commit"]} == told
 
 
 def test_the_memory_that_the_profile_shows_is_what_is_predicted_now():
