@@ -9,7 +9,7 @@ stores, views, selects) was right before."""
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
 
 from lora_fast import backend
 
@@ -85,8 +85,21 @@ def _refused(method):
     return added_up
 
 
+def _patched_once(call):
+    """Triton's `call` of a function from a kernel patches the language each time, in a quarter of all time. What a
+    launch and the first such call have patched stays until the launch ends."""
+
+    def called(self, *args, **kwargs):
+        if any(tl.core.is_builtin(language.load) for language in (tl, tl.core)):
+            return call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    return called
+
+
 def install() -> None:
     """From here on the interpreter computes in bf16, and lora_fast lets it."""
+    InterpretedFunction.__call__ = _patched_once(InterpretedFunction.__call__)
     for name, repaired in {
         **dict.fromkeys(("binary_op", "unary_op", "create_fma", "create_clampf"), _in_fp32),
         "cast_impl": _cast,
