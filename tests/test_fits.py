@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_estimate import BASE, CONFIGS, workload
+from test_estimate import CONFIGS, workload
 
 from lora_fast.profiler import estimate_memory, fits
 from lora_fast.profiler.estimate import RESERVE_GiB
@@ -15,6 +15,7 @@ from lora_fast.profiler.predict import trace
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_fast.LoraFastWarning")
 RANKS = (2, 6, 16, None)
+FLAT = CONFIGS["dense"] | {"num_hidden_layers": 1}  # traced once, not at two depths
 
 
 def peaks_of(config, folder, work, longest=None, **how):
@@ -33,7 +34,8 @@ def peaks_of(config, folder, work, longest=None, **how):
 )
 def test_a_step_of_another_size_is_that_of_a_few_others(name, changes, tmp_path):
     """Of a rank between the ends, of an end and of everything; of fewer layers where all are alike."""
-    peaks = peaks_of(CONFIGS[name], tmp_path, workload(**changes))
+    depth = {"num_hidden_layers": 5 if name == "grouped attention" else 2}
+    peaks = peaks_of(CONFIGS[name] | depth, tmp_path, workload(**changes))
     for rank, size in ((6, ("batch_size", 7)), (16, ("seq_len", 448)), (None, ("seq_len", 448))):
         rounding = 5e-3 if "device" in changes else 0  # on a GPU each storage is rounded up
         between = (2, 16) if rank == 6 else (rank,)
@@ -53,7 +55,7 @@ def test_what_others_tell_is_not_believed_where_a_trace_says_otherwise(tmp_path,
         return trace(source, workload(seq_len=long, batch_size=work.batch_size), rank, **how)
 
     monkeypatch.setattr(fits, "trace", bent)
-    found = peaks_of(CONFIGS["dense"], tmp_path, workload()).fits(2, room := 20 * 2**20)["largest_seq_len"]
+    found = peaks_of(FLAT, tmp_path, workload()).fits(2, room := 8 * 2**20)["largest_seq_len"]
     source = resolve(str(tmp_path / "config.json"))
     assert found > 300 and bent(source, workload(seq_len=found), 2).extended().peak <= room
     assert bent(source, workload(seq_len=found + 64), 2).extended().peak > room
@@ -67,7 +69,7 @@ def test_the_largest_rank_is_found(bend, tmp_path, monkeypatch):
         return trace(source, work, rank and rank + bend * max(0, rank - 16), **how)
 
     monkeypatch.setattr(fits, "trace", bent)
-    peaks = peaks_of(CONFIGS["dense"], tmp_path, workload())
+    peaks = peaks_of(FLAT if bend else CONFIGS["dense"], tmp_path, workload())
     room = bent(peaks.source, workload(), 40).extended().peak
     assert [peaks.largest_rank(room, 64), peaks.largest_rank(room - 1, 64)] == [40, 39]
     if not bend:
@@ -76,7 +78,7 @@ def test_the_largest_rank_is_found(bend, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("seq_len", [2, 150])
 def test_no_length_is_beyond_the_models_positions(seq_len, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **BASE, "max_position_embeddings": 200}))
+    (tmp_path / "config.json").write_text(json.dumps(FLAT | {"max_position_embeddings": 200}))
     found = estimate_memory(
         str(tmp_path), "4", batch_size=1, seq_len=seq_len, dtype="fp32", device="cpu", memory_GiB=RESERVE_GiB + 1
     )
