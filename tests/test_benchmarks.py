@@ -158,6 +158,17 @@ def test_the_experts_benchmark_runs_and_writes_its_rows(tmp_path):
 def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
     import bench_noise
 
+    from lora_fast.profiler.timing import time_arms
+
+    started, run_in_child = [], bench_noise.run_in_child
+
+    def measured(task, *arguments):
+        """The first in a process of its own, beside the neighbour; the others, one per arm, here."""
+        started.append(arguments[2]["arms"])
+        assert task == "time"
+        return run_in_child(task, *arguments) if len(started) == 1 else time_arms(*arguments[:2], **arguments[2])
+
+    monkeypatch.setattr(bench_noise, "run_in_child", measured)
     monkeypatch.setattr(bench_noise, "LOADS", ("bursts",))
     threads = torch.get_num_threads()
     arguments = ["--ranks", "4", "--batch-size", "1", "--seq-len", "8", "--rounds", "6", "--out", str(tmp_path)]
@@ -165,6 +176,7 @@ def test_the_noise_benchmark_compares_loads(tmp_path, monkeypatch):
         assert bench_noise.main(arguments) == 0
     finally:
         torch.set_num_threads(threads)
+    assert started == [arms := ["r4", "full", "full again"], *([name] for name in arms)]
     rows = read(tmp_path / "noise.csv")
     assert [(row["load"], row["provider"]) for row in rows] == [("bursts", name) for name in ("r4", "full again")]
     assert all(row["agrees"] == "True" and float(row["sequential_ratio"]) > 0 for row in rows)

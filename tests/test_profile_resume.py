@@ -1,6 +1,7 @@
 """Runs that are killed, at several moments and for real, and go on: no arm and no round is measured again."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,12 +31,6 @@ ROUNDS = 120
 OPTIONS = ["--ranks", "2", "--batch-size", "2", "--seq-len", "16", "--device", "cpu", "--steps", str(ROUNDS)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
-
-
 def start(folder, *more):
     command = [SCRIPT, "profile", "config.json", *OPTIONS, "--out", "run", *more]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -59,9 +54,23 @@ def kill_when(process, happened):
     time.sleep(0.2)  # until the system has ended its child, too
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with a run that was killed as soon as its plan was written."""
+    folder = tmp_path_factory.mktemp("begun") / "work"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    kill_when(start(folder), lambda: (folder / "run" / PLAN).exists())
+    return folder
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / begun.name)
+
+
 def test_a_run_killed_at_several_moments_loses_no_arm_and_no_round(folder):
     run = folder / "run"
-    kill_when(start(folder), lambda: (run / PLAN).exists())
     assert not (run / "run.json").exists() and lines(run / "arms.jsonl") == []
     kill_when(start(folder, "--resume"), lambda: len(lines(run / "arms.jsonl")) == 1)
     first = lines(run / "arms.jsonl")
@@ -115,7 +124,6 @@ def test_why_an_arm_is_not_timed_outlives_a_kill(tmp_path):
 
 def test_what_does_not_belong_together_is_refused(folder):
     run = folder / "run"
-    kill_when(start(folder), lambda: (run / PLAN).exists())
     plan = json.loads((run / PLAN).read_text())
     given = {"batch_size": 2, "seq_len": 16, "device": "cpu", "steps": 6, "out": run}
     config = str(folder / "config.json")
