@@ -145,6 +145,7 @@ def test_two_depths_tell_what_all_layers_cost(source):
         ("dense", 640, None, {"optimizer": "sgd", "gradient_accumulation": 2}),
         ("dense", 640, 32, {"adapter_dtype": "bf16"}),
         ("mixture of experts", 1024, None, {"device": "cuda"}),
+        ("mixture of experts", 1024, 32, {"adapter_dtype": "bf16"}),
     ],
 )
 def test_a_peak_that_only_a_deep_model_has_is_found_from_two_depths(name, vocabulary, rank, changes, tmp_path):
