@@ -191,8 +191,8 @@ def tried(f: Facts) -> list[int]:
 
 
 def cost_at(f: Facts, rank: int) -> Cost | None:
-    """Whole trainings where the search timed them, else steps, else FLOPs; the first is what is paid, unless the times
-    of single trainings differ so much that either could be the cheaper."""
+    """Whole trainings where the search timed them, else steps, measured or projected, else FLOPs; the first is what is
+    paid, unless the times of single trainings differ so much that either could be the cheaper."""
     total = None if f.curve is None else f.curve.time_ratio(rank)
     if total is not None and not is_unclear(total):
         return Cost(total, "training time", TIMED)
@@ -200,6 +200,8 @@ def cost_at(f: Facts, rank: int) -> Cost | None:
         return None
     if f.costs.noise is None and (ratio := ratio_at(f.costs.time, rank)) is not None:
         return Cost(ratio, "step time", TIMED)
+    if (ratio := ratio_at(f.costs.projected, rank)) is not None:
+        return Cost(ratio, "projected step time", COUNTED)
     if (ratio := ratio_at(f.costs.flops, rank)) is not None:
         return Cost(ratio, "FLOPs", COUNTED)
     return None

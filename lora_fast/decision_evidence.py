@@ -151,6 +151,11 @@ def _cost_indicators(f: Facts, rank: int) -> Iterator[Indicator]:
     if steps is not None and costs.noise is None:
         says = f"a step at r={rank} takes {steps} of full fine-tuning's{_price_words(f, rank)}"
         yield Indicator("step time", str(steps), threshold, _cost_verdict(steps), says, TIMED, source)
+    elif costs is not None and (projected := ratio_at(costs.projected, rank)) is not None:
+        why = f"times say nothing, {costs.noise}" if steps is not None else "no step was timed"
+        says = f"{why}; by the GPU's peak rates one at r={rank} takes {projected} of full fine-tuning's"
+        verdict = _cost_verdict(projected)
+        yield Indicator("step time", f"{projected} (projected)", threshold, verdict, says, COUNTED, source)
     elif costs is not None and (flops := ratio_at(costs.flops, rank)) is not None:
         why = f"times say nothing, {costs.noise}" if steps is not None else "no step was timed"
         says = f"{why}; FLOPs at r={rank} are {flops} of full fine-tuning's"

@@ -33,10 +33,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a profile or an estimate. time, flops, memory: ratio to full fine-tuning by rank. parameters: of the base;
-    parameters_per_rank: Σ (K + N) over the adapted layers. noise: why its times say nothing, or None. oom: the least
-    rank that ran out of memory; full_oom: whether full fine-tuning did, or doesn't fit. tokens_per_s: by rank, "full"
-    among them. smallest_side: the least min(N, K) of the adapted layers, where the run says it."""
+    """Of a profile or an estimate. time, flops, memory, projected (time that was not measured): ratio to full
+    fine-tuning by rank. parameters: of the base; parameters_per_rank: Σ (K + N) over the adapted layers. noise: why
+    its times say nothing, or None. oom: the least rank that ran out of memory; full_oom: whether full fine-tuning
+    did, or doesn't fit. tokens_per_s: by rank, "full" among them. smallest_side: the least min(N, K) of the adapted
+    layers, where the run says it."""
 
     model: str | None
     parameters: int
@@ -51,6 +52,7 @@ class Costs:
     full_oom: bool = False
     usd_per_hour: float | None = None
     smallest_side: int | None = None
+    projected: Mapping[int, Ratio] = field(default_factory=dict)
 
 
 def ratio_at(ratios: Mapping[int, Ratio], rank: int) -> Ratio | None:
@@ -87,6 +89,7 @@ def costs_of(profile: Any) -> Costs:
             parameters_per_rank=round(lora[0]["trainable"] / lora[0]["rank"]) if lora else None,
             estimated=work.get("method") == "estimated",
             time=_ratios(lora, "ratio_to_full", "ratio_ci"),
+            projected=_ratios(lora, "projected_ratio"),
             flops=_ratios(lora, "flops_ratio"),
             memory=_ratios(lora, "memory_ratio"),
             tokens_per_s={

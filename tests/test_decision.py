@@ -258,6 +258,23 @@ def test_flops_stand_in_for_time_and_are_less_sure():
     assert counted.confidence < timed.confidence
 
 
+def test_a_projected_time_stands_between_the_two():
+    """FLOPs say that r=256 is cheaper, the projection that it is slower; a measured time is asked before both."""
+    estimated = profile(CHEAP, estimated=True)
+    for arm in estimated.lora:
+        arm.projected_ratio = SLOW.get(arm.rank, 1.0)
+    found = decide(estimated, rank=256)
+    (step,) = [i for i in found.indicators if i.name == "step time"]
+    assert step.value == f"{SLOW[256]:.2f} (projected)" and "by the GPU's peak rates one at r=256 takes" in step.says
+    assert found.kind == decide(profile(SLOW, estimated=True), rank=256).kind == "full"
+    assert decide(profile(CHEAP, estimated=True), rank=256).kind != "full"
+    timed = profile(CHEAP)
+    for arm in timed.lora:
+        arm.projected_ratio = 1.5
+    (step,) = [i for i in decide(timed, rank=256).indicators if i.name == "step time"]
+    assert step.value.startswith(f"{CHEAP[256]:.2f} [")
+
+
 def from_times(losses, seconds):
     """A search as it is written, with these seconds for whole trainings."""
     found = search(losses).to_dict()
