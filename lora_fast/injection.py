@@ -150,6 +150,13 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
         raise LoraFastError(
             f"its submodule {nested} carries adapters of its own; remove_lora it, or work on that submodule"
         )
+    if config.bias != "none":
+        empty = next((n for n, p in model.named_parameters() if p.is_meta and n.rpartition(".")[2] == "bias"), None)
+        if empty is not None:
+            raise LoraFastError(
+                f"bias={config.bias!r}: {empty} is on the meta device (not loaded yet, or offloaded), and remove_lora "
+                "has to know what it was; load the model first"
+            )
     targets = target_modules(model, config)
     parameters = target_parameters(model, config)
     for name, layer in parameters.items():

@@ -545,6 +545,15 @@ def test_accelerate_hooks_keep_working():
     assert torch.equal(logits(offloaded), plain)
 
 
+def test_biases_on_meta_are_refused_with_nothing_changed():
+    with torch.device("meta"):
+        model = build("gpt2")
+    with pytest.raises(LoraFastError, match=r"bias='all': .*bias is on the meta device .* load the model first"):
+        apply_lora(model, LoraConfig(r=4, bias="all"))
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_on_meta_everything_is_on_meta():
     with torch.device("meta"):
         model = build("llama")
