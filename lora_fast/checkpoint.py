@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,7 +76,16 @@ def save_adapter(
     if config.base_model_name_or_path is None:
         source = getattr(getattr(model, "config", None), "name_or_path", None) or None
         config = replace(config, base_model_name_or_path=source)
+    if config.task_type is None:  # by which PEFT's AutoPeftModel… would know the model's class
+        config = replace(config, auto_mapping=_class_of(model))
     once(model, lambda: write_adapter(folder, config, tensors))
+
+
+def _class_of(model: nn.Module) -> dict[str, str]:
+    """The model's class as PEFT writes it, below those that are made while a program runs (`fully_shard`'s)."""
+    kinds = type(model).__mro__
+    kind = next(k for k in kinds if getattr(sys.modules.get(k.__module__), k.__name__, None) is k)
+    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _as_trained(

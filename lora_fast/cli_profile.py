@@ -55,7 +55,10 @@ def profile(
     ] = None,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens in a sequence.  [default: 256 on a CPU, 1024 on a GPU]", show_default=False),
+        typer.Option(
+            help="Tokens in a sequence.  [default: 256 on a CPU, 1024 on a GPU, or what the model allows]",
+            show_default=False,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -246,7 +249,10 @@ def estimate(
     ],
     ranks: Annotated[str, typer.Option(help="auto, numbers such as 1,2,4, or START:STOP:xFACTOR.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Sequences in a step.")] = 1,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 2048,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence.  [default: 2048, or what the model allows]", show_default=False),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Base weights: bf16, fp16 or fp32.")] = "bf16",
     adapter_dtype: Annotated[str, typer.Option(help="lora_A and lora_B: fp32, bf16 or fp16.")] = "fp32",
     lora_dropout: Annotated[float, typer.Option(help="Dropout before lora_A.")] = 0.0,

@@ -48,7 +48,7 @@ _UNSUPPORTED_PEFT_FIELDS: Mapping[str, tuple] = {
 }
 # Fields that say where an adapter comes from or how it started, or that act only together with an unsupported one.
 _INERT_PEFT_FIELDS = frozenset(
-    {"peft_type", "peft_version", "auto_mapping", "megatron_core", "qalora_group_size", "inference_mode", "eva_config"}
+    {"peft_type", "peft_version", "megatron_core", "qalora_group_size", "inference_mode", "eva_config"}
 )
 # Heads that PEFT adds to modules_to_save for a task, because they start untrained: those of these names that exist.
 HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = {
@@ -97,7 +97,8 @@ class LoraConfig:
         two also change the base weight.
     fan_in_fan_out: weight is stored (K, N), as in GPT-2's Conv1D; corrected where it contradicts the module.
     task_type: as in PEFT, "SEQ_CLS", "TOKEN_CLS" and "QUESTION_ANS" add the model's head to modules_to_save.
-    base_model_name_or_path, revision: carried into the saved config for PEFT.
+    base_model_name_or_path, revision, auto_mapping: carried into the saved config for PEFT; the last is the model's
+        class, written where there is no task_type.
 
     Raises LoraFastError for a value out of range."""
 
@@ -120,6 +121,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    auto_mapping: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 - the one way into a frozen dataclass
@@ -179,6 +181,8 @@ class LoraConfig:
                 _check_regex(key, name)
                 check(value, f"{name}[{key!r}]")
             set_(name, MappingProxyType(dict(pattern)))
+        if self.auto_mapping is not None:
+            set_("auto_mapping", MappingProxyType(dict(self.auto_mapping)))
         patterns = (self.layers_pattern,) if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
         for name, values in (("layers_pattern", patterns), ("modules_to_save", self.modules_to_save or ())):
             for value in values:
@@ -254,7 +258,7 @@ class LoraConfig:
         own = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         if not self.target_parameters:  # which PEFT's older versions don't know
             del own["target_parameters"]
-        return {**own, "peft_type": "LORA", "auto_mapping": None, "inference_mode": True}
+        return {**own, "peft_type": "LORA", "inference_mode": True}
 
     @classmethod
     def from_peft(cls, peft_config: Mapping[str, Any], *, source: str = "adapter_config.json") -> "LoraConfig":

@@ -275,8 +275,12 @@ def inject(
     init = config.init_lora_weights if init is None else init
     specs = {name: adapter_spec(config, name, trainable=trainable) for name in targets}
     _check_ranks(targets, specs, init)
-    if missed := unmatched(model, config):
-        warn(f"target_modules: no module of {type(model).__name__} is named {missed}")
+    for field_name in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field_name) or ()
+        if field_name == "target_modules" and isinstance(wanted, str):  # a pattern for no module is refused before
+            continue
+        if missed := unmatched(model, wanted):
+            warn(f"{field_name}: no module of {type(model).__name__} is named {missed}")
     for reader, idle in unreached(model, targets).items():
         warn(
             f"{reader} reads the weight of {idle[0]} ({len(idle)} modules so) without calling the module: an adapter "

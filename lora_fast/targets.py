@@ -239,13 +239,12 @@ def target_parameters(model: nn.Module, config: LoraConfig) -> dict[str, LoraPar
     return found
 
 
-def unmatched(model: nn.Module, config: LoraConfig) -> str | None:
-    """The entries of a list of target_modules that no module's name ends in, with near names; None where there is
-    none."""
-    if isinstance(config.target_modules, str):
-        return None
+def unmatched(model: nn.Module, wanted: str | Collection[str]) -> str | None:
+    """The entries of a list that no module's name ends in, or the pattern that no name is, with near names; None where
+    there is none."""
     every = {name for path in _base_modules(model) for name in (path, plain_name(path))}
-    missed = [w for w in config.target_modules if not any(_ends_with_one_of(name, (w,)) for name in every)]
+    patterns = {wanted: wanted} if isinstance(wanted, str) else {entry: (entry,) for entry in wanted}
+    missed = [entry for entry, p in patterns.items() if not any(_matches_pattern(p, name) for name in every)]
     return f"{', '.join(map(repr, missed))}{_near(model, missed)}" if missed else None
 
 

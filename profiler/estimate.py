@@ -19,7 +19,15 @@ from lora_fast.profiler.crossover import crossovers, ranks_of_shares
 from lora_fast.profiler.fits import Peaks
 from lora_fast.profiler.html import write_results
 from lora_fast.profiler.memory import MiB, in_MiB
-from lora_fast.profiler.models import ModelSource, build, counts, max_positions, resolve, resolve_shapes
+from lora_fast.profiler.models import (
+    ModelSource,
+    build,
+    counts,
+    max_positions,
+    note_on_class,
+    resolve,
+    resolve_shapes,
+)
 from lora_fast.profiler.predict import Prediction, trace
 from lora_fast.profiler.profile import Arm, Profile, add_projection
 from lora_fast.profiler.quantization import note_on
@@ -29,6 +37,8 @@ from lora_fast.profiler.runs import RunFolder, environment
 from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, parse_modules, parse_parameters
 
 GiB = 2**30
+# Tokens in a sequence, or as many as the model allows.
+SEQ_LEN = 2048
 # What a GPU's memory holds besides PyTorch's tensors: the CUDA context, cuBLAS's workspaces, and what the allocator
 # can't use between blocks. An allowance, not a measurement of this machine.
 RESERVE_GiB = 1.0
@@ -39,7 +49,7 @@ def estimate_memory(
     ranks: str | int | Sequence[int] = "auto",
     *,
     batch_size: int = 1,
-    seq_len: int = 2048,
+    seq_len: int | None = None,
     dtype: str = "bf16",
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
@@ -65,10 +75,11 @@ def estimate_memory(
 ) -> Profile:
     """Predict the peak memory and the FLOPs of a training step at every rank and with everything trained.
 
-    model: a built-in shape, a config.json, a folder, a Hugging Face id in the local cache, a Transformers config, or
-    a model, of which only the config is looked at. device: whose allocator and defaults are meant, "cuda" or "cpu".
-    memory_GiB: memory of one GPU; every arm then says whether it fits beside RESERVE_GiB, and the largest batch and
-    length that do; workload["largest_rank"] is the largest rank that does, up to "rank_limit", the largest min(N, K).
+    model: a built-in shape, a config.json, a folder, a Hugging Face id in the local cache, a Transformers config, or a
+    model, of which only the config is looked at. seq_len: None is SEQ_LEN, or what the model allows. device: whose
+    allocator and defaults are meant, "cuda" or "cpu". memory_GiB: memory of one GPU; every arm then says whether it
+    fits beside RESERVE_GiB, and the largest batch and length that do; workload["largest_rank"] is the largest rank that
+    does, up to "rank_limit", the largest min(N, K).
     gpu: one of roofline.CHIPS by name, such as "H100": memory_GiB is then its memory unless given, and the least time
     of every arm's step on it is projected (not for shards, whose times the network decides, nor for adapters on stacked
     experts). price_per_hour: US dollars. compare_peft: PEFT's LoRA beside ours at every rank.
@@ -83,8 +94,9 @@ def estimate_memory(
     chip = None if gpu is None else _chip(gpu)
     if chip and memory_GiB is None:
         memory_GiB = float(chip.memory_GB)  # as makers name their GPUs
-    if memory_GiB is not None and not 0 < memory_GiB < math.inf:
-        raise LoraFastError(f"memory_GiB={memory_GiB!r}; expected a positive number")
+    if memory_GiB is not None and not RESERVE_GiB < memory_GiB < math.inf:
+        taken = f"the {RESERVE_GiB:g} GiB that the CUDA context and fragmentation take"
+        raise LoraFastError(f"memory_GiB={memory_GiB!r}; expected more than {taken}")
     if not isinstance(shards, int) or shards < 1:
         raise LoraFastError(f"shards={shards!r}; expected a whole number of at least 1")
     if device not in ("cuda", "cpu"):
@@ -98,7 +110,7 @@ def estimate_memory(
     folder = None if out is None else RunFolder(out)
     workload = Workload(
         batch_size=batch_size,
-        seq_len=seq_len,
+        seq_len=SEQ_LEN if seq_len is None else seq_len,
         dtype=dtype,
         target_modules=parse_modules(target_modules),
         exclude_modules=None if exclude_modules is None else parse_modules(exclude_modules, "exclude_modules"),
@@ -118,6 +130,8 @@ def estimate_memory(
     with ExitStack() as stack:
         source = _source(model, stack)
         subject = build(source, device="meta", dtype=workload.torch_dtype, attn_implementation=attn_implementation)
+        if seq_len is None:
+            workload = replace(workload, seq_len=min(SEQ_LEN, max_positions(subject) or SEQ_LEN))
         replace(workload, device="cpu").batch(subject)  # says now that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
         note = note_on(subject, quantize, dtype)
@@ -177,7 +191,7 @@ def estimate_memory(
         "smallest_side": smallest_side(targets),
         **counts(subject, targets),
     }
-    notes = too_large(wanted, named) + note
+    notes = too_large(wanted, named) + note + note_on_class(subject)
     if chip and not projected:
         why = "several GPUs wait for their network" if shards > 1 else "how tokens choose experts is not in shapes"
         notes.append(f"no time is projected: {why}")

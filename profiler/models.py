@@ -371,6 +371,17 @@ def max_positions(model: nn.Module) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
+def note_on_class(model: nn.Module) -> list[str]:
+    """What a run says where the checkpoint is of another class than the causal language model that it is read as."""
+    named = getattr(model.config, "architectures", None) or [type(model).__name__]
+    if type(model).__name__.lower() in map(str.lower, named):
+        return []
+    return [
+        f"read as {type(model).__name__}, and the checkpoint is of {', '.join(named)}: its own head is left out, and a "
+        "language model's, with random weights, stands in its place"
+    ]
+
+
 def _first_line(error: BaseException) -> str:
     """An exception's message as one line of at most 300 characters."""
     text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__

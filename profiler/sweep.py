@@ -5,6 +5,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,6 +186,8 @@ def profile_ranks(
         )
         if out == AUTO:
             folder = RunFolder(default_folder(source.name))
+        if seq_len is None and (longest := models.max_positions(subject)):
+            workload = replace(workload, seq_len=min(workload.seq_len, longest))
         workload.batch(subject)  # says now, not after the memory pass, that the length does not fit the model
         total = sum(parameter.numel() for parameter in subject.parameters())
         targets, per_rank = _probe(subject, workload)
@@ -192,6 +195,7 @@ def profile_ranks(
         if wanted is None:
             wanted = auto_ranks(subject, adapted, per_rank)
         notes = too_large(wanted, targets) + note_on(subject, quantize, workload.dtype)
+        notes += models.note_on_class(subject) if source.kind != "module" else []
 
         trained = {r: workload.adapter_parameters(r, adapted) for r in wanted}
         arms = [

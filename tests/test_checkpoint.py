@@ -26,6 +26,7 @@ from lora_fast import (
     load_adapter,
     lora_parameters,
     remove_lora,
+    resize_adapter,
     save_adapter,
     set_adapter,
 )
@@ -503,3 +504,27 @@ def test_layers_that_peft_takes_for_experts_are_announced(tmp_path):
         model = trained(copy.deepcopy(base), target_modules=["q_b_proj", "o_proj"])
         save_adapter(model, tmp_path / "attention")
     assert_close(logits(peft.PeftModel.from_pretrained(base, tmp_path / "attention")), logits(model))
+
+
+def test_pefts_own_way_to_the_class_of_the_model_is_kept(tmp_path):
+    """Without a task_type PEFT's AutoPeftModel… asks the file for the class, which PEFT wrote into it."""
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    theirs = peft_model(copy.deepcopy(base), target_modules=["q_proj"])
+    theirs.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = json.loads((tmp_path / "theirs" / CONFIG_NAME).read_text())["auto_mapping"]
+    assert wanted["base_model_class"] == "LlamaForCausalLM"
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    save_adapter(apply_lora(ours, LoraConfig(target_modules=["q_proj"])), tmp_path / "ours")
+    resize_adapter(tmp_path / "theirs", tmp_path / "smaller", rank=2)
+    loaded = load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+    save_adapter(loaded, tmp_path / "again")
+    for name in ("ours", "smaller", "again"):
+        assert json.loads((tmp_path / name / CONFIG_NAME).read_text())["auto_mapping"] == wanted
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / name)
+        assert type(found.get_base_model()) is transformers.LlamaForCausalLM
+    # With a task_type PEFT writes none, and neither do we.
+    named = apply_lora(build("llama"), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    save_adapter(named, tmp_path / "named")
+    assert json.loads((tmp_path / "named" / CONFIG_NAME).read_text())["auto_mapping"] is None

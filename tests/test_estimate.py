@@ -312,6 +312,10 @@ def test_the_command(flat, tmp_path, capsys):
     [
         (["--ranks", "4,x"], "'x' is not a rank"),
         (["--gpu", "lots"], "gpu='lots'; expected the memory of one GPU, such as 24GB, or one of A100, "),
+        (
+            ["--gpu", "0.9GB"],
+            "memory_GiB=0.9; expected more than the 1 GiB that the CUDA context and fragmentation take",
+        ),
         (["--shards", "0"], "shards=0"),
         (["--device", "tpu"], "device='tpu'"),
         (["--dtype", "int8"], "dtype='int8'"),
@@ -324,6 +328,26 @@ def test_wrong_input_is_one_line(dense, capsys, arguments, message):
     assert main(["estimate", str(dense), "--seq-len", "64", *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err.splitlines()[-1] and said.out == ""
+
+
+def test_a_length_that_was_not_given_is_what_the_model_allows(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["dense"] | {"max_position_embeddings": 48}))
+    found = estimate_memory(str(tmp_path / "config.json"), "4")
+    assert found.workload["seq_len"] == 48
+    with pytest.raises(LoraFastError, match="seq_len=64 exceeds the model's max_position_embeddings=48"):
+        estimate_memory(str(tmp_path / "config.json"), "4", seq_len=64)
+
+
+def test_a_checkpoint_of_another_class_is_named(tmp_path):
+    bert = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    bert |= {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 32, "is_decoder": True}
+    for architecture, notes in (("BertForSequenceClassification", 1), ("BertLMHeadModel", 0)):
+        (tmp_path / "config.json").write_text(json.dumps(bert | {"architectures": [architecture]}))
+        found = estimate_memory(str(tmp_path / "config.json"), "4")
+        said = [
+            note for note in found.notes if note.startswith("read as BertLMHeadModel, and the checkpoint is of Bert")
+        ]
+        assert len(said) == notes and found.workload["seq_len"] == 32
 
 
 def test_what_is_no_model_is_refused():

@@ -561,6 +561,20 @@ def test_on_meta_everything_is_on_meta():
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
+def test_exclusions_that_exclude_nothing_are_announced():
+    said = r"exclude_modules: no module of LlamaForCausalLM is named 'dwn_proj'; did you mean down_proj"
+    with pytest.warns(lora_fast.LoraFastWarning, match=said):
+        model = apply_lora(build("llama"), LoraConfig(exclude_modules=["dwn_proj", "up_proj"]))
+    assert adapted(model) == {
+        name for name in adapted(apply_lora(build("llama"), LoraConfig())) if "up_proj" not in name
+    }
+    with pytest.warns(lora_fast.LoraFastWarning, match=r"is named '\.\*dwn\.\*'"):
+        apply_lora(build("llama"), LoraConfig(exclude_modules=".*dwn.*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", lora_fast.LoraFastWarning)
+        apply_lora(build("llama"), LoraConfig(exclude_modules=".*down_proj"))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_x_is_never_copied_to_fp32(dropout):
     """On a bf16 base with fp32 adapters nothing of x's size is kept in fp32, and x itself once for q, k and v."""
@@ -715,7 +729,6 @@ def test_a_misspelt_name_beside_a_good_one_is_announced(tmp_path):
 @pytest.mark.parametrize(
     "lora",
     [
-        {"target_modules": ["q_proj"], "exclude_modules": ["v_prj"]},
         {"target_modules": r".*\.q_proj|v_prj"},
         {"target_modules": "all-linear"},
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},

@@ -196,6 +196,9 @@ def test_a_products_time_does_not_hide_what_dA_reads():
     product, update = 2 * M * K * N, 2 * M * R
     # S; y; dS and dB; dx; dA
     assert flops == [update * K, product + update * N, 2 * update * N, product + update * K, update * K]
+    x, y, w, s, a, b = (2 * numbers for numbers in (M * K, M * N, N * K, M * R, R * K, N * R))
+    moved = [launch.bytes for launch in counter.launches if launch.flops]
+    assert moved == [x + a + s, x + w + s + b + y, y + b + s + s + b, y + w + s + a + x, s + x + a]
 
 
 # --- A step -----------------------------------------------------------------------------------------------------------
