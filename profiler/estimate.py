@@ -183,6 +183,7 @@ def estimate_memory(
         "reserve_GiB": None if memory_GiB is None else RESERVE_GiB,
         "projected_on": chip._asdict() if projected else None,
         "price_per_hour": price_per_hour,
+        "launches": steps[-1].launches() if projected else None,
         "largest_rank": largest_rank,
         "rank_limit": rank_limit,
         "shards": shards,

@@ -118,12 +118,21 @@ class Traced:
         return replace(step, moments=moments, traced_layers=traced_layers)
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """{phase: the least time that its launches take one after the other}, of one GPU that has the model to itself.
+        """{phase: the least time that its launches take one after the other}, on a GPU that has the model to itself."""
+        return self._of_launches(chip.seconds)
 
-        Time is linear in the depth, as everything is."""
+    def launches(self) -> int:
+        """How many the step makes."""
+        return round(sum(self._of_launches(lambda launch: 1).values()))
+
+    def _of_launches(self, cost: Callable[[Launch], float]) -> dict[str, float]:
+        """{phase: Σ cost of its launches}, which is linear in the depth, as everything is."""
         found = [
-            {phase: sum(count * chip.seconds(launch) for launch, count in made.items()) for phase, made in step.items()}
-            for step in (step.launches for step in self.found)
+            {
+                phase: sum(count * cost(launch) for launch, count in made.items())
+                for phase, made in step.launches.items()
+            }
+            for step in self.found
         ]
         if len(found) == 1:
             return found[0]

@@ -17,6 +17,9 @@ from lora_fast.profiler.crossover import COSTS, shares_sentence
 from lora_fast.profiler.layers_table import layers_table
 from lora_fast.profiler.profile import Arm, Profile, usd_per_million_tokens
 
+# Microseconds that PyTorch's host takes for a launch, about: a GPU whose launches are shorter waits for it.
+HOST_US = 5.0
+
 
 def print_profile(profile: Profile, console: Console) -> None:
     """The table with its title and caption, then crossovers and notes. Plain text where the console is no terminal."""
@@ -334,6 +337,12 @@ def _estimate_caption(profile: Profile) -> str:
             f"TFLOP/s in {work['dtype']} and {gpu['bandwidth']:g} TB/s, and no wait between. Full fine-tuning takes at "
             f"least {_number(sum(profile.full.projected_ms.values()))} ms a step."
         )
+        mean_us = 1000 * sum(profile.full.projected_ms.values()) / work["launches"]
+        if mean_us < HOST_US:
+            lines.append(
+                f"These are {work['launches']:,} launches of {mean_us:.1f} µs on average: the host, which takes longer "
+                "for one, decides the time, and the projection says little."
+            )
     if work["memory_GiB"] is not None:
         lines.append(
             f"fits: into {work['memory_GiB']:g} GiB less {work['reserve_GiB']:g} for those; max: the largest batch "

@@ -1,6 +1,7 @@
 """Launches as they are counted, bytes against what Triton's interpreter sees kernels move, and the times projected."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -212,6 +213,7 @@ def test_two_depths_tell_the_time_of_all(path, rank, peft):
     assert [len(step.found) for step in found] == [2, 1]
     extended, whole = (step.seconds(SIMPLE) for step in found)
     assert extended == pytest.approx(whole, rel=1e-9) and min(whole.values()) > 0
+    assert found[0].launches() == found[1].launches() == sum(map(Counter.total, found[1].found[0].launches.values()))
     # Tracing as kernels or as operators changes neither FLOPs nor peaks.
     plain = trace(source, workload(lora_dropout=0.1, backend="torch"), rank, peft=peft and rank is not None)
     assert plain.extended().flops == found[0].extended().flops and plain.extended().peak == found[0].extended().peak
@@ -279,6 +281,9 @@ def test_an_estimate_for_a_gpu_by_name(flat, tmp_path):
     assert document["workload"]["memory_GiB"] == 1.01 and document["workload"]["projected_on"]["name"] == "RTX 4090"
 
     run = Profile.from_dict(document)
+    assert "µs on average: the host, which takes longer for one, decides the time" in caption(run)
+    run.workload["launches"] = 1
+    assert "the host" not in caption(run)
     assert "projected for RTX 4090, not measured" in caption(run) and "165 TFLOP/s in bf16" in caption(run)
     headers = [column.header.replace("\n", " ") for column in columns(run)]
     assert {"time vs full", "tokens/s at most", "$/1M tok at least"} <= set(headers)
