@@ -15,7 +15,7 @@ from lora_fast.checkpoint_files import counting_order
 from lora_fast.config import ALL_LINEAR, BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, plain_name
 from lora_fast.distributed import check_matrices, inside_wrapper
 from lora_fast.experts import factors_by_expert
-from lora_fast.injection import lora_layers, lora_state
+from lora_fast.injection import check_in_place, lora_layers, lora_state
 from lora_fast.linear import whole
 from lora_fast.parameter import LoraParameter
 
@@ -245,6 +245,7 @@ def _from_model(model: nn.Module) -> AdapterUpdates:
     config = state.configs[name]
     if config.use_dora:
         raise LoraFastError(f"{source} has use_dora=True; {_NO_PRODUCT}")
+    check_in_place(model, state, adapter_name=name)
     factors, transposed, layers = [], set(), lora_layers(model)
     check_matrices(layers)
     for path, layer in layers.items():

@@ -26,6 +26,7 @@ from lora_fast.distributed import check_matrices, gathered, once
 from lora_fast.injection import (
     LoraState,
     check_adapter_dtype,
+    check_in_place,
     check_injection,
     inject,
     lora_layers,
@@ -52,14 +53,15 @@ def save_adapter(
     changed the base weight at its start (PiSSA, OLoRA) becomes one of rank 2 R on the original base.
     A folder that holds an earlier adapter is replaced whole or, in a crash, not at all, and keeps its permissions; the
     current folder stays itself, and a crash may leave it without adapter_config.json, so that nothing loads it. Raises
-    LoraFastError, with nothing written, where the folder holds anything else, or where portable=True can't carry the
-    adapter.
+    LoraFastError, with nothing written, where the folder holds anything else, where portable=True can't carry the
+    adapter, or where a module that it trains was replaced since (resize_token_embeddings does that).
     Of a model whose weights are sharded over processes (FSDP2's `fully_shard`) the parts are gathered: every process
     has to call, and the first one writes."""
     state = lora_state(model)
     name = state.active if adapter_name is None else adapter_name
     if name not in state.configs:
         raise LoraFastError(f"adapter_name={name!r}; this model carries {', '.join(map(repr, state.configs))}")
+    check_in_place(model, state, adapter_name=name)
     folder = Path(folder).resolve()
     layers = {plain_name(path): layer for path, layer in lora_layers(model).items() if name in layer.adapter_specs}
     check_matrices(layers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fast.backend import check_backend
-from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, inside_of, plain_name, warn
+from lora_fast.config import BASE_CHANGING_INITS, LoraConfig, LoraFastError, few, inside_of, plain_name, warn
 from lora_fast.distributed import check_matrices, distribution_of, give_back, inside_wrapper, overwrite
 from lora_fast.linear import LoraLayer, adapter_spec, is_offloaded
 from lora_fast.parameter import (
@@ -46,6 +46,7 @@ class LoraState:
     trained_before: the parameters that required a gradient before the first adapter. biases: those that an adapter
     trains, as they were. replaced: other weights of the base that an adapter's file brought along, as they were.
     originals, copies: the modules of modules_to_save as they were, and each adapter's copy of them, by dotted name.
+    adapted: the plain names of the modules that hold each adapter's factors.
     kept_packed: the layers that `keep_packing` changed."""
 
     configs: dict[str, LoraConfig] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class LoraState:
     replaced: dict[str, Tensor] = field(default_factory=dict)
     originals: dict[str, nn.Module] = field(default_factory=dict)
     copies: dict[str, dict[str, nn.Module]] = field(default_factory=dict)
+    adapted: dict[str, frozenset[str]] = field(default_factory=dict)
     hooks: list = field(default_factory=list)
     kept_packed: list[nn.Module] = field(default_factory=list)
     active: str | None = None
@@ -100,10 +102,75 @@ def lora_state(model: nn.Module) -> LoraState:
     return state
 
 
+def still_carries(model: nn.Module, state: LoraState) -> bool:
+    """Whether this is the model's state still, which `remove_lora` drops."""
+    return model.__dict__.get(_STATE) is state
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """{dotted name: layer} of every adapted linear layer and parameter."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {layer.adapted_name(name): layer for name, layer in layers.items()}
+
+
+def _standing(state: LoraState, adapter_name: str | None, disabled: bool) -> dict[str, nn.Module]:
+    """{dotted name: module} of modules_to_save as they stand with this adapter active, or with adapters disabled."""
+    return state.originals | ({} if disabled else state.copies.get(adapter_name, {}))
+
+
+def _replaced(model: nn.Module, state: LoraState) -> dict[str, set[str]]:
+    """{dotted name: the adapters that lost something there} of the modules that another one was put in the place of:
+    those with factors, and those of modules_to_save that stand in the model now. One that is inside of what took its
+    place, as of a wrapper, is still there; a name that leads nowhere was taken out with its adapter."""
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(plain_name(path), module)  # a wrapper comes before its inside
+    lost: dict[str, set[str]] = {}
+    for adapter, names in state.adapted.items():
+        for name in names & modules.keys():
+            parts = (part for part in modules[name].modules() if isinstance(part, LoraLayer))
+            if not any(adapter in part.adapter_specs for part in parts):
+                lost.setdefault(name, set()).add(adapter)
+    for name, module in _standing(state, state.active, state.disabled).items():
+        there = modules.get(plain_name(name))
+        if there is None or all(part is not inside_of(module) for part in there.modules()):
+            trained = not state.disabled and name in state.copies.get(state.active, {})
+            lost.setdefault(name, set()).update({state.active} if trained else ())
+    return lost
+
+
+def _resized(state: LoraState, others: Mapping[str, nn.Module]) -> list[str]:
+    """The names of modules_to_save that stand in the model now and are of other sizes than `others`, which would take
+    their place."""
+    standing = _standing(state, state.active, state.disabled)
+    return [name for name, other in others.items() if name in standing and _sizes(standing[name]) != _sizes(other)]
+
+
+def _sizes(module: nn.Module) -> list[int]:
+    """What resizing changes. Not the weights' shapes, which FullyShardedDataParallel changes too."""
+    attributes = [part.__dict__.get(size) for part in module.modules() for size in ("num_embeddings", "out_features")]
+    return [size for size in attributes if size is not None]
+
+
+def check_in_place(
+    model: nn.Module,
+    state: LoraState,
+    *,
+    adapter_name: str | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Raises LoraFastError where a module that an adapter was put into was replaced since, or one of modules_to_save;
+    where adapter_name is given, only one of what that adapter trains. others: the modules that would take the place of
+    modules_to_save, which must not have been resized."""
+    lost = [n for n, adapters in _replaced(model, state).items() if adapter_name is None or adapter_name in adapters]
+    for names, done in ((lost, "replaced"), (_resized(state, others or {}), "resized")):
+        if names:
+            were = "was" if len(names) == 1 else "were"
+            raise LoraFastError(
+                f"{few(sorted(map(plain_name, names)))} {were} {done} after its adapter was put in "
+                "(resize_token_embeddings does that); resize first, then apply_lora: remove_lora(model) leaves what is "
+                "there now"
+            )
 
 
 def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> dict[str, nn.Module]:
@@ -136,6 +203,7 @@ def check_injection(model: nn.Module, config: LoraConfig, adapter_name: str) -> 
             )
         if state.merged_keep is not None:
             raise LoraFastError(f"adapter {state.active!r} is merged; unmerge_lora(model) before adding another")
+        check_in_place(model, state, others=state.originals)
         changed = [n for n, c in state.configs.items() if c.init_lora_weights in BASE_CHANGING_INITS]
         if changed or config.init_lora_weights in BASE_CHANGING_INITS:
             raise LoraFastError(
@@ -309,6 +377,10 @@ def inject(
         module.adapters_disabled = state.disabled
         module.add_adapter(adapter_name, specs[name], init, adapter_dtype)
     find_groups(model)
+    state.adapted[adapter_name] = frozenset(
+        plain_name(name.rpartition(".")[0] if isinstance(module, LoraParameter) else name)
+        for name, module in targets.items()
+    )
     for name in saved_module_names(model, config):
         original = state.originals.setdefault(name, model.get_submodule(name))
         state.copies.setdefault(adapter_name, {})[name] = _trained_copy(original)
@@ -412,18 +484,17 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 def _arrange_saved_modules(model: nn.Module, state: LoraState) -> None:
     """Puts the active adapter's copies of modules_to_save in place, or the originals where none is active or adapters
     are disabled."""
-    copies = {} if state.disabled else state.copies.get(state.active, {})
-    for name, original in state.originals.items():
-        _put(model, name, copies.get(name, original))
-        original.requires_grad_(False)
-        if name in copies:
-            copies[name].requires_grad_(state.trainable[state.active])
+    for name, module in _standing(state, state.active, state.disabled).items():
+        _put(model, name, module)
+        state.originals[name].requires_grad_(False)
+        if module is not state.originals[name]:
+            module.requires_grad_(state.trainable[state.active])
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> None:
     """Makes `adapter_name` the active adapter, without touching a file. Its factors require gradients (unless it was
-    loaded with trainable=False), the other adapters' don't. Raises LoraFastError for an unknown name, or while an
-    adapter is merged."""
+    loaded with trainable=False), the other adapters' don't. Raises LoraFastError, with nothing changed, for an unknown
+    name, while an adapter is merged, or where an adapted module or one of modules_to_save was replaced since."""
     state = lora_state(model)
     if adapter_name not in state.configs:
         raise LoraFastError(f"adapter_name={adapter_name!r}; this model carries {', '.join(map(repr, state.configs))}")
@@ -434,6 +505,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> None:
             f"model is {told}, with the modules_to_save of adapter {state.active!r}; those of another would be outside "
             "of it: choose the adapter first, then distribute the model"
         )
+    check_in_place(model, state, others=_standing(state, adapter_name, state.disabled))
     state.active = adapter_name
     for layer in lora_layers(model).values():
         layer.set_adapter(adapter_name)
@@ -448,6 +520,7 @@ def set_disabled(model: nn.Module, state: LoraState, disabled: bool) -> None:
     give_back(model)
     layers = lora_layers(model)
     check_base(layers)
+    check_in_place(model, state, others=_standing(state, state.active, disabled))
     for layer in layers.values():
         if disabled != state.disabled:
             layer.swap_start()
@@ -469,13 +542,16 @@ def remove_lora(model: nn.Module) -> None:
     again.
 
     The weights are the base's, bit for bit; after `merge_lora` they are the merged ones (and the trained
-    modules_to_save and biases stay)."""
+    modules_to_save and biases stay). A module of modules_to_save, or an adapted one, that was replaced or resized after
+    its adapter was put in (resize_token_embeddings does that) stays as it is now, with its weights and biases: what it
+    was would no longer fit the model."""
     state = lora_state(model)
     merged = state.merged_keep is not None
-    if state.disabled:
-        set_disabled(model, state, False)
     layers = lora_layers(model)
     check_base(layers)
+    _forget_replaced(model, state)
+    if state.disabled:
+        set_disabled(model, state, False)
     unfuse_mlps(model)
     for layer in layers.values():
         if not merged:
@@ -502,3 +578,21 @@ def remove_lora(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plain_name(name) in state.trained_before)
     del model.__dict__[_STATE]
+
+
+def _forget_replaced(model: nn.Module, state: LoraState) -> None:
+    """Drops what the state would put back into modules that were replaced or resized."""
+    trained = _standing(state, state.active, disabled=False)
+    others = *_resized(state, state.originals), *_resized(state, trained)
+    gone = {plain_name(name) for name in (*_replaced(model, state), *others)}
+    state.adapted = {adapter: names - gone for adapter, names in state.adapted.items()}
+    for modules in (state.originals, *state.copies.values()):
+        for name in [name for name in modules if plain_name(name) in gone]:
+            del modules[name]
+    parameters = {plain_name(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    for values in (state.biases, state.replaced):
+        for name, value in list(values.items()):
+            parameter, owner = parameters.get(plain_name(name)), plain_name(name).rpartition(".")[0]
+            pieces = hasattr(parameter, "_fsdp_flattened")
+            if owner in gone or parameter is None or (parameter.shape != value.shape and not pieces):
+                del values[name]

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_fast.config import LoraFastError, warn
 from lora_fast.distributed import check_matrices, whole
-from lora_fast.injection import lora_layers, lora_state, set_disabled, tied_weights
+from lora_fast.injection import check_in_place, lora_layers, lora_state, set_disabled, still_carries, tied_weights
 from lora_fast.linear import LoraLayer, is_offloaded
 from lora_fast.parameter import LoraParameter
 from lora_fast.quantized import is_quantized, matrix_shape
@@ -18,8 +18,10 @@ from lora_fast.quantized import is_quantized, matrix_shape
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside the `with` block the model computes what its base computes: no updates, the original modules_to_save; a
     merged adapter is unmerged for the block. Trained biases (bias != "none") stay, with a warning: there is one set of
-    them."""
+    them. Raises LoraFastError, with nothing changed, where an adapted module or one of modules_to_save was replaced
+    since."""
     state = lora_state(model)
+    check_in_place(model, state, others=state.originals)
     if state.biases:
         warn("the base's biases are trained too; with adapters disabled the model keeps the trained biases")
     keep, was_disabled = state.merged_keep, state.disabled
@@ -29,9 +31,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        set_disabled(model, state, was_disabled)
-        if keep is not None:
-            merge_lora(model, keep=keep)
+        if still_carries(model, state):
+            set_disabled(model, state, was_disabled)
+            if keep is not None:
+                merge_lora(model, keep=keep)
 
 
 def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
@@ -40,7 +43,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
 
     The weights of before are kept for `unmerge_lora`, on the CPU, or on the weights' device with keep="device".
     Raises LoraFastError, with nothing changed, where an adapter is merged already, holds NaN or inf, sits on a tied
-    or a quantized weight, or would make a finite weight overflow its dtype."""
+    or a quantized weight, or would make a finite weight overflow its dtype, or where a module was replaced since."""
     state = lora_state(model)
     if keep not in ("cpu", "device"):
         raise LoraFastError(f"keep={keep!r}; expected 'cpu' or 'device'")
@@ -48,6 +51,7 @@ def merge_lora(model: nn.Module, *, keep: str = "cpu") -> None:
         raise LoraFastError(f"adapter {state.active!r} is merged already; unmerge_lora(model) first")
     if state.disabled:
         raise LoraFastError("adapters are disabled; merge_lora after the disable_adapters block")
+    check_in_place(model, state)
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.active_adapter is not None}
     check_matrices(layers)
     tied = tied_weights(model, layers)
@@ -101,13 +105,21 @@ def _overflows(layer: LoraLayer) -> bool:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Puts back the weights of before `merge_lora`, bit for bit in every dtype. Raises LoraFastError where nothing is
-    merged."""
+    """Puts back the weights of before `merge_lora`, bit for bit in every dtype. Raises LoraFastError, with nothing
+    changed, where nothing is merged, or a module was replaced or resized since."""
     state = lora_state(model)
     if state.merged_keep is None:
         raise LoraFastError("no adapter is merged; merge_lora(model) comes first")
+    check_in_place(model, state)
     layers = {name: layer for name, layer in lora_layers(model).items() if layer.merged_adapter is not None}
     check_matrices(layers)
+    for name, layer in layers.items():
+        if layer._weight_before_merge.shape != layer.weight.shape:
+            raise LoraFastError(
+                f"{name}.weight was resized after its adapter was merged: it was "
+                f"{tuple(layer._weight_before_merge.shape)}, is {tuple(layer.weight.shape)}; resize first, then "
+                "apply_lora: remove_lora(model) leaves what is there now"
+            )
     for layer in layers.values():
         layer.unmerge()
     state.merged_keep = None

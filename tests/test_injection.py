@@ -11,6 +11,7 @@ import torch
 import transformers
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from safetensors.torch import load_file
 from support import (
     CAUSAL_LM,
     FAMILIES,
@@ -25,17 +26,21 @@ from support import (
     trainable,
 )
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import lora_fast
 from lora_fast import (
     LoraConfig,
     LoraFastError,
+    adapter_spectra,
     apply_lora,
     disable_adapters,
     fusion_report,
+    load_adapter,
     lora_parameters,
     merge_lora,
     remove_lora,
+    save_adapter,
     set_adapter,
     unmerge_lora,
 )
@@ -314,6 +319,193 @@ def test_remove_takes_back_trained_biases_and_modules():
             parameter += 1
     remove_lora(base)
     assert_unchanged(base, before)
+
+
+def resize(model):
+    model.resize_token_embeddings(70, mean_resizing=False)
+
+
+def swap(name):
+    """Puts a plain linear layer, of the same sizes, in the place of the module of this name."""
+
+    def act(model):
+        old = model.get_submodule(name)
+        model.set_submodule(name, nn.Linear(old.in_features, old.out_features, bias=False))
+
+    return act
+
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+REPLACED = {
+    "a saved head, resized": ({"modules_to_save": ["lm_head"]}, resize, "lm_head"),
+    "a saved head, swapped": ({"modules_to_save": ["lm_head"]}, swap("lm_head"), "lm_head"),
+    "an adapted head, resized": ({"target_modules": ["q_proj", "lm_head"]}, resize, "lm_head"),
+    "an adapted layer, swapped": ({}, swap(Q_PROJ), Q_PROJ),
+}
+
+
+@pytest.mark.parametrize("choice", REPLACED)
+def test_a_module_that_was_replaced_is_named_and_never_overwritten(choice, tmp_path):
+    lora, replace, name = REPLACED[choice]
+    model = injected(lora={"target_modules": ["q_proj", "v_proj"]} | lora)
+    replace(model)
+    new = model.get_submodule(name)
+    with torch.no_grad():
+        new.weight += 1
+    value, before = new.weight.clone(), snapshot(model)
+
+    def disable():
+        with disable_adapters(model):
+            pass
+
+    actions = (
+        lambda: save_adapter(model, tmp_path / "adapter"),
+        lambda: set_adapter(model, "default"),
+        disable,
+        lambda: merge_lora(model),
+        lambda: adapter_spectra(model),
+        lambda: apply_lora(model, LoraConfig(r=2, target_modules=["k_proj"]), adapter_name="two"),
+    )
+    told = (
+        rf"^{name} was replaced after its adapter was put in \(resize_token.*resize first, then apply_lora: remove_lora"
+    )
+    for action in actions:
+        with pytest.raises(LoraFastError, match=told):
+            action()
+        assert_unchanged(model, before)
+    assert not any(tmp_path.iterdir())
+    remove_lora(model)
+    assert model.get_submodule(name) is new and torch.equal(new.weight, value)
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+    base = build("llama").state_dict()
+    for key, expected in base.items():
+        if key != f"{name}.weight":
+            assert torch.equal(model.state_dict()[key][: len(expected)], expected), key
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == base.keys()
+    injected(model=model, lora=lora, name="again")
+    save_adapter(model, tmp_path / "adapter")
+    fresh = build("llama")
+    if replace is resize:
+        resize(fresh)
+    fresh.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(logits(load_adapter(fresh, tmp_path / "adapter")), logits(model))
+
+
+def test_a_tied_head_that_was_resized_in_place_is_told_in_its_call():
+    model = injected(lora={"target_modules": ["q_proj", "lm_head"]}, tie_word_embeddings=True)
+    resize(model)
+    with pytest.raises(LoraFastError, match="lora_B has N=61, the linear layer has N=70"):
+        logits(model)
+    remove_lora(model)
+    base = build("llama", tie_word_embeddings=True)
+    assert torch.equal(logits(model)[..., :61], logits(base))
+
+
+def test_a_replaced_module_leaves_other_adapters_be(tmp_path):
+    model = injected(lora={"target_modules": ["q_proj"]})
+    injected(model=model, lora={"target_modules": ["q_proj", "lm_head"]}, name="two", seed=6)
+    expected = model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.clone()
+    resize(model)
+    save_adapter(model, tmp_path / "one", adapter_name="default")
+    stored = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"], expected)
+    with pytest.raises(LoraFastError, match="lm_head was replaced"):
+        save_adapter(model, tmp_path / "two")
+
+
+def test_what_was_replaced_after_a_merge_stays_when_it_is_removed():
+    model = injected(lora={"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm"]})
+    merge_lora(model)
+    resize(model)
+    expected, before = logits(model), snapshot(model)
+    for action in (unmerge_lora, lambda model: disable_adapters(model).__enter__()):
+        with pytest.raises(LoraFastError, match="lm_head was replaced"):
+            action(model)
+        assert_unchanged(model, before)
+    remove_lora(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_an_adapted_embedding_that_was_resized_after_a_merge_is_not_unmerged():
+    model = injected(lora={"target_modules": ["q_proj", "embed_tokens"]})
+    merge_lora(model)
+    resize(model)
+    expected, before = logits(model), snapshot(model)
+    with pytest.raises(LoraFastError, match=r"embed_tokens.weight was resized .* was \(61, 32\), is \(70, 32\)"):
+        unmerge_lora(model)
+    assert_unchanged(model, before)
+    remove_lora(model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_module_that_is_replaced_while_adapters_are_disabled():
+    model = injected(lora={"modules_to_save": ["lm_head"], "init_lora_weights": "pissa"})
+    with pytest.raises(LoraFastError, match="lm_head was replaced"), disable_adapters(model):
+        swap("lm_head")(model)
+        new = model.lm_head
+    remove_lora(model)
+    base = build("llama")
+    base.lm_head = new
+    assert model.lm_head is new and torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_embedding_resized_in_place_is_saved_and_stays(tied, tmp_path):
+    """Transformers resizes an embedding in place: what is trained is still the adapter's copy."""
+    model = injected(lora={"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, tie_word_embeddings=tied)
+    copied = model.model.embed_tokens
+    resize(model)
+    assert model.model.embed_tokens is copied
+    with torch.no_grad():
+        copied.weight += 0.1
+    trained, before = copied.weight.clone(), snapshot(model)
+    save_adapter(model, tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.model.embed_tokens.weight"], trained)
+    merge_lora(model)
+    unmerge_lora(model)
+    set_adapter(model, "default")
+    with pytest.raises(LoraFastError, match=r"model.embed_tokens was resized after its adapter was put in"):
+        disable_adapters(model).__enter__()
+    with pytest.raises(LoraFastError, match=r"model.embed_tokens was resized after its adapter was put in"):
+        apply_lora(model, LoraConfig(target_modules=["k_proj"]), adapter_name="two")
+    assert_unchanged(model, before)
+    remove_lora(model)
+    assert model.model.embed_tokens is copied and torch.equal(copied.weight, trained)
+    assert (model.lm_head.weight is copied.weight) == tied
+    assert torch.equal(model.get_submodule(Q_PROJ).weight, build("llama").get_submodule(Q_PROJ).weight)
+
+
+def test_remove_leaves_the_biases_of_a_replaced_module():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 3), "tail": nn.Linear(4, 2)})
+    body = model["body"].bias.detach().clone()
+    apply_lora(model, LoraConfig(r=2, target_modules=["head", "tail", "body"], bias="all"))
+    with torch.no_grad():
+        model["body"].bias += 1
+    model["head"], model["tail"] = nn.Linear(4, 3), nn.Linear(4, 5, bias=False)
+    bias = model["head"].bias.detach().clone()
+    remove_lora(model)
+    assert torch.equal(model["head"].bias, bias) and torch.equal(model["body"].bias, body)
+    assert type(model["body"]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+def test_wrapped_and_removed_modules_are_not_taken_for_replaced_ones(tmp_path):
+    model = injected(lora={"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]})
+    layers = model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    layers[1].self_attn.q_proj = nn.Sequential(layers[1].self_attn.q_proj)
+    copied = model.lm_head
+    model.lm_head = torch.compile(copied, backend="eager")
+    save_adapter(model, tmp_path / "wrapped")
+    stored = load_file(tmp_path / "wrapped" / "adapter_model.safetensors")
+    assert torch.equal(stored["base_model.model.lm_head.weight"], copied.weight)
+    assert sum(".lora_A." in key for key in stored) == 4
+    merge_lora(model)
+    unmerge_lora(model)
+    del model.model.layers[1]
+    save_adapter(model, tmp_path / "shortened")
+    stored = load_file(tmp_path / "shortened" / "adapter_model.safetensors")
+    assert sum(".lora_A." in key for key in stored) == 2
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -230,6 +230,21 @@ def test_disable_adapters():
     assert torch.equal(logits(model), tuned)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_remove_while_adapters_are_disabled(merged):
+    base = build("llama")
+    model = build("llama")
+    before = snapshot(model)
+    injected(model=model, lora={"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})
+    model.lm_head.weight.data += 0.1
+    if merged:
+        merge_lora(model)
+    with disable_adapters(model):
+        remove_lora(model)
+    assert_unchanged(model, before)
+    assert torch.equal(logits(model), logits(base))
+
+
 @pytest.mark.parametrize("keep", ["cpu", "device"])
 def test_disable_adapters_of_a_merged_model(keep):
     plain = logits(build("llama"))
