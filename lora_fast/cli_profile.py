@@ -167,6 +167,10 @@ def profile(
     Every arm is one training step: LoRA at each rank, and all parameters. Memory is measured in a process per arm; time
     in randomized rounds over all arms, so that ratios to full fine-tuning are paired and carry a 95% interval. Prints a
     table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new folder.
+
+    Exit codes: 0 ok; 2 wrong input, nothing is written; 3 nothing could be measured; 4 noise hides the answer in time
+    (all is printed and written still); 130 interrupted (--out
+    and --resume go on).
     """
     cli_output.check_json_target(json)
     so_far: list = []

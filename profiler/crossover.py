@@ -20,12 +20,14 @@ COSTS = {"time": "time", "projected": "projected time", "flops": "FLOPs", "memor
 # adapter large enough to think of full fine-tuning: 10% to 20%.
 SHARES = (0.10, 0.20)
 BRACKETED, NEVER, ALWAYS, UNMEASURED = "bracketed", "none up to r_max", "at every measured rank", "not measured"
+HIDDEN = "hidden by noise"
 
 
 @dataclass(frozen=True)
 class Crossover:
     """status: "bracketed"; "none up to r_max": LoRA is cheaper at every measured rank; "at every measured rank": at
-    none; "not measured": a side is missing, and reason says which.
+    none; "not measured": a side is missing, and reason says which; "hidden by noise": what is shown in place of one
+    that noise may have made.
     bracket: the last rank at which LoRA is cheaper and the first from which it is not; None at an open end.
     rank: the crossing by interpolation. interval: its 95% interval; None at an end outside the measured ranks."""
 
@@ -44,6 +46,8 @@ class Crossover:
         """One sentence for people; cost is what the cost is called, such as "memory"."""
         if self.status == UNMEASURED:
             return f"{cost}: no crossover, because {self.reason}"
+        if self.status == HIDDEN:
+            return f"{cost}: not told apart from noise"
         if self.status == NEVER:
             text = f"{cost}: none up to r={self.r_max}; LoRA is cheaper than full fine-tuning at every rank tried"
         elif self.status == ALWAYS:
@@ -58,9 +62,11 @@ class Crossover:
 
     @property
     def short(self) -> str:
-        """The answer in a word: "59 [49–67]", "220", "64–512", ">256", "<1", "–"."""
+        """The answer in a word: "59 [49–67]", "220", "64–512", ">256", "<1", "in the noise", "–"."""
         if self.status == UNMEASURED:
             return "–"
+        if self.status == HIDDEN:
+            return "in the noise"
         if self.status == NEVER:
             return f">{self.r_max}"
         if self.status == ALWAYS:

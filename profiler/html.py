@@ -224,8 +224,8 @@ def _answers(profile: Profile, name: str, several: bool) -> str:
     known = [cost for cost in COSTS if cost in profile.crossover and not (cost == "time" and profile.estimated)]
     cards = "".join(
         f'<div class="card"><span>{escape(COSTS[cost][0].upper() + COSTS[cost][1:])}: crossover at rank</span>'
-        f"<strong>{escape(profile.crossover[cost].short)}</strong>"
-        f"<small>{escape(_bare(profile.crossover[cost].sentence(cost)))}</small></div>"
+        f"<strong>{escape(profile.shown_crossover(cost).short)}</strong>"
+        f"<small>{escape(_bare(profile.shown_crossover(cost).sentence(cost)))}</small></div>"
         for cost in known
     )
     heading = f"<h2>{escape(name)}</h2>" if several else ""

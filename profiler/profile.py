@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lora_fast import LoraFastError
-from lora_fast.profiler.crossover import Crossover
+from lora_fast.profiler.crossover import HIDDEN, UNMEASURED, Crossover
 from lora_fast.profiler.workload import FULL
 
 SCHEMA_VERSION = 1
@@ -144,6 +144,11 @@ class Profile:
         floor = self.aa["noise_floor"]
         hidden = [abs(ratio - 1) <= floor for ratio in ratios]
         return floor > EQUAL and (all(hidden) or (floor > self.aa["limit"] and any(hidden)))
+
+    def shown_crossover(self, cost: str) -> Crossover:
+        """The crossover of this cost as people are told it: time's is hidden where the profile is too noisy."""
+        found = self.crossover.get(cost, Crossover(UNMEASURED, reason="it was not looked for"))
+        return Crossover(HIDDEN) if cost == "time" and self.too_noisy and found.status != UNMEASURED else found
 
     @property
     def full(self) -> Arm:

@@ -5,7 +5,7 @@ import statistics
 
 import numpy as np
 
-from lora_fast.profiler.crossover import COSTS, UNMEASURED, Crossover
+from lora_fast.profiler.crossover import COSTS
 from lora_fast.profiler.figures import png
 from lora_fast.profiler.profile import Arm, Profile
 from lora_fast.profiler.table import title
@@ -30,7 +30,7 @@ def chart(profile: Profile) -> dict:
     costs = {"time": _time(profile), "projected": _projected(profile), "flops": _flops(profile)}
     costs["memory"] = _memory(profile)
     for cost, panel in costs.items():
-        found = profile.crossover.get(cost, Crossover(UNMEASURED, reason="it was not looked for"))
+        found = profile.shown_crossover(cost)
         low, high = found.interval or (None, None)
         panel["crossover"] = {
             "rank": found.rank,

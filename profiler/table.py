@@ -42,7 +42,7 @@ def sentences(profile: Profile) -> list[str]:
 def crossover_sentences(profile: Profile) -> list[str]:
     """One for each cost that the profile knows of, then where trained parameters become many."""
     known = [cost for cost in COSTS if cost in profile.crossover and not (cost == "time" and profile.estimated)]
-    lines = [f"Crossover in {profile.crossover[cost].sentence(COSTS[cost])}" for cost in known]
+    lines = [f"Crossover in {profile.shown_crossover(cost).sentence(COSTS[cost])}" for cost in known]
     if "rank_of_share" in profile.workload:
         lines.append(shares_sentence(profile.workload["rank_of_share"], profile.arms))
     return lines

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,14 @@ def test_help_names_what_can_be_given(capsys):
     assert main(["profile", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(shape in text for shape in SHAPES)
+    codes = " ".join(text.partition("Exit codes: ")[2].partition("Arguments")[0].split())
+    assert re.findall(r"(?:^|; )(\d+) (.*?)(?=;|\.$)", codes) == [
+        ("0", "ok"),
+        ("2", "wrong input, nothing is written"),
+        ("3", "nothing could be measured"),
+        ("4", "noise hides the answer in time (all is printed and written still)"),
+        ("130", "interrupted (--out and --resume go on)"),
+    ]
     for flag in (
         "ranks",
         "batch-size",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import warnings
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from lora_fast import LoraFastError
 from lora_fast.profiler import runs
 from lora_fast.profiler.crossover import UNMEASURED, Crossover, crossover
+from lora_fast.profiler.html import page
 from lora_fast.profiler.html_charts import figures
 from lora_fast.profiler.price import parse_price
 from lora_fast.profiler.profile import Arm, Profile, usd_per_million_tokens
@@ -239,6 +241,35 @@ def test_a_profile_becomes_json_and_comes_back(profile):
     assert not profile.too_noisy and "hidden" not in printed(profile, 120)
     profile.aa["noise_floor"] = 0.11
     assert profile.too_noisy and "The answer is hidden: noise floor too high: two equal arms" in printed(profile, 120)
+
+
+def test_noise_that_hides_the_answer_hides_it_everywhere(profile):
+    """In the sentence, on the card and in the charts; what was not timed stays, and run.json keeps what was found."""
+    profile.crossover["flops"] = profile.crossover["projected"] = crossover([1, 8, 64], [-0.3, -0.2, 0.1])
+    clear = printed(profile, 120)
+    assert "not told apart" not in clear and chart(profile)["panels"][0]["crossover"]["rank"] is not None
+    assert "not told apart" not in page([profile])
+    profile.aa["noise_floor"] = 0.11
+    text = printed(profile, 120)
+    assert "Crossover in time: not told apart from noise" in text.splitlines()
+    kept = [line for line in clear.splitlines() if line.startswith("Crossover in ") and "in time" not in line]
+    assert len(kept) == 3 and all(line in text.splitlines() for line in kept)
+    drawn = chart(profile)
+    assert drawn["panels"][0]["crossover"] == {
+        "rank": None,
+        "low": None,
+        "high": None,
+        "bracket": [None, None],
+        "text": "time: not told apart from noise",
+    }
+    cards = re.findall(r'<div class="card"><span>(.*?): .*?<strong>(.*?)</strong><small>(.*?)</small>', page([profile]))
+    assert cards[0] == ("Time", "in the noise", "Not told apart from noise")
+    assert [name for name, *_ in cards[1:]] == ["Projected time", "FLOPs", "Memory"]
+    assert not any("noise" in words for card in cards[1:] for words in card)
+    assert profile.to_dict()["crossover"]["time"]["bracket"] == (8, 64)
+    # A time that is missing says why, noise or not.
+    profile.crossover["time"] = crossover([], [])
+    assert "Crossover in time: no crossover, because no rank was measured" in printed(profile, 120)
 
 
 def test_without_full_fine_tunings_time_flops_are_drawn(profile):
