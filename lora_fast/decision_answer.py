@@ -8,7 +8,8 @@ What counts for more, from the top:
 5. what has been published for this kind of task, then rules of thumb.
 Within one level, sources that disagree make the answer "measure this next". A lower level that disagrees with the
 answer does not change it. Confidence comes from what supports an answer, by 1 - Π(1 - each): evidence that is missing
-leaves it low, and evidence that is added never lowers it for the same answer."""
+leaves it low, and evidence that is added never lowers it for the same answer. Losses by step are no evidence for a
+rank, but of what a search is worth: one that learned nothing counts for nothing, one that had not ended for less."""
 
 import math
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ MIDDLE_SIZE, MIDDLE_DATA = 3.0, 50_000
 ONE_RANK, SEARCHED, NOISE_KNOWN, ALL_REPEATED, FULL_TRIED = 0.45, 0.6, 0.15, 0.05, 0.1
 MISSED, TIMED, COUNTED, SPECTRA, CHEAPER, PUBLISHED, SHARE = 0.55, 0.5, 0.35, 0.4, 0.2, 0.35, 0.25
 RULES, PER_KNOWN = 0.1, 0.05
+# What is taken from it where the best training was still falling at its end, or unstable: about what noise that is not
+# known and full fine-tuning that was not tried take together.
+UNSETTLED = 0.25
 
 # Tasks for which the guide on full fine-tuning names new knowledge or complex logic.
 DEMANDING = ("complex", "reasoning", "code", "mathematics", "domain-knowledge", "continued-pretraining")
@@ -162,7 +166,10 @@ class Answer:
 
 def answer_to(f: Facts) -> Answer:
     """The answer to these facts, within what can be done at all."""
-    found = _by_quality(f) if f.curve is not None and tried(f) else _without_quality(f)
+    if f.curve is None or not tried(f):
+        found = _without_quality(f)
+    else:
+        found = _by_quality(f) if f.curve.unlearned is None else _nothing_learned(f)
     if found.kind == "full" and f.no_full is not None:
         why = f"full fine-tuning would be the answer, but {f.no_full}; r={found.rank} is the best that is left"
         return _left(f, found, why)
@@ -212,6 +219,16 @@ def is_unclear(total: Ratio) -> bool:
 
 
 def search_sure(curve: Curve) -> float:
+    if curve.unlearned is not None:
+        return 0.0
+    return _lowered(curve, _by_count(curve))
+
+
+def _lowered(curve: Curve, sure: float) -> float:
+    return sure if curve.unsettled is None else sure - UNSETTLED
+
+
+def _by_count(curve: Curve) -> float:
     if curve.is_pretraining:
         return ONE_RANK
     if len(curve.ranks) < 2:
@@ -228,8 +245,10 @@ def search_sure(curve: Curve) -> float:
 def _measured(f: Facts, kind: str, rank: int, low: int, high: int, *reasons: str, **more) -> Answer:
     """An answer that rests on the curve, supported by spectra that agree and by a rank that costs less."""
     support = []
+    if f.curve.unsettled is not None and f.curve.unsettled not in reasons:
+        reasons = (*reasons, f.curve.unsettled)
     if kind == "full":
-        base = more.pop("base", search_sure(f.curve))
+        base = _lowered(f.curve, more.pop("base")) if "base" in more else search_sure(f.curve)
     else:
         base = search_sure(f.curve)
         if f.spectra is not None and rank / 2 <= by_spectra(f.spectra)[0] <= 2 * rank:
@@ -246,6 +265,18 @@ def _with_cost(f: Facts, answer: Answer) -> Answer:
     if answer.kind != "full" and cost.is_cheaper:
         return replace(answer, support=(*answer.support, (cost.kind, CHEAPER)))
     return answer
+
+
+def _nothing_learned(f: Facts) -> Answer:
+    """Losses of trainings in which nothing was learned rank nothing: until others are made, what asks for none names
+    the rank, and cost, which is no better known by then, does not make it surer."""
+    c, found = f.curve, _limited(f, _candidate(f))
+    reasons, reached = [c.unlearned, "train longer, or with another learning rate, first", found.why], None
+    if f.target is not None:
+        reached = "yes" in [c.reaches(r, f.target) for r in (*tried(f), *([FULL] if c.full else []))]
+        if reached:
+            reasons.insert(1, f"the target {f.target:.4g} is reached with so little")
+    return Answer("measure", found.rank, found.low, found.high, tuple(reasons), found.sure, target_reached=reached)
 
 
 def _by_quality(f: Facts) -> Answer:

@@ -89,6 +89,8 @@ def _curve_indicator(f: Facts) -> Indicator:
     if c is None or not c.ranks:
         says = "no rank was tried on your data: a rank search would" if c is None else "no rank gave a value"
         return _missing(name, threshold, says, source)
+    if c.unlearned is not None:
+        return _missing(name, threshold, c.unlearned, source)
     best = c.best(list(c.ranks))
     verdict, says = LORA, c.sentence
     if c.full_is == "better":
@@ -117,7 +119,10 @@ def _training_indicator(f: Facts, rank: int) -> Indicator:
     threshold = "both losses fall together"
     known = {} if f.curve is None else {r: said for r, said in f.curve.readings.items() if r != FULL}
     if not known:
-        return _missing(name, threshold, "no losses by step: a rank search keeps them", source)
+        says = "no losses by step: a rank search keeps them"
+        if f.curve is not None and f.curve.unlearned is not None:
+            says = "they fell too little to say anything of the rank"
+        return _missing(name, threshold, says, source)
     at = rank if rank in known else max(known)
     verdict, sentence = known[at]
     if verdict not in FITTING:
@@ -281,7 +286,8 @@ def disagreements_of(f: Facts, answer: Answer) -> Iterator[str]:
         yield f"capacity asks for r={least} or more for {f.tokens:,.0f} tokens; what was measured here counts for more"
     if f.curve is None and f.rank is not None and f.spectra is not None and f.rank != answer.rank:
         yield f"you consider r={f.rank}; what was learned here fits into r={answer.rank}"
-    if f.curve is not None and f.rank is not None and not full and f.rank != rank:
+    learned = f.curve is not None and f.curve.unlearned is None
+    if learned and f.rank is not None and not full and f.rank != rank:
         yield _considered(f, rank)
     if f.curve is None and f.spectra is None and None not in (f.task, f.model_size, f.data_size):
         yield from suggest_rank(f.model_size, f.task, f.data_size, scenario=f.scenario).disagreements
@@ -305,6 +311,8 @@ def _considered(f: Facts, rank: int) -> str:
 
 
 def _why_not(f: Facts, answer: Answer, found: Indicator) -> str:
+    if f.curve is not None and f.curve.unlearned is not None:
+        return "but something has to be learned first"
     if answer.kind == "measure":
         return "it is why the answer is open"
     if f.no_full is not None and answer.kind == "rank":

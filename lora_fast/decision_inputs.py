@@ -5,12 +5,13 @@ Each is taken as the object of this package or as its plain document (run.json, 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_fast.config import LoraFastError
 from lora_fast.rank_search import FULL, SIGNIFICANT
 from lora_fast.spectrum import Spectrum, readings
+from lora_fast.training_curve import SLOW, falls_still, learned_nothing, read_training_curve
 
 Rank = int | str
 ENERGY = 0.99
@@ -146,6 +147,8 @@ class Curve:
     """Quality against rank. ranks: ascending, without full fine-tuning, which is `full`. noise: standard deviation
     between seeds. sign: 1 where smaller is better, -1 where larger is. seconds: of each whole training that ended.
     readings: (verdict, sentence) of `read_training_curve` for the trainings of a rank, where their curves were kept.
+    unlearned: that hardly anything was learned, in words; unsettled: that the best was still falling at its end, or
+    unstable; None where that is not so, or no losses by step are known.
     parameters: of the base; parameters_per_rank: Σ (K + N) over the adapted layers; where the search says them.
     is_pretraining: the model began with random weights, so that little is said of fine-tuning."""
 
@@ -157,6 +160,8 @@ class Curve:
     sentence: str
     seconds: Mapping[Rank, tuple[float, ...]]
     readings: Mapping[Rank, tuple[str, str]] = field(default_factory=dict)
+    unlearned: str | None = None
+    unsettled: str | None = None
     parameters: int | None = None
     parameters_per_rank: int | None = None
     is_pretraining: bool = False
@@ -239,9 +244,34 @@ def curve_of(search: Any) -> Curve | None:
             is_pretraining=model.get("weights") == "random",
             parameters_per_rank=round(trained[0]["trained"] / trained[0]["rank"]) if trained else None,
         )
-        return curve if points or full is not None else None
+        if not points and full is None:
+            return None
+        return _with_state(curve, {row["rank"]: row for row in document.get("ranks", ())})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LoraFastError(f"search is not what a rank search writes ({type(error).__name__}: {error})") from None
+
+
+def _with_state(curve: Curve, rows: Mapping[Rank, Mapping]) -> Curve:
+    """With what the losses by step of the best arm, full fine-tuning among them, say of the trainings as such."""
+    best = min((*curve.ranks, *([FULL] if curve.full else [])), key=lambda rank: curve.sign * curve.point(rank).mean)
+    row = rows.get(best, {})
+    train, evaluation = row.get("train") or (), row.get("evaluation") or ()
+    losses = [float(loss) for _, loss in evaluation]
+    if curve.sign != 1 or len(losses) < 2 or not all(map(math.isfinite, losses)):
+        return curve
+    noise, arm = curve.margin(best), "full fine-tuning" if best == FULL else f"r={best}"
+    if learned_nothing(losses, noise):
+        slow = losses[0] - min(losses) < SLOW * abs(losses[0])
+        said = (
+            f"hardly anything was learned: the held-out loss went from {losses[0]:.4g} to {min(losses):.4g} at best "
+            f"({arm}), a fall {f'of less than {SLOW:.0%}' if slow else 'within the noise between seeds'}"
+        )
+        return replace(curve, unlearned=said, readings={})
+    if read_training_curve(train, evaluation, noise=noise, full=True).verdict == "unstable":
+        return replace(curve, unsettled=f"the training of the best, {arm}, was unstable")
+    if (last := falls_still(losses, noise)) is not None:
+        return replace(curve, unsettled=f"the held-out loss of the best, {arm}, still fell at the end, by {last:.2g}")
+    return curve
 
 
 # --------------------------------------------------------------------------------------------------------- spectra

@@ -30,6 +30,8 @@ COMMANDS = {
     "larger ranks": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks}",
     "full arm": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks}",
     "longer training": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks} --steps N",
+    "another training": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks} --steps N "
+    "--learning-rate RATE",
     "seeds": "lora-fast rank search --model MODEL --train FILE --eval FILE --ranks {ranks} --seeds 3",
     "profile": "lora-fast profile MODEL --ranks {ranks}",
     "spectra": "lora-fast svd ADAPTER",
@@ -72,12 +74,16 @@ _Experiments = Iterator[tuple[str, str, list, _Outcomes]]
 
 def _experiments(f: Facts, answer: Answer) -> _Experiments:
     """(name, what, ranks, [(outcome, the facts with it)]), the most telling kinds first."""
+    if f.curve is not None and f.curve.unlearned is not None and tried(f):
+        yield _learning_experiment(f)
+        return
     if f.curve is None or len(tried(f)) < 2:
         yield from _search_experiments(f, answer.rank)
     else:
         yield from _wider_experiments(f, answer.rank)
         yield from _noise_experiments(f, answer.rank)
         yield from _longer_experiments(f)
+        yield from _settling_experiments(f, answer.rank)
     yield from _cost_experiments(f, answer.rank)
     if f.curve is None and f.spectra is None:
         yield from _spectra_experiments(f, answer.rank)
@@ -163,6 +169,32 @@ def _longer_experiments(f: Facts) -> _Experiments:
     outcomes.append(("none does", f))
     what = f"more steps at r={', '.join(map(str, arms))}: nothing reaches the target {f.target:.4g} after so many"
     yield "longer training", what, arms, outcomes
+
+
+def _learning_experiment(f: Facts) -> tuple[str, str, list, _Outcomes]:
+    """The same arms again, trained so that they learn something."""
+    ranks = tried(f)
+    arms: list = [*ranks, *([] if f.no_full else [FULL])]
+    outcomes = [(f"r={r} suffices", replace(f, curve=_supposed(f, ranks, r))) for r in ranks]
+    if not f.no_full:
+        outcomes.append(("full is better", replace(f, curve=_supposed(f, ranks, ranks[-1], full_better=True))))
+    what = f"train longer, or with another learning rate, at r={', '.join(map(str, arms))}: hardly anything was learned"
+    return "another training", what, arms, outcomes
+
+
+def _settling_experiments(f: Facts, rank: int) -> _Experiments:
+    """The same arms for longer, or more calmly, where the best had not settled and another may overtake it."""
+    c, ranks = f.curve, tried(f)
+    if c.unsettled is None:
+        return
+    arms: list = [*ranks, *([FULL] if c.full is not None and f.no_full is None else [])]
+    outcomes = [("the order stays", replace(f, curve=replace(c, unsettled=None)))]
+    if ranks[-1] > rank:
+        outcomes.append((f"r={ranks[-1]} is better", replace(f, curve=_supposed(f, ranks, ranks[-1]))))
+    if FULL in arms:
+        outcomes.append(("full is better", replace(f, curve=_supposed(f, ranks, rank, full_better=True))))
+    what = f"train longer, or with a smaller learning rate, at r={', '.join(map(str, arms))}: {c.unsettled}"
+    yield "another training", what, arms, outcomes
 
 
 def _spectra_experiments(f: Facts, rank: int) -> _Experiments:

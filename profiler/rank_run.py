@@ -32,7 +32,7 @@ from lora_fast.profiler.runs import RunFolder, default_folder, environment, reso
 from lora_fast.profiler.text_data import Text
 from lora_fast.profiler.workload import parse_modules
 from lora_fast.rank_search import FULL, SIGNIFICANT, Rank, RankSearch, Trial, check_search, search_rank
-from lora_fast.training_curve import read_training_curve
+from lora_fast.training_curve import learned_nothing, read_training_curve
 
 SCHEMA_VERSION = 1
 PLAN, DATABASE, RESULT, CHART = "resume.json", "search.db", "search.json", "curve.png"
@@ -315,7 +315,12 @@ def _rank(rank: Rank, search: RankSearch, trainings: dict) -> dict:
     margin = SIGNIFICANT * (search.noise or 0.0) * (1 / point.count + 1 / best.count) ** 0.5
     here = [trainings[rank, trial.seed] for trial in good if (rank, trial.seed) in trainings]
     train, evaluation = (_mean_curve([training[name] for training in here]) for name in ("train", "evaluation"))
-    reading = read_training_curve(train, evaluation, expected=best.mean, noise=margin).to_dict() if here else None
+    reading = None
+    if here:
+        # What the best rank reached is no measure where it learned nothing.
+        idle = evaluation and learned_nothing([evaluation[0][1], best.mean], margin)
+        expected = None if idle else best.mean
+        reading = read_training_curve(train, evaluation, expected=expected, noise=margin, full=rank == FULL).to_dict()
     return {
         "rank": rank,
         "mean": point.mean,

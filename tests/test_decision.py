@@ -644,6 +644,95 @@ def test_training_curves_are_an_indicator(verdicts, value, speaks):
     assert (found.rank, found.range, found.confidence) == (plain.rank, plain.range, plain.confidence)
 
 
+def trained(losses, start, shape=(0.7, 0.95, 0.99, 1.0), train=None, reading="too large", **options):
+    """The content of a search.json whose held-out losses went from start to these means by these shares of the fall."""
+    found = search(losses, **options).to_dict()
+    rows = []
+    for point in found["points"]:
+        fall = start - point["mean"]
+        evaluation = [[0, start], *([10 * n, start - share * fall] for n, share in enumerate(shape, 1))]
+        steps = train or [[s, start - fall * (1 - math.exp(-s / 5))] for s in range(1, 41)]
+        said = {"verdict": reading, "sentence": "the training loss rose again: unstable"}
+        rows.append({"rank": point["rank"], "train": steps, "evaluation": evaluation, "reading": said})
+    return {"search": found, "ranks": rows}
+
+
+ALIKE = {1: 5.58, 4: 5.579, "full": 5.581}
+
+
+def test_trainings_that_learned_nothing_are_no_evidence_for_a_rank():
+    """Held-out losses of ln 256 and a little more, before and after: the smallest rank is as good, and says nothing."""
+    found = decide(search=trained(ALIKE, 5.613))
+    assert found.kind == "measure" and found.rank == decide().rank and found.target_reached is None
+    assert found.confidence == decide().confidence and found.sure == "a guess"
+    assert "hardly anything was learned: the held-out loss went from 5.613 to 5.579 at best (r=4)" in found.sentence
+    assert "of less than 1%; train longer, or with another learning rate, first" in found.sentence
+    assert found.next.name == "another training" and found.next.worth > 0
+    assert found.next.what.startswith("train longer, or with another learning rate, at r=1, 4, full")
+    assert found.next.command.endswith("--ranks 1,4,full --steps N --learning-rate RATE")
+    by_name = {indicator.name: indicator for indicator in found.indicators}
+    assert by_name["loss against rank"].sure == by_name["training curves"].sure == 0
+    assert "too large" not in json.dumps(found.to_dict()) and "unstable" not in json.dumps(found.to_dict())
+    everything = {"task": "code", "spectra": spectra(FLAT_16, 16), "profile": profile(CHEAP)}
+    found = decide(search=trained(ALIKE, 5.613), **everything)
+    assert (found.kind, found.rank, found.sure) == ("measure", 16, "low")
+
+
+def test_a_target_that_was_met_without_learning_is_told():
+    met, missed = (decide(search=trained(ALIKE, 5.613), target=target) for target in (5.6, 5.0))
+    assert (met.kind, met.target_reached) == ("measure", True) and "5.6 is reached with so little" in met.sentence
+    assert (missed.kind, missed.target_reached) == ("measure", False) and "so little" not in missed.sentence
+
+
+@pytest.mark.parametrize(
+    ("start", "best", "kind"),
+    [
+        (5.0, 5.0 * (1 - 0.011), "rank"),
+        (5.0, 5.0 * (1 - 0.009), "measure"),
+        # Between two seeds 0.02: a mean of two is known to ± 2.5 · 0.02 / √2 / √2 = 0.025.
+        (0.5, 0.47, "rank"),
+        (0.5, 0.48, "measure"),
+    ],
+)
+def test_how_far_losses_must_fall_to_say_anything(start, best, kind):
+    found = decide(search=trained({1: best, 4: best}, start))
+    assert found.kind == kind
+    assert ("hardly anything was learned" in found.sentence) == (kind == "measure")
+    assert ("within the noise between seeds" in found.sentence) == (best == 0.48)
+
+
+def test_a_training_that_had_not_settled_lowers_the_confidence():
+    sure = decide(search=trained(PLATEAU, 4.0))
+    plain = decide(search=search(PLATEAU))
+    assert (sure.rank, sure.confidence) == (plain.rank, plain.confidence) and "still fell" not in sure.sentence
+    falling = decide(search=trained(PLATEAU, 4.0, shape=(0.3, 0.6, 0.8, 1.0)))
+    assert (falling.kind, falling.rank) == (sure.kind, sure.rank) == ("rank", 8)
+    assert falling.confidence == pytest.approx(sure.confidence - 0.25) and sure.sure == "high" != falling.sure
+    assert "the held-out loss of the best, r=8, still fell at the end, by 0.4" in falling.sentence
+    jumps = [[s, 3.0 if s <= 20 else 3.9] for s in range(1, 41)]
+    unstable = decide(search=trained(PLATEAU, 4.0, train=jumps))
+    assert (
+        unstable.confidence == falling.confidence and "the training of the best, r=8, was unstable" in unstable.sentence
+    )
+    # Where nothing else is left to measure, that is what to do next.
+    last = decide(search=trained({1: 2.0, 4: 2.0, "full": 2.0}, 4.0, shape=(0.3, 0.6, 0.8, 1.0)), rank=1)
+    assert last.next.name == "another training" and "still fell at the end" in last.next.what
+    assert "full" in last.next.command and "--steps N" in last.next.command
+
+
+def test_full_fine_tuning_that_was_not_tried_is_less_sure_where_the_ranks_had_not_settled():
+    options = {"shape": (0.3, 0.6, 0.8, 1.0)}
+    rough, smooth = (decide(search=trained(PLATEAU, 4.0, **more), target=1.9) for more in (options, {}))
+    assert rough.kind == smooth.kind == "full"
+    assert rough.confidence == pytest.approx(smooth.confidence - 0.25)
+
+
+def test_a_score_has_no_losses_by_step_to_be_judged():
+    scores = {rank: -loss for rank, loss in PLATEAU.items()}
+    found = decide(search=trained(scores, -2.001, direction="maximize"))
+    assert found.kind == "rank" and found.confidence == decide(search=search(PLATEAU)).confidence
+
+
 def test_a_rank_above_the_smallest_side_of_a_layer_is_told():
     wide = {64: 3.0, 128: 2.6, 256: 2.0}  # of layers (200, 120)
     alone, both = decide(search=search(wide)), decide(search=search(wide), spectra=spectra(FLAT_16, 16))

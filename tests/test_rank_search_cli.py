@@ -110,8 +110,24 @@ def test_the_document_and_the_files(finished, folder):
         assert row["mean"] == point["mean"] == pytest.approx((low + high) / 2)
         assert row["spread"] == pytest.approx((high - low) / 2**0.5)
         assert row["evaluation"][-1] == [STEPS, pytest.approx(row["mean"])]
-        assert row["reading"]["verdict"] in ("too small", "fits", "too large", "can't tell")
+        of_full = ("learned little", "fits", "unstable", "overfits", "can't tell")
+        of_rank = ("too small", "fits", "too large", "can't tell")
+        assert row["reading"]["verdict"] in (of_full if row["rank"] == "full" else of_rank)
     assert len(search["trials"]) == 6 and search["best_rank"] in (1, 4, "full")
+
+
+def test_a_search_that_learned_nothing_does_not_decide(folder, capsys):
+    out = str(folder / "idle")
+    options = ["--ranks", "1,4,full", "--steps", "5", "--learning-rate", "1e-6", "--out", out]
+    assert main(arguments(folder, *options)) == 0
+    rows = json.loads((folder / "idle" / "search.json").read_text())["ranks"]
+    assert [row["reading"]["verdict"] for row in rows] == ["too small", "too small", "learned little"]
+    capsys.readouterr()
+    assert main(["decide", out, "--out", str(folder / "decided")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("Not known yet.") and "hardly anything was learned" in said
+    assert "How sure: a guess" in said and "Nothing that could be measured next" not in said
+    assert "Measure next: train longer, or with another learning rate, at r=1, 4, full" in said
 
 
 def test_all_arms_see_the_same_data_in_the_order_of_the_seed(finished, folder):

@@ -85,6 +85,41 @@ def test_hardly_any_fall_is_too_small_a_rank(factor, verdict):
     assert read_training_curve(falling(3.0, end), evaluation, expected=end).verdict == "fits"
 
 
+UNLEARNED = held_out(5.613, 5.61, 5.6, 5.59, 5.58)
+
+
+@pytest.mark.parametrize("scatter", [0.02, 0.3])
+def test_where_nothing_was_learned_noise_is_no_instability(scatter):
+    """The first by the share of the loss, the second by what the training losses scatter from step to step."""
+    steps = [1, -1, -1, 0, 1, 1, -1, 0, -1, 1, 1, -1, 0, 1, -1, 1, 1, 0, 1, -1]
+    train = [(s, 5.6 + scatter * step) for s, step in enumerate(steps, 1)]
+    found = read_training_curve(train, UNLEARNED)
+    assert found.verdict == "too small" and "fell by less than 1%" in found.sentence
+    assert "unstable" not in found.sentence and "too small a rank, or learning rate" in found.sentence
+    of_full = read_training_curve(train, UNLEARNED, full=True)
+    assert of_full.verdict == "learned little" and "rank" not in of_full.sentence
+    above = read_training_curve(train, UNLEARNED, expected=5.0)
+    assert above.verdict == "too small" and "0.58 above" in above.sentence
+
+
+def test_what_moved_is_not_taken_for_noise():
+    """A loss that rose for good, and one that fell at once while the held-out loss stayed, which is memorizing."""
+    risen = [(s, 3.0 if s <= 8 else 3.4) for s in range(1, 21)]
+    found = read_training_curve(risen, held_out(3.0, 3.0, 3.4))
+    assert found.verdict == "too large" and "unstable, by the rank" in found.sentence
+    for count in (5, 20):
+        at_once = [(s, 3.0 if s == 1 else 2.0) for s in range(1, count + 1)]
+        assert read_training_curve(at_once, held_out(3.0, 3.0, 3.0)).verdict == "too large"
+
+
+def test_full_fine_tuning_has_no_rank_to_be_too_large():
+    unstable = read_training_curve([(s, 3.0 if s <= 8 else 3.4) for s in range(1, 21)], GOOD, full=True)
+    assert unstable.verdict == "unstable" and unstable.sentence.endswith("unstable, by the learning rate")
+    assert read_training_curve(falling(3.0, 2.0), held_out(3.0, 2.1, 2.0, 2.1, 2.2), full=True).verdict == "overfits"
+    assert read_training_curve(falling(3.0, 2.0), GOOD, full=True).verdict == "fits"
+    assert read_training_curve(falling(3.0, 2.0), GOOD, expected=1.9, full=True).verdict == "learned little"
+
+
 def test_a_loss_above_the_expected_one_is_too_small_a_rank():
     train = falling(3.0, 2.0)
     assert read_training_curve(train, GOOD, expected=1.9).verdict == "too small"
