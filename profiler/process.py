@@ -122,9 +122,12 @@ def _memory_kills() -> int:
 def _death(code: int, stderr: str, for_memory: bool) -> dict:
     """The status of a child that ended without an answer."""
     last = stderr.strip().splitlines()[-1][:300] if stderr.strip() else "no message"
-    hung = re.search(r"^Timeout \((\d+:\d\d:\d\d)\S*\)!\n(.*)", stderr, re.MULTILINE | re.DOTALL)
+    hung = re.search(r"^Timeout \((\d+):(\d\d):(\d\d(?:\.\d+)?)\)!\n(.*)", stderr, re.MULTILINE | re.DOTALL)
     if hung:
-        return {"status": "timeout", "error": f"not done after {hung[1]}, {_innermost(hung[2])}"}
+        hours, minutes, seconds, threads = hung.groups()
+        short = (int(hours), int(minutes)) == (0, 0)
+        after = f"{float(seconds):g} s" if short else f"{hours}:{minutes}:{seconds[:2]}"
+        return {"status": "timeout", "error": f"not done after {after}, {_innermost(threads)}"}
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL) and for_memory:
         return {"status": "oom", "error": "killed by the system (SIGKILL), because memory ran out"}
     if "bad_alloc" in stderr or "MemoryError" in stderr:

@@ -252,8 +252,23 @@ def test_a_child_that_hangs_ends_in_time_and_says_where(tmp_path):
         sent(tmp_path, Hangs), workload(), arm_timeout_s=20
     )  # its imports take 5 s, and on a busy machine more
     assert result == {"status": "timeout", "error": result["error"]}
-    assert "not done after 0:00:20, in forward (test_profile_memory.py:" in result["error"]
+    assert "not done after 20 s, in forward (test_profile_memory.py:" in result["error"]
     assert measured(sent(tmp_path, OneLinear), workload(), arm_timeout_s=600)["status"] != "timeout"
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("0:00:00.001000", "0.001 s"),
+        ("0:00:20", "20 s"),
+        ("0:00:59.500000", "59.5 s"),
+        ("0:01:00.500000", "0:01:00"),
+        ("1:00:00", "1:00:00"),
+    ],
+)
+def test_how_long_a_hung_child_was_given_is_never_nothing(told, says):
+    death = process._death(1, f"Timeout ({told})!\nThread 0x1 (most recent call first):\n  ...\n", for_memory=False)
+    assert death == {"status": "timeout", "error": f"not done after {says}, where is not known"}
 
 
 def test_a_child_that_raises_has_failed_says_why_and_leaves_no_file(tmp_path, monkeypatch):
