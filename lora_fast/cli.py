@@ -1,7 +1,8 @@
 """The command `lora-fast`: reads the arguments, calls the library, prints, and answers with an exit code.
 
-Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing written; 3 nothing could be measured; 4 the
-noise floor is too high for the answer (the results are printed and written all the same); 130 interrupted.
+Exit codes: 0 ok; 2 bad usage or bad input, one line on stderr and nothing written, or a folder that took no more (what
+was measured by then is printed, or kept for --resume); 3 nothing could be measured; 4 the noise floor is too high for
+the answer (the results are printed and written all the same); 130 interrupted.
 What takes long to import (torch, Transformers, plotting) is imported by the command that needs it."""
 
 import os
@@ -35,9 +36,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(arguments, prog_name="lora-fast")
     except SystemExit as stop:  # how typer ends, always
+        if stop.code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt, without a word
+            cli_output.say("interrupted")
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         cli_output.say("interrupted")
+        return INTERRUPTED
+    except cli_output.Interrupted as stop:
+        cli_output.say(f"interrupted; {stop}")
         return INTERRUPTED
     except Exception as error:
         # Imported here and not above: `lora-fast --help` does without torch.

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +17,33 @@ FEW = 20
 Report = Callable[[str, int, int, str], None]
 
 
+class Interrupted(Exception):
+    """Ctrl-C where a later call can go on; the text says how."""
+
+
 def say(text: str) -> None:
     print(f"lora-fast: {text}", file=sys.stderr)
+
+
+def goes_on(folder: Path) -> str:
+    return f"the same command with --out {shlex.quote(str(folder))} --resume goes on"
+
+
+@contextlib.contextmanager
+def resumable(begun: Callable[[], Path | None]) -> Iterator[None]:
+    """Where what is inside is interrupted, or the system refuses it a file, the error says how to go on. begun: the
+    folder of what is under way, or None where nothing is kept yet."""
+    from lora_fast import LoraFastError
+
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        folder = begun()
+        if folder is None or isinstance(error, BrokenPipeError):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(goes_on(folder)) from None
+        raise LoraFastError(f"{error}; {goes_on(folder)}") from error
 
 
 def check_json_target(json: str | None) -> None:
@@ -62,20 +88,25 @@ def quiet_transformers() -> None:
 
 
 @contextlib.contextmanager
-def warnings_as_lines() -> Iterator[None]:
-    """What lora-fast warns of inside, as lines on stderr like its errors, once each."""
+def warnings_as_lines(spell: Callable[[str], str] = str) -> Iterator[None]:
+    """What lora-fast warns of inside, as lines on stderr like its errors, at once and once each. spell: the message in
+    the words of the command's options."""
     from lora_fast import LoraFastWarning
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", LoraFastWarning)
-        yield
     told = set()
-    for warning in caught:
-        if not issubclass(warning.category, LoraFastWarning):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif str(warning.message) not in told:
-            told.add(str(warning.message))
-            say(f"warning: {warning.message}")
+    others = warnings.showwarning
+
+    def show(message, category, *where, **how) -> None:
+        if not issubclass(category, LoraFastWarning):
+            others(message, category, *where, **how)
+        elif str(message) not in told:
+            told.add(str(message))
+            say(f"warning: {spell(str(message))}")
+
+    with warnings.catch_warnings():  # which puts showwarning back, too
+        warnings.simplefilter("always", LoraFastWarning)
+        warnings.showwarning = show
+        yield
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The commands of `lora-fast` on what ranks cost: profile measures, estimate predicts."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,15 @@ Quantize = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _as_options(message: str) -> str:
+    """A library's remedy as an option of the two commands: target_parameters=['a', 'b'] → --target-parameters a,b."""
+    return re.sub(
+        r"target_parameters=\[(.*?)\]",
+        lambda match: "--target-parameters " + ",".join(re.findall(r"'([^']*)'", match[1])),
+        message,
+    )
 
 
 def profile(
@@ -180,13 +190,24 @@ def profile(
 
         return live_table(so_far[-1]) if so_far else ""
 
-    with cli_output.progress(STAGES, live) as report:
-        from lora_fast.profiler import runs, sweep
+    def watch(now) -> None:
+        if not so_far:
+            cli_output.say(f"into {now.folder}/; if stopped, --out and --resume go on")
+        so_far.append(now)
+
+    with (
+        cli_output.resumable(lambda: so_far[-1].folder if so_far else None),
+        cli_output.progress(STAGES, live) as report,
+        cli_output.warnings_as_lines(_as_options),
+    ):
+        from lora_fast.profiler import sweep
         from lora_fast.profiler.price import parse_price
+        from lora_fast.profiler.profile import results_of
         from lora_fast.profiler.ranks import parse_share
 
         cli_output.quiet_transformers()
-        result = sweep.profile_ranks(
+        result, unwritten = results_of(
+            sweep.profile_ranks,
             model,
             ranks,
             batch_size=batch_size,
@@ -218,20 +239,13 @@ def profile(
             resume=resume,
             price_per_hour=None if price is None else parse_price(price),
             progress=report,
-            watch=so_far.append,
+            watch=watch,
         )
-    document = runs.to_json(result.to_dict())
-    cli_output.write_json(json, document)
-    if json != "-":
-        from lora_fast.profiler.table import print_profile
+    _show(result, json, unwritten)
+    if unwritten:
+        from lora_fast import LoraFastError
 
-        console = cli_output.console()
-        print_profile(result, console)
-        console.print(
-            f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
-            soft_wrap=True,
-            highlight=False,
-        )
+        raise LoraFastError(f"{unwritten}; free space, and {cli_output.goes_on(result.folder)}") from unwritten
     if not result.measured:
         cli_output.say("nothing could be measured; the table and run.json say why for each arm")
         raise typer.Exit(NOTHING_MEASURED)
@@ -328,13 +342,14 @@ def estimate(
     LoRA is no faster: a projection, which `lora-fast profile` on that GPU puts to the test.
     """
     cli_output.check_json_target(json)
-    with cli_output.progress(ESTIMATE_STAGES) as report, cli_output.warnings_as_lines():
+    with cli_output.progress(ESTIMATE_STAGES) as report, cli_output.warnings_as_lines(_as_options):
         from lora_fast.profiler import estimate as estimation
-        from lora_fast.profiler import runs
         from lora_fast.profiler.price import parse_price
+        from lora_fast.profiler.profile import results_of
 
         cli_output.quiet_transformers()
-        result = estimation.estimate_memory(
+        result, unwritten = results_of(
+            estimation.estimate_memory,
             model,
             ranks,
             batch_size=batch_size,
@@ -360,15 +375,26 @@ def estimate(
             out=out,
             progress=report,
         )
-    cli_output.write_json(json, runs.to_json(result.to_dict()))
-    if json != "-":
-        from lora_fast.profiler.table import print_profile
+    _show(result, json, unwritten)
+    if unwritten:
+        raise unwritten
 
-        console = cli_output.console()
-        print_profile(result, console)
-        if result.folder:
-            console.print(
-                f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
-                soft_wrap=True,
-                highlight=False,
-            )
+
+def _show(result, json: str | None, unwritten: Exception | None) -> None:
+    """The table, or JSON; the table also where the JSON's file is refused, which is raised behind it."""
+    from lora_fast.profiler import runs
+
+    try:
+        cli_output.write_json(json, runs.to_json(result.to_dict()))
+    finally:
+        if json != "-":
+            from lora_fast.profiler.table import print_profile
+
+            console = cli_output.console()
+            print_profile(result, console)
+            if result.folder and not unwritten:
+                console.print(
+                    f"Written: {result.folder}/ (report.html, run.json, arms.jsonl, rank_cost.png)",
+                    soft_wrap=True,
+                    highlight=False,
+                )

@@ -50,7 +50,8 @@ def suggest(
 
     if (tokens is None) != (model is None):
         raise LoraFastError("--tokens and --model go together: the capacity rule needs both")
-    per_rank = None if model is None else lora_parameter_count(_shapes(model), 1, _names(target_modules))
+    with cli_output.warnings_as_lines():
+        per_rank = None if model is None else lora_parameter_count(_shapes(model), 1, _names(target_modules))
     found = suggest_rank(
         model_size,
         task,
@@ -93,9 +94,10 @@ def budget(
     from lora_fast.profiler.runs import to_json
     from lora_fast.profiler.table import si
 
-    shapes = _shapes(model)
-    found = rank_rules.budget_of(shapes, parse_count(parameters), _names(target_modules))
-    choices = rank_rules.budget_tradeoffs(shapes, found.budget)
+    with cli_output.warnings_as_lines():
+        shapes = _shapes(model)
+        found = rank_rules.budget_of(shapes, parse_count(parameters), _names(target_modules))
+        choices = rank_rules.budget_tradeoffs(shapes, found.budget)
     document = {**found.to_dict(), "tradeoffs": [rank_rules.asdict(choice) for choice in choices]}
     document["advice"] = rank_rules.TRADEOFF_ADVICE
     cli_output.write_json(json, to_json(document))

@@ -148,7 +148,11 @@ def search(
             resume=resume,
         )
     cli_output.say(f"at most {plan.most} trainings, into {plan.folder.path}/; if stopped, --out and --resume go on")
-    with cli_output.progress(STAGES) as report, cli_output.warnings_as_lines():
+    with (
+        cli_output.resumable(lambda: plan.folder.path),
+        cli_output.progress(STAGES) as report,
+        cli_output.warnings_as_lines(),
+    ):
         run = rank_run.run_search(plan, report)
     cli_output.write_json(json, runs.to_json(run.document))
     if json != "-":

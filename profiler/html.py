@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_fast.profiler.advice import advise
 from lora_fast.profiler.crossover import COSTS
 from lora_fast.profiler.html_charts import figures, layer_lines, loss_curve
-from lora_fast.profiler.profile import Profile
+from lora_fast.profiler.profile import NotWritten, Profile
 from lora_fast.profiler.report import amount, chart, draw_png
 from lora_fast.profiler.runs import RunFolder
 from lora_fast.profiler.table import caption, columns, crossover_sentences, reason, title
@@ -30,11 +30,15 @@ _NONE_IS_KNOWN = ("exclude_modules", "target_parameters", "quantize")
 
 
 def write_results(folder: RunFolder, profile: Profile) -> None:
-    """arms.jsonl, rank_cost.png, report.html and, by which a run has ended, run.json."""
-    folder.write_arms([arm.to_dict() for arm in profile.arms])
-    folder.write_chart(draw_png(chart(profile)))
-    folder.write("report.html", page([profile]))
-    folder.write_run(profile.to_dict())
+    """arms.jsonl, rank_cost.png, report.html and, by which a run has ended, run.json. Raises NotWritten, which holds
+    the profile, where the system refuses one of them."""
+    try:
+        folder.write_arms([arm.to_dict() for arm in profile.arms])
+        folder.write_chart(draw_png(chart(profile)))
+        folder.write("report.html", page([profile]))
+        folder.write_run(profile.to_dict())
+    except OSError as error:
+        raise NotWritten(profile, error) from error
 
 
 def different_work(profiles: list[Profile]) -> dict[str, list]:

@@ -56,8 +56,8 @@ def run_in_child(
     Returns its answer, a dict with the status "ok"; or {"status", "error", perhaps "requested_MiB"} where the status is
     "oom": memory ran out, raised or killed for it; "timeout": a `time_limit` ended it; "killed": a signal did, and the
     system counts no process more that it killed for memory; "failed": anything else. Raises LoraFastError where the
-    child found the input at fault. environment: variables besides `environment_of_children`. progress gets what the
-    task reports."""
+    child found the input at fault, OSError where its record could not be written. environment: variables besides
+    `environment_of_children`. progress gets what the task reports."""
     kills = _memory_kills()
     with tempfile.TemporaryDirectory(prefix="lora-fast-") as folder:
         request, answer, errors = (Path(folder, name) for name in ("request.json", "answer.json", "stderr"))
@@ -98,6 +98,8 @@ def run_in_child(
             result = json.loads(answer.read_text())
             if result["status"] == "bad input":
                 raise LoraFastError(result["error"])
+            if result["status"] == "not recorded":
+                raise OSError(*result["error"])
             return result
         return _death(child.returncode, errors.read_text(errors="replace"), _memory_kills() > kills)
 
@@ -180,6 +182,9 @@ def child() -> None:
     except Exception as error:
         traceback.print_exc()
         result = describe(error)
+        record = request["arguments"].get("record")
+        if isinstance(error, OSError) and record and error.filename == record:  # no arm's fault
+            result = {"status": "not recorded", "error": [error.errno, error.strerror, error.filename]}
     partial = answer.with_suffix(".tmp")
     partial.write_text(json.dumps(result))
     os.replace(partial, answer)

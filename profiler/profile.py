@@ -1,5 +1,6 @@
 """What a sweep measured: a row per arm, and what follows from the rows."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -188,3 +189,19 @@ class Profile:
             notes=run["notes"],
             layers=run.get("layers"),  # absent in the first versions, as are some of an Arm's fields
         )
+
+
+class NotWritten(LoraFastError):
+    """All is measured, or predicted, but the run's folder took no more; `profile` holds the results."""
+
+    def __init__(self, profile: Profile, error: OSError):
+        super().__init__(f"{profile.folder} could not be written: {error}")
+        self.profile = profile
+
+
+def results_of(run: Callable[..., Profile], *arguments, **options) -> tuple[Profile, NotWritten | None]:
+    """What `run` returns, also where it could not be written, which is then the second."""
+    try:
+        return run(*arguments, **options), None
+    except NotWritten as unwritten:
+        return unwritten.profile, unwritten

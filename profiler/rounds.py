@@ -123,8 +123,11 @@ class Record:
         "product_tflops_s", of the machine."""
         self._take({kind: value})
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({kind: value}) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({kind: value}) + "\n")
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error  # a full disk's names no file
 
     def series(self, name: str, of: str = "step_ms") -> list[float]:
         return [taken[name][of] for taken in self.rounds if name in taken and of in taken[name]]

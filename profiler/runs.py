@@ -101,7 +101,18 @@ def _commit() -> str | None:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Replace the file at path in one step: readers see the old content or the new, never a part."""
+    """Replace the file at path in one step: readers see the old content or the new, never a part. Raises OSError that
+    names the file."""
+    try:
+        _write_whole(path, data)
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        # A full disk's names no file, any other's the part.
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_whole(path: Path, data: str | bytes) -> None:
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -124,13 +135,15 @@ RUN_FILES = {"run.json", "arms.jsonl", "resume.json"}
 
 class RunFolder:
     """A new or empty folder, made at the first write. Raises LoraFastError for one that holds something, unless it is
-    to go on with what is there."""
+    to go on with what is there, and where it could not be made or written to."""
 
     def __init__(self, path: str | Path, resume: bool = False):
         self.path = Path(path).expanduser()
         if self.path.is_dir():
             content = sorted(entry.name for entry in self.path.iterdir())
             if resume and RUN_FILES & set(content):
+                if "run.json" not in content:  # a run that has ended is only shown
+                    self._try_out(self.path)
                 return
             if {*RUN_FILES, "spectra.json"} & set(content):
                 hint = "go on with it with --resume" if "resume.json" in content else "remove that folder first"
@@ -139,9 +152,17 @@ class RunFolder:
                 raise LoraFastError(f"{self.path} exists and is not empty ({content[0]}); give a new folder as --out")
         elif self.path.exists():
             raise LoraFastError(f"{self.path} is a file; --out takes a folder")
-        parent = next(folder for folder in self.path.absolute().parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise LoraFastError(f"{self.path} cannot be made: {parent} cannot be written to")
+        here = self.path.absolute()
+        self._try_out(next(folder for folder in (here, *here.parents) if folder.exists()))
+
+    def _try_out(self, there: Path) -> None:
+        """Makes a folder there and removes it: permissions alone don't tell, nor do they bind root."""
+        try:
+            os.rmdir(tempfile.mkdtemp(dir=there, prefix=".lora-fast-"))
+        except OSError as error:
+            raise LoraFastError(
+                f"{self.path} cannot be written: {there} takes no new files ({error.strerror}); give another --out"
+            ) from error
 
     def write(self, name: str, data: str | bytes) -> Path:
         self.path.mkdir(parents=True, exist_ok=True)

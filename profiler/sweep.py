@@ -117,10 +117,12 @@ def profile_ranks(
     resume: go on with the run in `out`, of the same arguments, if it has not ended.
     out: a new folder for run.json, arms.jsonl, rank_cost.png and report.html; "auto": runs/<model>-<date>-<time>.
     price_per_hour: US dollars for the machine, recorded with the run. progress is called with stage ("memory" or
-    "time"), done, total, and what is at work; watch with the profile so far, whenever an arm or a round has ended.
+    "time"), done, total, and what is at work; watch with the profile so far, once its folder is begun and whenever an
+    arm or a round has ended.
     Without model and sizes, the defaults are those of the device (`DEFAULTS`).
 
-    Raises LoraFastError for wrong input, before anything is written."""
+    Raises LoraFastError for wrong input, before anything is written; NotWritten, which holds the profile, where the
+    folder takes no more once all is measured."""
     wanted = parse_ranks(ranks)
     for name, value, unit in (
         ("time_budget_s", time_budget_s, "seconds"),
@@ -234,15 +236,17 @@ def profile_ranks(
             records = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-fast-")))
 
         described["implementation"] = _implementation(workload, wanted)
+        path = folder.path if folder else None
 
         def changed() -> None:
-            watch(Profile(about, described, arms, None, {}))
+            watch(Profile(about, described, arms, None, {}, folder=path))
 
         if under_way:
             before = under_way.measured()
             arms = [before.get(arm.name, arm) for arm in arms]
         else:
             before = {}
+        changed()
         notes += _predict(arms, source, workload, about["gpu"], progress)
         changed()
         _memory_pass(arms, set(before), source, workload, memory_limit_MiB, arm_timeout_s, folder, progress, changed)
@@ -256,7 +260,7 @@ def profile_ranks(
         rules = Rules(steps, time_budget_s, target_ci, arm_timeout_s)
 
         def step_times(record: Record) -> None:
-            watch(Profile(about, described, with_times_so_far(arms, record), None, {}))
+            watch(Profile(about, described, with_times_so_far(arms, record), None, {}, folder=path))
 
         timed = time_groups(source, workload, groups, rules, records, partial(progress, "time"), step_times)
         progress("time", steps, steps, "done")
@@ -272,7 +276,6 @@ def profile_ranks(
         if arm.name in reasons and arm.error is None:
             arm.error = reasons[arm.name]
     _add_utilization(arms, described["product_tflops_s"])
-    path = folder.path if folder else None
     profile = Profile(about, described, arms, aa, crossovers(arms, seed), notes, path, rows)
     if folder:
         write_results(folder, profile)

@@ -214,6 +214,18 @@ def test_a_killed_search_goes_on(folder):
     assert {trial["status"] for trial in found["search"]["trials"]} == {"ok"}
 
 
+def test_an_interrupted_search_says_how_to_go_on(folder, monkeypatch, capfd):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rank_run, "train_rank", interrupt)
+    out = folder / "interrupted"
+    assert main(arguments(folder, "--ranks", "1", "--out", str(out))) == 130
+    printed, said = capfd.readouterr()
+    assert printed == ""
+    assert said.endswith(f"lora-fast: interrupted; the same command with --out {out} --resume goes on\n")
+
+
 def test_trainings_that_diverge_are_failed_arms(folder, capfd):
     options = ["--ranks", "1", "--learning-rate", "1e30", "--seeds", "1", "--out", str(folder / "diverged")]
     assert main(arguments(folder, *options)) == 3
