@@ -179,8 +179,7 @@ def profile(
     table and the ranks from which LoRA is no longer cheaper, and writes them with a chart to a new folder.
 
     Exit codes: 0 ok; 2 wrong input, nothing is written; 3 nothing could be measured; 4 noise hides the answer in time
-    (all is printed and written still); 130 interrupted (--out
-    and --resume go on).
+    (all is printed and written still); 130 interrupted (--out and --resume go on).
     """
     cli_output.check_json_target(json)
     so_far: list = []
