@@ -89,16 +89,22 @@ def _experiments(f: Facts, answer: Answer) -> _Experiments:
         yield from _spectra_experiments(f, answer.rank)
 
 
+def _searched(f: Facts, ranks: list[int]) -> tuple[list, _Outcomes]:
+    """The arms of a search over these ranks, and full where it can be, and what it may find."""
+    outcomes = [(f"r={r} suffices", replace(f, curve=_supposed(f, ranks, r))) for r in ranks]
+    if f.no_full:
+        return [*ranks], outcomes
+    full = replace(f, curve=_supposed(f, ranks, ranks[-1], full_better=True))
+    return [*ranks, FULL], [*outcomes, ("full is better", full)]
+
+
 def _search_experiments(f: Facts, rank: int) -> _Experiments:
     if f.rank is None and f.per_rank and f.total:  # a share that means full fine-tuning needs no search of its own
         most = FULL_SHARE / (1 - FULL_SHARE) * f.total / f.per_rank
         rank = min(rank, 2 ** int(math.log2(max(1, most))))
     top = 4 * rank if rank < EVALUATE_FULL_FROM else rank
     ranks = sorted({max(1, rank // 4), rank, top if f.cap is None else min(top, max(f.cap, 1))})
-    arms = [*ranks, *([] if f.no_full else [FULL])]
-    outcomes = [(f"r={r} suffices", replace(f, curve=_supposed(f, ranks, r))) for r in ranks]
-    if not f.no_full:
-        outcomes.append(("full is better", replace(f, curve=_supposed(f, ranks, ranks[-1], full_better=True))))
+    arms, outcomes = _searched(f, ranks)
     what = f"the quality of r={', '.join(map(str, arms))} on your data; all other evidence only stands in for it"
     yield "search", what, arms, outcomes
 
@@ -173,11 +179,7 @@ def _longer_experiments(f: Facts) -> _Experiments:
 
 def _learning_experiment(f: Facts) -> tuple[str, str, list, _Outcomes]:
     """The same arms again, trained so that they learn something."""
-    ranks = tried(f)
-    arms: list = [*ranks, *([] if f.no_full else [FULL])]
-    outcomes = [(f"r={r} suffices", replace(f, curve=_supposed(f, ranks, r))) for r in ranks]
-    if not f.no_full:
-        outcomes.append(("full is better", replace(f, curve=_supposed(f, ranks, ranks[-1], full_better=True))))
+    arms, outcomes = _searched(f, tried(f))
     what = f"train longer, or with another learning rate, at r={', '.join(map(str, arms))}: hardly anything was learned"
     return "another training", what, arms, outcomes
 
