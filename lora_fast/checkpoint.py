@@ -84,8 +84,8 @@ def save_adapter(
 
 
 def _class_of(model: nn.Module) -> dict[str, str]:
-    """The model's class as PEFT writes it, below those that are made while a program runs (`fully_shard`'s)."""
-    kinds = type(model).__mro__
+    """The model's class as PEFT writes it, below what `fully_shard` made of it while the program ran."""
+    kinds = [kind for kind in type(model).__mro__ if issubclass(kind, nn.Module)]
     kind = next(k for k in kinds if getattr(sys.modules.get(k.__module__), k.__name__, None) is k)
     return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
