@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
@@ -34,7 +33,7 @@ from lora_fast.profiler.quantization import note_on
 from lora_fast.profiler.ranks import auto_ranks, parameters_per_rank, parse_ranks, smallest_side, too_large
 from lora_fast.profiler.roofline import CHIPS, Chip, chip_named
 from lora_fast.profiler.runs import RunFolder, environment
-from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, parse_modules, parse_parameters
+from lora_fast.profiler.workload import FULL, LORA, PEFT, Workload, check_peft, parse_modules, parse_parameters
 
 GiB = 2**30
 # Tokens in a sequence, or as many as the model allows.
@@ -103,8 +102,7 @@ def estimate_memory(
         raise LoraFastError(f"device={device!r}; an estimate is for cuda or cpu")
     if chip and device == "cpu":
         raise LoraFastError(f"gpu={gpu!r} with device='cpu'; leave out one")
-    if compare_peft and find_spec("peft") is None:
-        raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
+    check_peft(compare_peft)
     if shards > 1 and quantize:
         raise LoraFastError("how FSDP2 spreads quantized weights is not predicted; leave out shards or quantize")
     folder = None if out is None else RunFolder(out)
@@ -144,13 +142,12 @@ def estimate_memory(
 
         kinds = [(kind, rank) for kind in ([LORA, PEFT] if compare_peft else [LORA]) for rank in wanted]
         kinds.append((FULL, None))
-        arms, steps = [], []
+        arms, steps, predictions = [], [], []
         for number, (kind, rank) in enumerate(kinds):
             progress("estimate", number, len(kinds), Arm(kind, rank, 0, 0.0).name)
             steps.append(trace(source, workload, rank, peft=kind == PEFT, whole=whole, shards=shards))
-            found = steps[-1].extended()
+            predictions.append(found := steps[-1].extended())
             arms.append(Arm(kind, rank, found.trainable, found.trainable / found.parameters))
-        predictions = [step.extended() for step in steps]
         full = predictions[-1]
         for arm, found in zip(arms, predictions):
             _fill(arm, found, full)

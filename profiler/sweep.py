@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,7 +38,17 @@ from lora_fast.profiler.time_pass import (
     widest,
     with_times_so_far,
 )
-from lora_fast.profiler.workload import DTYPES, FULL, LORA, PEFT, Workload, describe, parse_modules, parse_parameters
+from lora_fast.profiler.workload import (
+    DTYPES,
+    FULL,
+    LORA,
+    PEFT,
+    Workload,
+    check_peft,
+    describe,
+    parse_modules,
+    parse_parameters,
+)
 
 # A model, a batch and a length that each kind of machine works through in about two minutes, with ROUNDS or within
 # BUDGET_S.
@@ -140,8 +149,7 @@ def profile_ranks(
         raise LoraFastError(
             f"steps={steps!r}; expected a whole number of at least {MIN_ROUNDS}, fewer carry no 95% interval"
         )
-    if compare_peft and find_spec("peft") is None:
-        raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
+    check_peft(compare_peft)
     if layers and use_dora:
         raise LoraFastError("layers are timed with LoRA alone; leave out use_dora or layers")
     if layers and quantize:

@@ -4,6 +4,7 @@ optimizer, a fixed random batch."""
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,12 @@ class Workload:
         generator = torch.Generator().manual_seed(self.seed)
         ids = torch.randint(0, vocab_size(model), (self.batch_size, self.seq_len), generator=generator).to(self.device)
         return {"input_ids": ids, "labels": ids}
+
+
+def check_peft(compare_peft: bool) -> None:
+    """Raises LoraFastError where PEFT's arms are asked for and it is not there."""
+    if compare_peft and find_spec("peft") is None:
+        raise LoraFastError("compare_peft needs PEFT, which is not installed; pip install 'lora-fast[peft]'")
 
 
 def parse_modules(value: str | Iterable[str], argument: str = "target_modules") -> str | tuple[str, ...]:

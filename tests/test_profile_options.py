@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_fast import LoraFastError, backend
-from lora_fast.profiler import layers, profile_ranks, sweep
+from lora_fast.profiler import estimate_memory, layers, profile_ranks, sweep
 from lora_fast.profiler.layers_table import layers_table
 from lora_fast.profiler.models import build, resolve
 from lora_fast.profiler.profile import Profile
@@ -88,9 +88,10 @@ def test_options_are_recorded_and_obeyed(config, tmp_path):
 
 
 def test_peft_without_peft_is_one_clear_line(config, monkeypatch):
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    with pytest.raises(LoraFastError, match=r"not installed; pip install 'lora-fast\[peft\]'"):
-        profile_ranks(config, [4], compare_peft=True)
+    monkeypatch.setattr("lora_fast.profiler.workload.find_spec", lambda name: None)
+    for command in (profile_ranks, estimate_memory):
+        with pytest.raises(LoraFastError, match=r"not installed; pip install 'lora-fast\[peft\]'"):
+            command(config, [4], compare_peft=True)
 
 
 def workload(**changes):
